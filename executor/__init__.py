@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a YAML and a checkpoint into tokens. `LLM` and `SamplingParams` are what programs use."""
+
+from importlib import import_module
+from typing import Any
+
+EXPORTS = {"LLM": "executor.llm", "RequestOutput": "executor.llm", "SamplingParams": "executor.sampling_params"}
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that the command line can refuse bad input before it has loaded torch."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'executor' has no attribute {name!r}")
+    return getattr(import_module(EXPORTS[name]), name)

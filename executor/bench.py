@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures speed: `python -m executor.bench latency --yaml X [--peer transformers]`.
+
+A run's figures are medians over repeats that take turns with the peer's, so that a machine which changes its speed
+slows both. Times are in milliseconds; absolute ones mean something only on a machine that does nothing else.
+"""
+
+import argparse
+import gc
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from executor.config import load_settings
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "models" / "qwen3_moe" / "config"
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        yaml_file = Path(arguments.yaml)
+        if not yaml_file.is_file():
+            yaml_file = CONFIG_FOLDER / yaml_file.with_suffix(".yaml")
+        settings = [load_settings(yaml_file, [*arguments.set, f"exe_mode={mode}"]) for mode in arguments.exe_mode]
+        if arguments.new_tokens < 2:
+            raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
+        report = latency(settings, arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m executor.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("latency", help="time to the first token and time of each further one")
+    command.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
+    command.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    command.add_argument("--exe-mode", nargs="+", default=["eager"], metavar="MODE", help="eager and/or graph")
+    command.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
+    command.add_argument("--new-tokens", type=int, default=64)
+    command.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
+    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
+    command.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    return parser.parse_args()
+
+
+def latency(settings: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs every combination, prints the table and returns the report."""
+    from executor.device import device_name
+    from executor.utils.report import commit, versions
+
+    results = []
+    for one_mode in settings:
+        llm, peer = build(one_mode, arguments)
+        for batch_size in arguments.batch_size:
+            for prompt_tokens in arguments.prompt_tokens:
+                results += measure(llm, peer, batch_size, prompt_tokens, arguments)
+        name = device_name(llm.device)
+        del llm, peer
+        gc.collect()  # the next mode needs the memory
+    print(result_table(results))
+    return {
+        "device": name,
+        "commit": commit(),
+        "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
+        "versions": versions(),
+        "results": results,
+    }
+
+
+def build(settings: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Our model and the peer, large enough for what is to be measured."""
+    import dataclasses
+
+    from executor.llm import LLM
+
+    data = dataclasses.replace(
+        settings.data_config,
+        input_max_len=max(arguments.prompt_tokens),
+        max_new_tokens=arguments.new_tokens,
+        batch_size=max(arguments.batch_size),
+    )
+    llm = LLM.from_settings(dataclasses.replace(settings, data_config=data))
+    if arguments.peer is None:
+        return llm, None
+    from executor.peers import TransformersPeer
+
+    return llm, TransformersPeer(llm)
+
+
+def measure(
+    llm: Any, peer: Any, batch_size: int, prompt_tokens: int, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row for us and one for each way the peer can run, from interleaved repeats; the first round is warm-up."""
+    import torch
+
+    generator = torch.Generator().manual_seed(batch_size * 100003 + prompt_tokens)
+    prompts = torch.randint(0, llm.config.vocab_size, (batch_size, prompt_tokens), generator=generator).tolist()
+    rounds: dict[str, list[tuple[Any, float, list[float]]]] = {"ours": []}
+    peer_names = {}
+    if peer is not None:
+        from executor.peers import EXPERTS_IMPLEMENTATIONS
+
+        peer_names = {f"transformers {implementation}": implementation for implementation in EXPERTS_IMPLEMENTATIONS}
+        rounds |= {name: [] for name in peer_names}
+    for _ in range(arguments.repeats + 1):
+        rounds["ours"].append(run_ours(llm, prompts, arguments.new_tokens))
+        for name, implementation in peer_names.items():
+            rounds[name].append(peer.generate(prompts, arguments.new_tokens, implementation))
+    rows = [row(llm, name, runs[1:], prompts, arguments.new_tokens) for name, runs in rounds.items()]
+    for result in rows[1:]:
+        result["ours_over_this"] = {
+            "ttft": round(rows[0]["ttft_ms"]["p50"] / result["ttft_ms"]["p50"], 3),
+            "tpot": round(rows[0]["tpot_ms"]["p50"] / result["tpot_ms"]["p50"], 3),
+        }
+        same = rounds["ours"][-1][0] == rounds[result["system"]][-1][0]
+        result["same_tokens_as_ours"] = same
+    return rows
+
+
+def run_ours(llm: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, list[float]]:
+    """Token ids, ttft in ms, and each decode step's time in ms (all prompts advance together)."""
+    from executor.sampling_params import SamplingParams
+
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    return [output.token_ids for output in outputs], outputs[0].ttft_ms, outputs[0].token_intervals_ms
+
+
+def row(llm: Any, system: str, runs: list[Any], prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    from executor.utils.report import percentiles
+
+    tpot = percentiles([interval for _, _, intervals in runs for interval in intervals])
+    means = sorted(sum(intervals) / len(intervals) for _, _, intervals in runs)
+    return {
+        "system": system,
+        "exe_mode": llm.settings.exe_mode if system == "ours" else "eager",
+        "dtype": llm.settings.model_config.dtype,
+        "quantization": None,
+        "world_size": llm.settings.world_size,
+        "batch_size": len(prompts),
+        "prompt_tokens": len(prompts[0]),
+        "new_tokens": new_tokens,
+        "repeats": len(runs),
+        "ttft_ms": percentiles([ttft for _, ttft, _ in runs]),
+        "tpot_ms": {**tpot, "mean": round(means[len(means) // 2], 4)},
+        "tok_per_s": round(1e3 * len(prompts) / means[len(means) // 2], 2),
+    }
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    from executor.utils.report import table
+
+    header = ["system", "mode", "dtype", "batch", "prompt", "new", "ttft ms", "tpot p50", "p90", "p99", "tokens/s"]
+    header += ["ours/this ttft", "tpot"]
+    rows = []
+    for result in results:
+        ratio = result.get("ours_over_this", {})
+        keys = ("system", "exe_mode", "dtype", "batch_size", "prompt_tokens", "new_tokens")
+        tpot = result["tpot_ms"]
+        rows.append(
+            [*(result[key] for key in keys), result["ttft_ms"]["p50"], tpot["p50"], tpot["p90"], tpot["p99"]]
+            + [result["tok_per_s"], ratio.get("ttft"), ratio.get("tpot")]
+        )
+    return table(header, rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

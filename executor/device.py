@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device of this process. An accelerator that is visible but unusable is an error, not a reason for the CPU."""
+
+import glob
+import importlib.util
+
+import torch
+
+
+def select_device(name: str) -> torch.device:
+    """The device for a `device` setting (auto, npu, cuda, cpu).
+
+    Raises ValueError if the device named is not there, or `auto` sees an accelerator it cannot use.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name in ("auto", "npu") and has_npu():
+        return torch.device("npu", 0)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if name != "auto":
+        raise ValueError(f"device: {name} is not available to this Python's torch {torch.__version__}")
+    for kind, pattern, need in (
+        ("NPU", "/dev/davinci[0-9]*", "torch_npu"),
+        ("GPU", "/dev/nvidia[0-9]*", "a CUDA torch"),
+    ):
+        if glob.glob(pattern):
+            raise ValueError(
+                f"device: auto sees an {kind} ({glob.glob(pattern)[0]}) that torch {torch.__version__} cannot use; "
+                f"install {need}, or set device: cpu"
+            )
+    return torch.device("cpu")
+
+
+def has_npu() -> bool:
+    """Whether torch_npu is installed and sees a device."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    import torch_npu
+
+    return torch_npu.npu.is_available()
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for everything queued on the device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device; on a CPU, what the system calls available."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "npu":
+        return torch.npu.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as meminfo:
+        sizes = dict(line.split(":") for line in meminfo)
+    return int(sizes["MemAvailable"].split()[0]) * 1024
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device: the card, or the CPU and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "npu":
+        return torch.npu.get_device_name(device)
+    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps replayed from captured graphs: the same step as eager, without its launch costs."""
+
+import dataclasses
+
+import torch
+
+from executor.kv_cache import NULL_BLOCK, KVCache, blocks_for
+from executor.model_runner import ModelRunner
+from models.qwen3_moe.model import Qwen3Moe
+from ops import StepMetadata
+
+WARMUP_STEPS = 2  # run before capture, so that one-time work of libraries is not recorded
+
+
+class GraphRunner(ModelRunner):
+    """Captures one graph a batch size (1, 2, 4, ... up to the largest); a batch in between is padded to the next.
+
+    Sequences that grow beyond `max_len` tokens take eager steps.
+    """
+
+    def __init__(self, model: Qwen3Moe, cache: KVCache, device: torch.device, batch_size: int, max_len: int):
+        super().__init__(model, cache, device)
+        self.max_blocks = blocks_for(max_len)
+        self.pool = torch.cuda.graph_pool_handle()
+        sizes = {batch_size} | {2**i for i in range(batch_size.bit_length())}
+        self.graphs = {size: self.capture(size) for size in sorted(sizes, reverse=True)}
+
+    def capture(self, batch_size: int) -> "DecodeGraph":
+        """Records a decode step of `batch_size` padding rows."""
+        token_ids = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        step = StepMetadata(
+            is_prefill=False,
+            positions=torch.zeros_like(token_ids),
+            slot_mapping=torch.zeros_like(token_ids),
+            block_table=torch.full((batch_size, self.max_blocks), NULL_BLOCK, device=self.device),
+            seq_lens=torch.ones_like(token_ids),
+            query_lens_list=[1] * batch_size,
+            seq_lens_list=[1] * batch_size,
+        )
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            for _ in range(WARMUP_STEPS):
+                self.decode_step(token_ids, step)
+        torch.cuda.current_stream().wait_stream(side_stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            logits = super().decode_step(token_ids, step)
+        return DecodeGraph(graph, token_ids, step, logits)
+
+    def decode(self, sequences):
+        token_ids = self.tensor([sequence.token_ids[-1] for sequence in sequences])
+        step = self.step_metadata(sequences, [1] * len(sequences), is_prefill=False)
+        if step.block_table.shape[1] > self.max_blocks:
+            return self.decode_step(token_ids, step)
+        size = min(size for size in self.graphs if size >= len(sequences))
+        return self.graphs[size].replay(token_ids, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeGraph:
+    """A recorded step with the tensors it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    token_ids: torch.Tensor
+    step: StepMetadata
+    logits: torch.Tensor
+
+    def replay(self, token_ids: torch.Tensor, step: StepMetadata) -> torch.Tensor:
+        """Runs the recorded step on other rows; rows beyond them keep writing to the null block."""
+        rows = len(token_ids)
+        self.token_ids[:rows] = token_ids
+        self.step.positions[:rows] = step.positions
+        self.step.slot_mapping.fill_(0)
+        self.step.slot_mapping[:rows] = step.slot_mapping
+        self.step.block_table.fill_(NULL_BLOCK)
+        self.step.block_table[:rows, : step.block_table.shape[1]] = step.block_table
+        self.step.seq_lens.fill_(1)
+        self.step.seq_lens[:rows] = step.seq_lens
+        self.graph.replay()
+        return self.logits[:rows]

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paged cache of keys and values: fixed blocks, handed out to sequences as they come."""
+
+import torch
+
+BLOCK_SIZE = 128  # tokens a block; fits the paged attention of every backend
+NULL_BLOCK = 0  # belongs to nobody: padding rows of a captured step write here, unused table entries point here
+
+
+def blocks_for(num_tokens: int) -> int:
+    """Blocks that hold `num_tokens` tokens."""
+    return -(-num_tokens // BLOCK_SIZE)
+
+
+class KVCache:
+    """Cache tensors of all layers, and which blocks are free.
+
+    `layers` holds a pair of tensors [num_blocks, BLOCK_SIZE, G, C] a layer. They start as zeros, because a masked
+    position still takes part in attention with weight 0, and 0 times the NaN of stale memory is NaN.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (2, num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim)  # one more: the null block
+        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+        self.num_blocks = num_blocks
+        self.free_blocks = list(range(num_blocks, NULL_BLOCK, -1))  # popped from the end: low numbers first
+
+    def allocate(self, num_tokens: int) -> list[int] | None:
+        """Blocks for `num_tokens` tokens, or None if there are not enough free ones."""
+        count = blocks_for(num_tokens)
+        if count > len(self.free_blocks):
+            return None
+        return [self.free_blocks.pop() for _ in range(count)]
+
+    def free(self, blocks: list[int]) -> None:
+        """Gives blocks back."""
+        self.free_blocks.extend(reversed(blocks))
+
+
+def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers, keys and values."""
+    return num_layers * 2 * BLOCK_SIZE * num_kv_heads * head_dim * dtype.itemsize

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other systems run on the very same weights, for comparing speed."""
+
+import time
+
+import torch
+from transformers import DynamicCache, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from executor.device import synchronize
+from executor.llm import LLM
+
+EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+
+
+def transformers_model(llm: LLM) -> Qwen3MoeForCausalLM:
+    """transformers' model whose parameters are views of ours: nothing is copied."""
+    config = llm.config
+    dtype = getattr(torch, llm.settings.model_config.dtype)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.eval().requires_grad_(False)
+    model.load_state_dict(state_dict(llm), strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    model.model.rotary_emb = Qwen3MoeRotaryEmbedding(config).to(llm.device)
+    return model
+
+
+def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
+    """Our parameters under the names transformers uses in memory."""
+    config = llm.config
+    heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+    renamed = {}
+    for name, value in llm.parameters.values.items():
+        tensor = value if isinstance(value, torch.Tensor) else value.data
+        full_name = name if name.startswith("lm_head") else f"model.{name}"
+        if ".qkv_proj." in name:
+            parts = tensor.split([count * config.head_dim for count in heads])
+            renamed |= {full_name.replace("qkv", p): part for p, part in zip("qkv", parts, strict=True)}
+        elif name.endswith("mlp.gate_up_proj.weight"):
+            parts = tensor.chunk(2)
+            renamed |= {full_name.replace("gate_up", p): part for p, part in zip(("gate", "up"), parts, strict=True)}
+        else:
+            renamed[full_name] = tensor
+    return renamed
+
+
+class TransformersPeer:
+    """Prefill and greedy decode through transformers, with no more around the model than the loop needs."""
+
+    def __init__(self, llm: LLM):
+        self.model = transformers_model(llm)
+        self.device = llm.device
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: list[list[int]], new_tokens: int, experts_implementation: str
+    ) -> tuple[list[list[int]], float, list[float]]:
+        """Token ids of each prompt (all of one length), ttft in ms, and each decode step's time in ms.
+
+        The prefill always takes grouped_mm: batched_mm copies the weights of every token's experts.
+        """
+        self.model.set_experts_implementation("grouped_mm")
+        cache = DynamicCache(config=self.model.config)
+        start_s = time.perf_counter()
+        ids = torch.tensor(prompts, device=self.device)
+        ids = self.step(ids, cache)
+        times_s = [start_s, time.perf_counter()]
+        tokens = [ids]
+        self.model.set_experts_implementation(experts_implementation)
+        for _ in range(new_tokens - 1):
+            ids = self.step(ids, cache)
+            tokens.append(ids)
+            times_s.append(time.perf_counter())
+        intervals_ms = [(after - before) * 1e3 for before, after in zip(times_s, times_s[1:], strict=False)]
+        return torch.cat(tokens, dim=1).tolist(), intervals_ms[0], intervals_ms[1:]
+
+    def step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(dim=-1, keepdim=True)
+        synchronize(self.device)
+        return ids

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash disable=SC2154
+# Launch functions: sourced, after set_env.sh, by a script that runs under `set -euo pipefail`.
+# Environment they read:
+#   PYTHON           the Python to use (default: python, or python3 where there is no python)
+#   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci*)
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+# One line on stderr; exit 2: what the user gave is wrong.
+die() {
+    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    exit 2
+}
+
+npu_visible() {
+    compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci*}" >/dev/null
+}
+
+# list_yamls CONFIG_DIR: the YAML names in it, on one line.
+list_yamls() {
+    local file names=()
+    for file in "$1"/*.yaml; do
+        [[ -f "$file" ]] && names+=("${file##*/}")
+    done
+    echo "${names[*]:-none}"
+}
+
+# find_yaml SOURCE NAME CONFIG_DIR: sets YAML to the file of CONFIG_DIR, or else the path, that NAME means, with or
+# without .yaml; SOURCE is where the user wrote NAME.
+find_yaml() {
+    local candidates=("$2" "$2.yaml")
+    [[ "$2" == */* ]] || candidates=("$3/$2" "$3/$2.yaml" "${candidates[@]}")
+    for YAML in "${candidates[@]}"; do
+        [[ ! -f "$YAML" ]] || return 0
+    done
+    die "$1: no such YAML file: '$2' (in ${3#"$ROOT/"}: $(list_yamls "$3"))"
+}
+
+# inspect_python PYTHON: prints nothing if PYTHON has all that is needed, else `old TORCH_VERSION` or
+# `missing PACKAGE...`; fails if it is no Python 3.10 or newer. Looks packages up without importing them, as importing
+# torch takes seconds.
+inspect_python() {
+    "$1" -c '
+import sys
+assert sys.version_info >= (3, 10)
+import importlib.metadata, importlib.util, re
+sys.path = [folder for folder in sys.path if folder]  # not what lies in the current folder
+modules = {"torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "yaml": "pyyaml",
+           "tokenizers": "tokenizers", "tqdm": "tqdm"}
+specs = {package: importlib.util.find_spec(module) for module, package in modules.items()}
+missing = [package for package, spec in specs.items() if spec is None or spec.origin is None]
+try:
+    version = "" if "torch" in missing else importlib.metadata.version("torch")
+except importlib.metadata.PackageNotFoundError:
+    version = ""
+numbers = re.match(r"(\d+)\.(\d+)", version)
+if numbers and tuple(map(int, numbers.groups())) < (2, 8):
+    print("old", version)
+elif missing:
+    print("missing", *missing)
+'
+}
+
+# Whether PYTHON ($1) has all that is needed.
+python_is_ready() {
+    local report
+    report="$(inspect_python "$1" 2>/dev/null)" && [[ -z "$report" ]]
+}
+
+# Sets PYTHON to the active Python if that has all that is needed. An installed torch is never replaced, as it may be
+# built for this machine's accelerator; where there is none, and no NPU, the packages go into .venv.
+choose_python() {
+    local candidates=(python python3) candidate report='' found='' missing
+    [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        if report="$(inspect_python "$candidate" 2>/dev/null)"; then
+            found=yes
+            break
+        fi
+    done
+    [[ -n "$found" ]] || die "no Python 3.10 or newer (tried: ${candidates[*]}); set PYTHON=/path/to/python"
+    PYTHON="$candidate"
+
+    missing="${report#missing }"
+    case "$report" in
+        '') ;;
+        'old '*) die "torch of $(command -v "$PYTHON") is ${report#old }; torch>=2.8 is needed" ;;
+        'missing torch'*)
+            npu_visible && die "$(command -v "$PYTHON") lacks $missing; on an NPU machine you install them"
+            use_venv
+            ;;
+        *) die "$(command -v "$PYTHON") lacks $missing; run: $PYTHON -m pip install$(requirements_of "$missing")" ;;
+    esac
+}
+
+# requirements_of 'PACKAGE...': each with the range that requirements.txt gives it, quoted for a shell.
+requirements_of() {
+    local package
+    for package in $1; do
+        printf " '%s'" "$(grep -E "^$package([<>=]|$)" "$ROOT/requirements.txt" || echo "$package")"
+    done
+}
+
+# Sets PYTHON to that of .venv in the repository root, making it first if need be. .venv/.made_from holds the checksum
+# of the requirements it was completed from, or `incomplete`; a .venv without that file is the user's own, left alone.
+use_venv() {
+    local venv="$ROOT/.venv" wanted
+    wanted="$(cksum <"$ROOT/requirements.txt")"
+    (
+        if command -v flock >/dev/null && ! flock -n 9; then
+            echo "waiting for another launch to make $venv" >&2
+            flock 9
+        fi
+        if [[ -e "$venv" && ! -e "$venv/.made_from" ]]; then
+            python_is_ready "$venv/bin/python" && exit 0
+            die "$venv was not made by this script and lacks packages: install requirements.txt into it, or remove it"
+        fi
+        if [[ -e "$venv" && "$(cat "$venv/.made_from")" == "$wanted" ]] && python_is_ready "$venv/bin/python"; then
+            exit 0
+        fi
+        echo "torch is not installed: making $venv from requirements.txt (once; torch is a large download)" >&2
+        rm -rf "$venv"
+        if mkdir "$venv" && echo incomplete >"$venv/.made_from" && "$PYTHON" -m venv "$venv" >&2 &&
+            "$venv/bin/python" -m pip install --disable-pip-version-check -r "$ROOT/requirements.txt" >&2; then
+            echo "$wanted" >"$venv/.made_from"
+        else
+            echo "${0##*/}: could not make $venv; set PYTHON to a Python that has the packages of requirements.txt" >&2
+            exit 1
+        fi
+    ) 9<"$ROOT" || exit $?
+    PYTHON="$venv/bin/python"
+}
+
+# On an NPU machine: CANN's and the driver's own environment, as far as they are where set_env.sh says.
+source_cann() {
+    npu_visible || return 0
+    if [[ -d "$driver_path" ]]; then
+        export LD_LIBRARY_PATH="$driver_path/lib64/driver:$driver_path/lib64/common${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+    fi
+    local file
+    for file in "$cann_path/set_env.sh" "$cann_path/bin/setenv.bash"; do
+        if [[ -f "$file" ]]; then
+            set +eu
+            # shellcheck disable=SC1090
+            source "$file"
+            set -eu
+            break
+        fi
+    done
+}
+
+# launch ARGUMENT...: one rank of executor.infer takes this process's place, so its exit code and signals are its own.
+# PYTHONSAFEPATH keeps an `executor` folder in the caller's directory from being taken for this one.
+launch() {
+    export PYTHONSAFEPATH=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+    exec "$PYTHON" -m executor.infer "$@"
+}

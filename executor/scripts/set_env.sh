@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+# shellcheck shell=bash disable=SC2034
+# The machine's variables, for you to edit. Variables only: what is done with them is in function.sh.
+
+IPs=('127.0.0.1')                                   # IPs of all nodes in rank order, separated by spaces
+cann_path=/usr/local/Ascend/ascend-toolkit/latest   # Ascend only: where CANN is installed
+driver_path=/usr/local/Ascend/driver                # Ascend only: where the NPU driver is installed

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One log format; rank 0 speaks to the terminal, every rank to its own file."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+LEVEL_VARIABLE = "LOG_LEVEL"
+FORMAT = "%(asctime)s %(levelname)s [rank %(rank)s] %(name)s: %(message)s"
+
+
+def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
+    """Sends all loggers to the terminal (stderr, rank 0 only) and to `file`.
+
+    `level` is DEBUG, INFO, WARNING or ERROR; the environment variable LOG_LEVEL wins over it. ValueError if that
+    variable holds anything else.
+    """
+    level = os.environ.get(LEVEL_VARIABLE, level).upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError(f"{LEVEL_VARIABLE}: {level!r} is not one of DEBUG, INFO, WARNING, ERROR")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
+    formatter = logging.Formatter(FORMAT, defaults={"rank": rank})
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    logging.basicConfig(level=level, handlers=handlers, force=True)
+    for chatty in ("transformers", "datasets", "urllib3", "filelock", "fsspec", "httpx"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))

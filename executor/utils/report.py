@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Percentiles, tables for people, and what identifies a run for machines."""
+
+import importlib.metadata
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from executor.config import REPOSITORY
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """p50, p90 and p99 by linear interpolation; None where there are no values."""
+    if not values:
+        return {"p50": None, "p90": None, "p99": None}
+    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64))
+    return dict(zip(("p50", "p90", "p99"), (round(point, 4) for point in points.tolist()), strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns aligned for the terminal; numbers get two decimals, None a dash."""
+    texts = [[str(cell) for cell in header]] + [[cell_text(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in texts]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def cell_text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides numbers and speed."""
+    found = {}
+    for name in ("torch", "transformers", "safetensors", "triton", "torch_npu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The repository's commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()

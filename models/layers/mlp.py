@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feed-forward blocks: the dense one and the mixture of experts. Both add the residual and normalise first."""
+
+import torch
+
+from models.layers.linear import Linear, NormLinear
+from ops import Ops, Weight
+
+
+class DenseMlp:
+    """SwiGLU."""
+
+    def __init__(self, gate_up_proj: NormLinear, down_proj: Linear, ops: Ops):
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.ops = ops
+
+    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, residual = self.gate_up_proj(hidden_states, residual)
+        return self.down_proj(self.ops.silu_and_mul(gate_up)), residual
+
+
+class SparseMoe:
+    """Every token goes through its top-k experts."""
+
+    def __init__(
+        self,
+        norm_weight: torch.Tensor,
+        eps: float,
+        router_weight: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+        gate_up_proj: Weight,
+        down_proj: Weight,
+        ops: Ops,
+    ):
+        self.norm_weight = norm_weight
+        self.eps = eps
+        self.router_weight = router_weight
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.ops = ops
+
+    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, residual, routing = self.ops.route(
+            hidden_states, residual, self.norm_weight, self.eps, self.router_weight, self.top_k, self.renormalize
+        )
+        return self.ops.experts(normed, routing, self.gate_up_proj, self.down_proj), residual

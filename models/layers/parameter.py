@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model says of its parameters (name, shape, where in the checkpoint they come from), and how it gets them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ops import Weight
+
+
+class Role(Enum):
+    """What a parameter is for: decides its random initial values and whether it may have a number format of its own."""
+
+    MATRIX = "matrix"  # multiplied with activations: handed to the model as a Weight
+    TABLE = "table"  # embedding and router: plain tensors
+    NORM = "norm"
+    BIAS = "bias"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the checkpoint and the region of a parameter that it fills."""
+
+    name: str
+    region: tuple[int | slice, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter of the model; its sources fill it completely."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    sources: tuple[Source, ...]
+
+
+class Parameters:
+    """Loaded parameters by name; `within` narrows the view to a part of the model."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor | Weight], prefix: str = ""):
+        self.values = values
+        self.prefix = prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor | Weight:
+        return self.values[self.prefix + name]
+
+    def within(self, part: str) -> "Parameters":
+        return Parameters(self.values, f"{self.prefix}{part}.")

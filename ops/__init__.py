@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What devices do: one interface of fused operations, bound once per process to the backend of its device.
+
+Shapes: T tokens of a step, B sequences, D hidden size, H query heads, G kv heads, C head dim, E experts, K top-k,
+F expert width, N output width, L cache blocks, S cache block size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ops.weight import DenseWeight, Weight
+
+__all__ = ["DenseWeight", "Ops", "Routing", "StepMetadata", "Weight", "load_ops"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetadata:
+    """Where the tokens of one step stand. Sequences are packed one after the other along T.
+
+    Tensors live on the device; the two lists repeat on the host what some kernels want as plain integers. In a
+    captured decode step the tensors are rewritten before each replay, and the lists hold what stood at capture.
+    """
+
+    is_prefill: bool
+    positions: torch.Tensor  # [T] int64, of each token in its sequence
+    slot_mapping: torch.Tensor  # [T] int64, cache slot of each token: block * S + offset
+    block_table: torch.Tensor  # [B, max_blocks] int64, cache blocks of each sequence; unused entries are 0
+    seq_lens: torch.Tensor  # [B] int64, tokens of each sequence including those of this step
+    query_lens_list: list[int]  # [B], tokens of each sequence in this step
+    seq_lens_list: list[int]  # [B], the same as seq_lens
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token goes to."""
+
+    topk_weights: torch.Tensor  # [T, K] float32
+    topk_ids: torch.Tensor  # [T, K] int64
+
+
+class Ops:
+    """The operations a model is built of: each is the largest piece of a layer that some backend runs as one kernel.
+
+    `residual` is the running sum of the layers' outputs. Operations that take it add `hidden_states` first and return
+    the sum; None stands for a residual that has not begun. Its dtype is the backend's choice.
+    """
+
+    name = "abstract"
+
+    def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""
+        raise NotImplementedError
+
+    def add_norm(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add and RMSNorm (Zhang and Sennrich 2019): [T, D] -> normed [T, D] in the model's dtype, residual [T, D]."""
+        raise NotImplementedError
+
+    def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, K] x weight [N, K] (+ bias [N]) -> [T, N]."""
+        raise NotImplementedError
+
+    def norm_linear(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`add_norm`, then `linear`: [T, D] -> [T, N], residual [T, D]."""
+        raise NotImplementedError
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """SiLU of the first half times the second: [T, 2F] -> [T, F]."""
+        raise NotImplementedError
+
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        q_norm_weight: torch.Tensor,
+        k_norm_weight: torch.Tensor,
+        eps: float,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        step: StepMetadata,
+    ) -> torch.Tensor:
+        """Per-head RMSNorm of q and k, rotary embedding, cache write, causal attention over the paged cache.
+
+        qkv [T, (H + 2G) * C] holds all query heads, then all key heads, then all value heads; the norm weights are [C];
+        cos and sin [T, C] float32 repeat their first half; the caches are [L, S, G, C] and written in place. A prefill
+        step starts its sequences (no token of theirs is cached yet). Returns [T, H * C].
+        """
+        raise NotImplementedError
+
+    def route(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        router_weight: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """`add_norm`, router [E, D], softmax over all experts, top-k; weights sum to 1 if `renormalize`.
+
+        Returns the normed hidden states [T, D], the residual [T, D] and the routing.
+        """
+        raise NotImplementedError
+
+    def experts(self, hidden_states: torch.Tensor, routing: Routing, gate_up: Weight, down: Weight) -> torch.Tensor:
+        """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D]."""
+        raise NotImplementedError
+
+
+def load_ops(device_type: str) -> Ops:
+    """The operations of a device type ("cpu", "cuda", "npu"); what its backend lacks is the plain torch reference."""
+    from ops.reference import ReferenceOps
+
+    return ReferenceOps(grouped_mm=device_type != "cpu")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain torch: the oracle every other backend is compared with, and the path of CPUs.
+
+The residual is kept in float32: over many layers a bfloat16 residual drifts enough to change the next token. Shape
+letters are explained in `ops/__init__.py`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from ops import Ops, Routing, StepMetadata
+
+grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # torch 2.8 and 2.9 have the latter
+MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
+GATHER_CHUNK = 32  # rows whose weights are copied at once
+
+
+class ReferenceOps(Ops):
+    """Every operation of the interface, written for clarity, on whatever device its tensors are.
+
+    `grouped_mm` is for devices where asking which experts were chosen would stall the host: the decode step then holds
+    no host synchronisation, so that it can be captured. On a CPU a loop over the chosen experts is as fast.
+    """
+
+    name = "reference"
+
+    def __init__(self, grouped_mm: bool = False):
+        self.grouped_mm = grouped_mm
+
+    def embedding(self, token_ids, weight):
+        return F.embedding(token_ids, weight)
+
+    def add_norm(self, hidden_states, residual, norm_weight, eps):
+        residual = hidden_states.float() if residual is None else residual + hidden_states
+        return rms_norm(residual, norm_weight, eps).to(hidden_states.dtype), residual
+
+    def linear(self, hidden_states, weight, bias=None):
+        return F.linear(hidden_states, weight.data, bias)
+
+    def norm_linear(self, hidden_states, residual, norm_weight, eps, weight, bias=None):
+        normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
+        return self.linear(normed, weight, bias), residual
+
+    def silu_and_mul(self, gate_up):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+        num_kv_heads, head_dim = key_cache.shape[-2:]
+        heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2G, C]
+        query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        query = apply_rotary(rms_norm(query, q_norm_weight, eps), *cos_sin).to(qkv.dtype)
+        key = apply_rotary(rms_norm(key, k_norm_weight, eps), *cos_sin).to(qkv.dtype)
+        key_cache.flatten(0, 1).index_copy_(0, step.slot_mapping, key)
+        value_cache.flatten(0, 1).index_copy_(0, step.slot_mapping, value)
+        if step.is_prefill:
+            output = self.prefill_attention(query, key, value, step)
+        else:
+            output = self.decode_attention(query, key_cache, value_cache, step)
+        return output.flatten(1)
+
+    def prefill_attention(self, query, key, value, step: StepMetadata) -> torch.Tensor:
+        """Causal attention of each packed sequence to itself: [T, H, C], [T, G, C], [T, G, C] -> [T, H, C]."""
+        outputs = [
+            F.scaled_dot_product_attention(
+                *(part.transpose(0, 1).unsqueeze(0) for part in sequence), is_causal=True, enable_gqa=True
+            )[0].transpose(0, 1)
+            for sequence in zip(*(packed.split(step.query_lens_list) for packed in (query, key, value)), strict=True)
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def decode_attention(self, query, key_cache, value_cache, step: StepMetadata) -> torch.Tensor:
+        """One query token a sequence over its cached tokens: [B, H, C] -> [B, H, C]."""
+        num_kv_heads = key_cache.shape[2]
+        query = query.unflatten(1, (num_kv_heads, -1))  # a kv head's query heads stand as the rows of one attention
+        key = key_cache[step.block_table].flatten(1, 2).transpose(1, 2)  # [B, G, max_blocks * S, C]
+        value = value_cache[step.block_table].flatten(1, 2).transpose(1, 2)
+        cached = torch.arange(key.shape[2], device=key.device) < step.seq_lens[:, None]
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=cached[:, None, None])
+        return output.flatten(1, 2)
+
+    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+        normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
+        probabilities = F.linear(normed, router_weight).softmax(dim=-1, dtype=torch.float32)
+        topk_weights, topk_ids = probabilities.topk(top_k, dim=-1)
+        if renormalize:
+            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        return normed, residual, Routing(topk_weights, topk_ids)
+
+    def experts(self, hidden_states, routing, gate_up, down):
+        num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
+        expert_ids = routing.topk_ids.flatten()
+        order = expert_ids.argsort(stable=True)  # rows of one expert next to each other
+        counts = torch.zeros(num_experts, dtype=torch.int32, device=order.device)
+        counts.index_add_(0, expert_ids, torch.ones_like(expert_ids, dtype=torch.int32))
+        gate_up_output = self.grouped_linear(hidden_states[order // top_k], gate_up.data, counts)
+        sorted_output = self.grouped_linear(self.silu_and_mul(gate_up_output), down.data, counts)
+        output = torch.empty_like(sorted_output)
+        output[order] = sorted_output  # row t * K + k is choice k of token t
+        weighted = output.unflatten(0, (-1, top_k)).float() * routing.topk_weights[..., None]
+        return weighted.sum(dim=1).to(hidden_states.dtype)
+
+    def grouped_linear(self, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """rows [R, K] sorted by expert, weight [E, N, K], counts [E] int32 rows of each expert -> [R, N]."""
+        if not self.grouped_mm:
+            return looped_linear(rows, weight, counts)
+        if rows.dtype is torch.bfloat16 or rows.shape[0] > MAX_GATHERED_ROWS:
+            return grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+        return gathered_linear(rows, weight, counts)
+
+
+def looped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` as one matrix product for every expert that got a row."""
+    output = rows.new_empty(rows.shape[0], weight.shape[1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            torch.mm(rows[start : start + count], weight[expert].t(), out=output[start : start + count])
+            start += count
+    return output
+
+
+def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` by copying each row's weight. torch's grouped product stops a capture unless it is bfloat16."""
+    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])
+    parts = zip(rows.split(GATHER_CHUNK), experts.split(GATHER_CHUNK), strict=True)
+    return torch.cat([torch.bmm(weight[chosen], part[..., None])[..., 0] for part, chosen in parts])
+
+
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, computed and returned in float32."""
+    return F.rms_norm(hidden_states.float(), weight.shape, weight.float(), eps)
+
+
+def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) in its half-split form: [T, H, C], cos and sin [T, C] -> [T, H, C]."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]

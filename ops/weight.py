@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A weight knows its number format; operations dispatch on its type, models never ask."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A matrix [N, K], or a stack of them [E, N, K], in the model's own dtype."""
+
+    data: torch.Tensor
+
+
+Weight = DenseWeight

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random checkpoints, written by transformers: what the tests compare with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+TINY = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 10,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "max_position_embeddings": 512,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+}
+
+
+def make_model(seed: int = 0, **config: Any) -> Qwen3MoeForCausalLM:
+    """A model with random weights, norms and biases included, in float32."""
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **config})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(0, 0.5 / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 0.3)
+    return model
+
+
+def make_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "1GB", **config: Any) -> Qwen3MoeForCausalLM:
+    """Saves `make_model` as a checkpoint in `folder` and returns it."""
+    model = make_model(seed, **config)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+@torch.no_grad()
+def reference_logits(model: Qwen3MoeForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    """transformers' logits [T, V] float32 of one sequence."""
+    return model(torch.tensor([token_ids])).logits[0].float()

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""infer.sh and what it sources, run for real in a copy whose executor only reports how it was started."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ["models/qwen3_moe/infer.sh", "executor/scripts/set_env.sh", "executor/scripts/function.sh"]
+REPORTING_EXECUTOR = """
+import json, os, sys
+print(json.dumps({"argv": sys.argv[1:], "executor": __file__, "python": sys.executable}))
+sys.exit(int(os.environ.get("STUB_EXIT_CODE", "0")))
+"""
+NO_NPU = "/nonexistent/davinci*"
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    """A repository, at a path with spaces, of the launch scripts, two YAMLs and the reporting executor."""
+    repo = tmp_path / "my repo"
+    for name in [*SCRIPTS, "requirements.txt"]:
+        (repo / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, repo / name)
+    (repo / "executor/__init__.py").touch()
+    (repo / "executor/infer.py").write_text(REPORTING_EXECUTOR)
+    (repo / "models/qwen3_moe/config").mkdir()
+    for name in ["demo.yaml", "other.yaml"]:
+        (repo / "models/qwen3_moe/config" / name).write_text("model_name: x\n")
+    return repo
+
+
+def infer(repo: Path, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
+    environment |= {"PYTHON": sys.executable, "NPU_DEVICE_GLOB": NO_NPU} | env
+    script = repo / "models/qwen3_moe/infer.sh"
+    return subprocess.run(
+        ["bash", script, *arguments], cwd=cwd or repo, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def started(result: subprocess.CompletedProcess[str]) -> dict:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line on stderr of a run that ended with exit code 2 before anything was started."""
+    assert result.returncode == 2 and not result.stdout, result
+    assert result.stderr.startswith("infer.sh: ") and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def bare_python(tmp_path: Path) -> Path:
+    """A Python that has no packages at all."""
+    venv.create(tmp_path / "bare", symlinks=True)
+    return tmp_path / "bare/bin/python"
+
+
+def add_package(python: Path, name: str, version: str = "1.0") -> None:
+    """Puts an empty package, with its version, where `python` finds it."""
+    site_packages = next(python.parents[1].glob("lib/python*/site-packages"))
+    (site_packages / name).mkdir()
+    (site_packages / name / "__init__.py").touch()
+    (site_packages / f"{name}-{version}.dist-info").mkdir()
+    (site_packages / f"{name}-{version}.dist-info/METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    )
+
+
+# Options
+
+
+def test_default_yaml(repo: Path, tmp_path: Path) -> None:
+    shadow = tmp_path / "elsewhere/executor"
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").touch()
+    (shadow / "infer.py").write_text("raise SystemExit('the wrong executor')")
+    cwd = shadow.parent if sys.version_info >= (3, 11) else tmp_path
+    report = started(infer(repo, cwd=cwd))
+    assert report["argv"] == ["--yaml_file_path", str(repo / "models/qwen3_moe/config/demo.yaml")]
+    assert report["executor"] == str(repo / "executor/infer.py")
+
+
+def test_edited_default(repo: Path) -> None:
+    script = repo / "models/qwen3_moe/infer.sh"
+    script.write_text(script.read_text().replace("YAML_FILE_NAME=demo.yaml", "YAML_FILE_NAME=other.yaml"))
+    assert started(infer(repo))["argv"][1].endswith("/other.yaml")
+    script.write_text(script.read_text().replace("YAML_FILE_NAME=other.yaml", "YAML_FILE_NAME=gone.yaml"))
+    assert "YAML_FILE_NAME: no such YAML file: 'gone.yaml'" in refused(infer(repo))
+
+
+@pytest.mark.parametrize("name", ["other", "other.yaml", "models/qwen3_moe/config/other", "{repo}/mine.yaml", "mine"])
+def test_yaml_by_name_and_path(repo: Path, name: str) -> None:
+    (repo / "mine.yaml").touch()
+    path = Path(started(infer(repo, "--yaml", name.format(repo=repo)))["argv"][1])
+    expected = "mine.yaml" if "mine" in name else "models/qwen3_moe/config/other.yaml"
+    assert (repo / path).resolve() == repo / expected
+
+
+def test_paths_are_relative_to_the_caller(repo: Path, tmp_path: Path) -> None:
+    cwd = tmp_path / "where I am"
+    cwd.mkdir()
+    (cwd / "a b.yaml").touch()
+    argv = started(infer(repo, "--yaml", "./a b.yaml", "--output", "out dir/x.jsonl", cwd=cwd))["argv"]
+    assert argv == ["--yaml_file_path", "./a b.yaml", "--output", "out dir/x.jsonl"]
+
+
+def test_set_values_arrive_as_typed(repo: Path) -> None:
+    values = ["a.b=two words", "a.c=[1, 'x', \"y\"]", "a.d=$HOME `id` \\n *", "a.e=", "a.f={k: -1}"]
+    flags = [argument for value in values for argument in ("--set", value)]
+    assert started(infer(repo, *flags))["argv"][2:] == flags
+    assert started(infer(repo, *(f"--set={value}" for value in values)))["argv"][2:] == flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--yml", "demo"], "unknown option '--yml'"),
+        (["demo.yaml"], "unknown option 'demo.yaml'"),
+        (["--yaml"], "--yaml needs an argument"),
+        (["--yaml="], "--yaml needs an argument"),
+        (["--set", "--output", "x"], "--set needs an argument"),
+        (["--set", "a.b=1", "--output"], "--output needs an argument"),
+        (["--yaml", "nope"], "--yaml: no such YAML file: 'nope' (in models/qwen3_moe/config: demo.yaml other.yaml)"),
+        (["--yaml", "models"], "no such YAML file: 'models'"),
+    ],
+)
+def test_wrong_options(repo: Path, arguments: list[str], named: str) -> None:
+    assert named in refused(infer(repo, *arguments))
+
+
+def test_help(repo: Path) -> None:
+    result = infer(repo, "--help")
+    assert result.returncode == 0 and "--output FILE" in result.stdout and "demo.yaml other.yaml" in result.stdout
+
+
+@pytest.mark.parametrize("code", [1, 2, 77])
+def test_exit_code_is_that_of_the_executor(repo: Path, code: int) -> None:
+    assert infer(repo, STUB_EXIT_CODE=str(code)).returncode == code
+
+
+# The Python that is used
+
+
+def test_active_python(repo: Path, tmp_path: Path) -> None:
+    """`python` if it works, else `python3`."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "bin/python").chmod(0o755)
+    # Not a symbolic link: that would not be this environment's Python.
+    (tmp_path / "bin/python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python3").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    assert started(infer(repo, PYTHON="", PATH=path))["python"] == sys.executable
+
+
+def test_no_python(repo: Path) -> None:
+    assert "(tried: no-such-python)" in refused(infer(repo, PYTHON="no-such-python"))
+
+
+def test_npu_machine_never_installs(repo: Path, bare_python: Path, tmp_path: Path) -> None:
+    (tmp_path / "davinci0").touch()
+    add_package(bare_python, "transformers")
+    line = refused(infer(repo, PYTHON=str(bare_python), NPU_DEVICE_GLOB=str(tmp_path / "davinci*")))
+    assert "lacks torch safetensors pyyaml tokenizers tqdm" in line
+    assert not (repo / ".venv").exists()
+
+
+def test_npu_machine_gets_cann_environment(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "davinci0").touch()
+    (tmp_path / "cann").mkdir()
+    # Like CANN's own, it reads unset variables.
+    (tmp_path / "cann/set_env.sh").write_text('export STUB_EXIT_CODE="4$UNSET"\n')
+    set_env = repo / "executor/scripts/set_env.sh"
+    set_env.write_text(set_env.read_text() + f"cann_path='{tmp_path}/cann'\n")
+    assert infer(repo, NPU_DEVICE_GLOB=str(tmp_path / "davinci*")).returncode == 4
+    assert infer(repo).returncode == 0
+
+
+def test_installed_torch_is_never_replaced(repo: Path, bare_python: Path) -> None:
+    add_package(bare_python, "torch", "2.9.0a0+vendor")
+    add_package(bare_python, "yaml")
+    (repo / "tqdm").mkdir()  # a folder of that name where the user stands is not the package
+    line = refused(infer(repo, PYTHON=str(bare_python)))
+    assert f"run: {bare_python} -m pip install 'transformers>=5.0,<6' 'safetensors' 'tokenizers' 'tqdm'" in line
+    assert not (repo / ".venv").exists()
+
+
+def test_old_torch(repo: Path, bare_python: Path) -> None:
+    add_package(bare_python, "torch", "2.7.1+cu128")
+    assert "is 2.7.1+cu128; torch>=2.8 is needed" in refused(infer(repo, PYTHON=str(bare_python)))
+
+
+# .venv
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty wheels of all that requirements.txt names, one torch of them too new, so that pip needs no network."""
+    folder = tmp_path_factory.mktemp("wheels")
+    versions = [("torch", "2.9.1"), ("torch", "2.14.0"), ("transformers", "5.1.0"), ("tokenizers", "0.22.0")]
+    versions += [(name, "1.0") for name in ("safetensors", "pyyaml", "tqdm", "datasets")]
+    for name, version in versions:
+        info = f"{name}-{version}.dist-info"
+        requires = "Requires-Dist: tokenizers\n" if name == "transformers" else ""
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{'yaml' if name == 'pyyaml' else name}/__init__.py", "")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    return folder
+
+
+def test_venv_is_made_once_and_not_used_half_made(repo: Path, bare_python: Path, wheels: Path, tmp_path: Path) -> None:
+    def run(python: Path, find_links: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(find_links)}
+        return infer(repo, PYTHON=str(python), **pip)
+
+    stopping = tmp_path / "python"  # dies while it makes the environment
+    stopping.write_text(
+        f'#!/bin/sh\n[ "$2" != venv ] || {{ touch "$3/half_made"; kill -KILL $$; }}\nexec "{bare_python}" "$@"\n'
+    )
+    stopping.chmod(0o755)
+    stopped = run(stopping)
+    assert stopped.returncode == 1 and "could not make" in stopped.stderr.splitlines()[-1]
+    assert (repo / ".venv/half_made").exists()
+
+    made = run(bare_python, wheels)
+    assert started(made)["python"] == str(repo / ".venv/bin/python")
+    assert "torch is not installed: making" in made.stderr and "torch-2.9.1" in made.stderr
+    assert not (repo / ".venv/half_made").exists()
+
+    again = run(bare_python)
+    assert started(again)["python"] == str(repo / ".venv/bin/python") and not again.stderr
+
+
+def test_users_own_venv_is_left_alone(repo: Path, bare_python: Path) -> None:
+    venv.create(repo / ".venv", symlinks=True)
+    assert "was not made by this script" in refused(infer(repo, PYTHON=str(bare_python)))
+    for name in ["torch", "transformers", "safetensors", "yaml", "tokenizers", "tqdm"]:
+        add_package(repo / ".venv/bin/python", name, "3.0")
+    assert started(infer(repo, PYTHON=str(bare_python)))["python"] == str(repo / ".venv/bin/python")
