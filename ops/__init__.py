@@ -120,6 +120,8 @@ class Ops:
 
 def load_ops(device_type: str) -> Ops:
     """The operations of a device type ("cpu", "cuda", "npu"); what its backend lacks is the plain torch reference."""
+    if device_type == "npu":
+        raise ValueError("device: npu has no operations here yet; set device: cpu")
     from ops.reference import ReferenceOps
 
     return ReferenceOps(grouped_mm=device_type != "cpu")

@@ -3,7 +3,7 @@
 # Launch functions: sourced, after set_env.sh, by a script that runs under `set -euo pipefail`.
 # Environment they read:
 #   PYTHON           the Python to use (default: python, or python3 where there is no python)
-#   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci*)
+#   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci[0-9]*)
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
@@ -14,7 +14,7 @@ die() {
 }
 
 npu_visible() {
-    compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci*}" >/dev/null
+    compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}" >/dev/null
 }
 
 # list_yamls CONFIG_DIR: the YAML names in it, on one line.

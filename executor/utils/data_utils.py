@@ -45,6 +45,8 @@ def load_prompts(data: DataSettings) -> list[str]:
 
 def default_prompts(data: DataSettings) -> list[str]:
     """A JSON file with one text or a list of texts."""
+    if data.prompt_template is not None:
+        raise ValueError("data_config.prompt_template: needs a dataset with records, LongBench or jsonl, not default")
     file = DEFAULT_PROMPTS if data.dataset_path is None else existing(data.dataset_path)
     try:
         prompts = json.loads(file.read_text(encoding="utf-8"))
@@ -66,14 +68,14 @@ def jsonl_prompts(data: DataSettings) -> list[str]:
     with file.open("rb") as stream:
         records = list(json_lines(stream, str(file)))
     if data.prompt_template is not None:
-        return [build_dataset_input(record, data.prompt_template) for record in records]
-    for line, record in enumerate(records, 1):
-        if not isinstance(record.get(data.text_field), str):
+        return [build_dataset_input(record, data.prompt_template) for _, record in records]
+    for line, record in records:
+        if not isinstance(record.get(data.text_field), str) or not record[data.text_field]:
             raise ValueError(
                 f"{file}: line {line}: data_config.text_field {data.text_field!r} is no text there, "
                 f"the fields are {', '.join(record)}"
             )
-    return [record[data.text_field] for record in records]
+    return [record[data.text_field] for _, record in records]
 
 
 def longbench_prompts(data: DataSettings) -> list[str]:
@@ -91,7 +93,7 @@ def longbench_local(folder: Path, task: str) -> list[dict[str, Any]] | None:
         if task not in files:
             raise unknown_task(task, folder, list(files))
         with files[task].open("rb") as stream:
-            return list(json_lines(stream, str(files[task])))
+            return [record for _, record in json_lines(stream, str(files[task]))]
     archive = folder / "data.zip"
     if not archive.is_file():
         return None
@@ -101,7 +103,7 @@ def longbench_local(folder: Path, task: str) -> list[dict[str, Any]] | None:
             if task not in members:
                 raise unknown_task(task, archive, list(members))
             with opened.open(members[task]) as stream:
-                return list(json_lines(stream, f"{archive}:{members[task]}"))
+                return [record for _, record in json_lines(stream, f"{archive}:{members[task]}")]
     except zipfile.BadZipFile as error:
         raise ValueError(f"{archive}: {error} (an incomplete download?)") from None
 
@@ -125,8 +127,8 @@ def longbench_online(task: str) -> list[dict[str, Any]]:
     return longbench_local(Path(archive).parent, task) or []
 
 
-def json_lines(stream: io.BufferedIOBase | Any, where: str) -> Iterator[dict[str, Any]]:
-    """The objects of a jsonl stream, empty lines left out."""
+def json_lines(stream: io.BufferedIOBase | Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a jsonl stream with their line numbers, empty lines left out."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -136,7 +138,7 @@ def json_lines(stream: io.BufferedIOBase | Any, where: str) -> Iterator[dict[str
             raise ValueError(f"{where}: line {number}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: line {number}: expected a JSON object")
-        yield record
+        yield number, record
 
 
 def existing(path: str) -> Path:
