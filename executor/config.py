@@ -56,10 +56,12 @@ class ParallelSettings:
     lmhead_tp_size: int = 1
     attn_dp_size: int | None = None
     moe_ep_size: int | None = None
+    sequence_parallel: bool = False
 
-    def stated(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """The sizes that are given; the two that follow from the others only where the user states them."""
-        return {key: size for key, size in dataclasses.asdict(self).items() if size is not None}
+        stated = dataclasses.asdict(self).items()
+        return {key: size for key, size in stated if key.endswith("_size") and size is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +214,7 @@ def check_sizes(settings: Settings, where: str) -> None:
         "data_config.input_max_len": data.input_max_len,
         "data_config.batch_size": data.batch_size,
         "data_config.max_new_tokens": data.max_new_tokens,
-        **{f"parallel_config.{key}": size for key, size in parallel.stated().items()},
+        **{f"parallel_config.{key}": size for key, size in parallel.sizes().items()},
     }
     for key, size in at_least_one.items():
         if size is not None and size < 1:

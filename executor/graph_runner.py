@@ -27,12 +27,13 @@ class GraphRunner(ModelRunner):
         model: Qwen3Moe,
         kv_caches: list[KVCache],
         dp_index: int,
+        sequence_parallel: bool,
         device: torch.device,
         dp_size: int,
         batch_size: int,
         max_len: int,
     ):
-        super().__init__(model, kv_caches, dp_index, device)
+        super().__init__(model, kv_caches, dp_index, sequence_parallel, device)
         self.dp_size = dp_size
         self.max_blocks = blocks_for(max_len)
         self.pool = torch.cuda.graph_pool_handle()

@@ -29,7 +29,12 @@ from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Messages, Tokenizer, has_tokenizer, read_generation_config
 from models.layers.attention import KVCache
-from models.layers.expert_exchange import AllToAllExchange, GatherExchange, sent_bytes_per_token
+from models.layers.expert_exchange import (
+    AllToAllExchange,
+    ExpertExchange,
+    GatherExchange,
+    sent_bytes_per_token,
+)
 from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import load_config, trained_len
@@ -151,14 +156,15 @@ class LLM:
         num_local_experts = config.num_experts // parallel.moe_ep.size
         gather, all_to_all = (kind(parallel, num_local_experts) for kind in (GatherExchange, AllToAllExchange))
         sent = sent_bytes_per_token(parallel, config.num_experts_per_tok, config.hidden_size, self.dtype.itemsize)
-        prefill = all_to_all if sent["all_to_all"] < sent["gather"] else gather
+        cheaper = all_to_all if sent["all_to_all"] < sent["gather"] else gather
         build = Building(
             config=config,
             ops=self.ops,
             parallel=parallel,
-            prefill_exchange=prefill,
-            decode_exchange=gather if self.settings.exe_mode == "graph" else prefill,
+            prefill_exchange=cheaper,
+            decode_exchange=gather if self.settings.exe_mode == "graph" else cheaper,
         )
+        self.exchanges = {True: build.prefill_exchange, False: build.decode_exchange}
         return Qwen3Moe(build, self.parameters, RotaryEmbedding(config, self.max_len, self.device))
 
     def _build_cache(self) -> tuple[int, list[KVCache]]:
@@ -187,11 +193,16 @@ class LLM:
         )
         return num_blocks, tensors
 
+    def exchange(self, is_prefill: bool) -> ExpertExchange:
+        """How tokens reach their experts in a prefill or a decode step."""
+        return self.exchanges[is_prefill]
+
     @torch.inference_mode()
     def _build_runner(self) -> ModelRunner:
         dp_index, dp_size = self.parallel.attn_dp.index, self.parallel.attn_dp.size
+        sequence_parallel = self.settings.parallel_config.sequence_parallel and self.parallel.attn_tp.size > 1
         if self.settings.exe_mode == "eager":
-            return ModelRunner(self.model, self.kv_caches, dp_index, self.device)
+            return ModelRunner(self.model, self.kv_caches, dp_index, sequence_parallel, self.device)
         from executor.graph_runner import GraphRunner
 
         data = self.settings.data_config
@@ -199,6 +210,7 @@ class LLM:
             self.model,
             self.kv_caches,
             dp_index,
+            sequence_parallel,
             self.device,
             dp_size,
             batch_size=-(-data.batch_size // dp_size),
@@ -311,7 +323,7 @@ def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
     if not model_path.exists():
         raise ValueError(f"model_path: {settings.model_path} does not exist")
     config = load_config(model_path, settings.model_config.rope_scaling)
-    check_layout(config, settings.world_size, settings.parallel_config.stated())
+    check_layout(config, settings.world_size, settings.parallel_config.sizes())
     return model_path, config
 
 

@@ -18,13 +18,17 @@ Batches = list[list[Sequence]]
 
 
 class ModelRunner:
-    """Prefill and decode steps, eager."""
+    """Prefill and decode steps, eager. Sequence parallelism is for prefills: a decode step has too few tokens."""
 
-    def __init__(self, model: Qwen3Moe, kv_caches: list[KVCache], dp_index: int, device: torch.device):
+    def __init__(
+        self, model: Qwen3Moe, kv_caches: list[KVCache], dp_index: int, sequence_parallel: bool, device: torch.device
+    ):
         self.model = model
         self.kv_caches = kv_caches
         self.dp_index = dp_index
+        self.sequence_parallel = sequence_parallel
         self.device = device
+        self.tokens_run = 0  # by this rank's group, since the start
 
     def prefill(self, batches: Batches, all_positions: bool = False) -> ShardedLogits:
         """Runs whole prompts, packed. Logits of each last token, or of `all_positions`."""
@@ -51,6 +55,7 @@ class ModelRunner:
     def step_metadata(self, batches: Batches, query_lens: list[list[int]], is_prefill: bool) -> StepMetadata:
         """Positions and cache places of the last `query_lens` tokens of each sequence."""
         sequences, own = batches[self.dp_index], query_lens[self.dp_index]
+        self.tokens_run += sum(own)
         positions = [range(len(s) - n, len(s)) for s, n in zip(sequences, own, strict=True)]
         slots = [s.slot(p) for s, row in zip(sequences, positions, strict=True) for p in row]
         seq_lens = [len(sequence) for sequence in sequences]
@@ -63,6 +68,7 @@ class ModelRunner:
             query_lens_list=own,
             seq_lens_list=seq_lens,
             dp_num_tokens=[sum(lens) for lens in query_lens],
+            sequence_parallel=is_prefill and self.sequence_parallel,
         )
 
     def block_table(self, sequences: list[Sequence]) -> list[list[int]]:

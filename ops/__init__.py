@@ -30,6 +30,7 @@ class StepMetadata:
     query_lens_list: list[int]  # [B], tokens of each sequence in this step
     seq_lens_list: list[int]  # [B], the same as seq_lens
     dp_num_tokens: list[int]  # tokens of this step in every group of attention ranks, this one's among them
+    sequence_parallel: bool = False  # whether, outside attention, the ranks of a group share its tokens out
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+# the names since torch 2.13, and those before
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -50,7 +54,7 @@ class Group:
             return tensor
         self.traffic.add(self.name, (self.size - 1) * tensor.nbytes)
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=self.process_group)
+        all_gather_single(gathered, tensor.contiguous(), group=self.process_group)
         return gathered
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +63,7 @@ class Group:
             return tensor
         part = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
         self.traffic.add(self.name, (self.size - 1) * part.nbytes)
-        dist.reduce_scatter_tensor(part, tensor.contiguous(), group=self.process_group)
+        reduce_scatter_single(part, tensor.contiguous(), group=self.process_group)
         return part
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from models.layers.padding import pad_rows
+from models.layers.padding import pad_rows, share_of
 from ops import Routing, StepMetadata
 from ops.comm import ParallelContext
 
@@ -31,7 +31,7 @@ class ExpertExchange(Protocol):
     """A vendor's fused pair of operations fits behind these two as well."""
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
-        """[T, D] tokens of this rank, the same on all ranks of its attn_tp group."""
+        """[T, D] tokens of this rank: those of its attn_tp group or, in a sequence-parallel step, its share of them."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         """[R, D] output of the dispatched rows -> [T, D]."""
@@ -49,19 +49,24 @@ class GatherExchange:
         self.num_local_experts = num_local_experts
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
-        attn_dp, count = self.parallel.attn_dp, step.max_dp_tokens
+        group, count = self.parallel.attn_dp, step.max_dp_tokens
+        if step.sequence_parallel:
+            group, count = self.parallel.world, share_of(step.max_dp_tokens, self.parallel.attn_tp.size)
         weights, ids = routing.topk_weights, routing.topk_ids
-        if attn_dp.size > 1:
-            hidden_states = attn_dp.all_gather(pad_rows(hidden_states, count))
-            weights = attn_dp.all_gather(pad_rows(weights, count))
-            ids = attn_dp.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).long()
-        has_elsewhere = attn_dp.size > 1 or self.parallel.moe_ep.size > 1
+        if group.size > 1:
+            hidden_states = group.all_gather(pad_rows(hidden_states, count))
+            weights = group.all_gather(pad_rows(weights, count))
+            ids = group.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).long()
+        has_elsewhere = group.size > 1 or self.parallel.moe_ep.size > 1
         if has_elsewhere:
             ids = ids - self.parallel.moe_ep.index * self.num_local_experts
             ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
         return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere))
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
+        if step.sequence_parallel:
+            own = self.parallel.world.reduce_scatter(output)
+            return own[: share_of(step.num_tokens, self.parallel.attn_tp.size)]
         own = self.parallel.attn_dp.reduce_scatter(output)
         return self.parallel.attn_tp.all_reduce(own[: step.num_tokens])
 
@@ -79,9 +84,11 @@ class AllToAllExchange:
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
         attn_tp, moe_tp = self.parallel.attn_tp, self.parallel.moe_tp
-        share = -(-step.num_tokens // attn_tp.size)
-        mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
-        hidden_states, ids, weights = hidden_states[mine], routing.topk_ids[mine], routing.topk_weights[mine]
+        ids, weights = routing.topk_ids, routing.topk_weights
+        share = share_of(step.num_tokens, attn_tp.size)
+        if not step.sequence_parallel:
+            mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
+            hidden_states, ids, weights = hidden_states[mine], ids[mine], weights[mine]
         top_k = ids.shape[1]
         # rank of the world: ep index * moe_tp size + moe_tp index; each of the moe_tp ranks gets the row
         ep_index = (ids // self.num_local_experts).flatten()
@@ -102,8 +109,10 @@ class AllToAllExchange:
         top_k = weights.shape[1]
         tokens = output.new_zeros(weights.shape[0], output.shape[1], dtype=torch.float32)
         tokens.index_add_(0, choices // top_k, returned * weights.flatten()[choices, None])
-        gathered = self.parallel.attn_tp.all_gather(pad_rows(tokens.to(output.dtype), share))
-        return gathered[: step.num_tokens]
+        tokens = tokens.to(output.dtype)
+        if step.sequence_parallel:
+            return tokens
+        return self.parallel.attn_tp.all_gather(pad_rows(tokens, share))[: step.num_tokens]
 
 
 def sent_bytes_per_token(

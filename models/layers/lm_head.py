@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models.layers.linear import NormLinear
 from models.layers.padding import pad_rows
+from ops import Ops, Weight
 from ops.comm import Group
 
 
@@ -48,8 +48,13 @@ class ShardedLogits:
 class LmHead:
     """Last hidden states -> sharded logits. `same_tokens`: whether the ranks of the group hold the same rows."""
 
-    def __init__(self, norm_linear: NormLinear, group: Group, same_tokens: bool):
-        self.norm_linear = norm_linear
+    def __init__(
+        self, norm_weight: torch.Tensor, eps: float, weight: Weight, group: Group, same_tokens: bool, ops: Ops
+    ):
+        self.norm_weight = norm_weight
+        self.eps = eps
+        self.weight = weight
+        self.ops = ops
         self.group = group
         self.same_tokens = same_tokens
 
@@ -60,5 +65,5 @@ class LmHead:
             hidden_states = self.group.all_gather(pad_rows(hidden_states, max_rows))
             residual = self.group.all_gather(pad_rows(residual, max_rows))
             first_row = self.group.index * max_rows
-        logits, _ = self.norm_linear(hidden_states, residual)
+        logits, _ = self.ops.norm_linear(hidden_states, residual, self.norm_weight, self.eps, self.weight)
         return ShardedLogits(logits.float(), self.group, first_row, num_rows)

@@ -19,8 +19,8 @@ class DenseMlp:
     def __call__(
         self, hidden_states: torch.Tensor, residual: torch.Tensor, step: StepMetadata
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, residual = self.gate_up_proj(hidden_states, residual)
-        return self.down_proj(self.ops.silu_and_mul(gate_up)), residual
+        gate_up, residual = self.gate_up_proj(hidden_states, residual, step)
+        return self.down_proj(self.ops.silu_and_mul(gate_up), step), residual
 
 
 class SparseMoe:

@@ -16,6 +16,7 @@ from models.layers.expert_exchange import ExpertExchange
 from models.layers.linear import NormLinear, RowLinear
 from models.layers.lm_head import LmHead, ShardedLogits
 from models.layers.mlp import DenseMlp, SparseMoe
+from models.layers.padding import pad_rows, share_of
 from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.weights import is_sparse_layer
@@ -44,7 +45,12 @@ class DecoderLayer:
             (attention["qkv_proj.bias"], attention["o_proj.bias"]) if config.attention_bias else (None, None)
         )
         self.qkv_proj = NormLinear(
-            parameters["input_layernorm.weight"], eps, attention["qkv_proj.weight"], qkv_bias, ops
+            parameters["input_layernorm.weight"],
+            eps,
+            attention["qkv_proj.weight"],
+            qkv_bias,
+            build.parallel.attn_tp,
+            ops,
         )
         self.attention = Attention(attention["q_norm.weight"], attention["k_norm.weight"], eps, ops)
         self.o_proj = RowLinear(attention["o_proj.weight"], o_bias, build.parallel.attn_tp, ops)
@@ -59,8 +65,8 @@ class DecoderLayer:
         kv_cache: KVCache,
         step: StepMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        qkv, residual = self.qkv_proj(hidden_states, residual)  # [T, (H + 2G) * C]
-        hidden_states = self.o_proj(self.attention(qkv, cos_sin, kv_cache, step))
+        qkv, residual = self.qkv_proj(hidden_states, residual, step)  # [T, (H + 2G) * C]
+        hidden_states = self.o_proj(self.attention(qkv, cos_sin, kv_cache, step), step)
         return self.mlp(hidden_states, residual, step)
 
 
@@ -77,8 +83,11 @@ class Qwen3Moe:
             for layer_id in range(config.num_hidden_layers)
         ]
         head = DenseWeight(table) if config.tie_word_embeddings else parameters["lm_head.weight"]
-        norm_head = NormLinear(parameters["norm.weight"], config.rms_norm_eps, head, None, ops)
-        self.lm_head = LmHead(norm_head, parallel.lmhead_tp, parallel.holds_same_tokens(parallel.lmhead_tp))
+        same_tokens = parallel.holds_same_tokens(parallel.lmhead_tp)
+        self.lm_head = LmHead(
+            parameters["norm.weight"], config.rms_norm_eps, head, parallel.lmhead_tp, same_tokens, ops
+        )
+        self.attn_tp = parallel.attn_tp
 
     def forward(
         self, token_ids: torch.Tensor, step: StepMetadata, kv_caches: list[KVCache]
@@ -86,8 +95,16 @@ class Qwen3Moe:
         """token_ids [T] int64 -> the last layer's output and residual [T, D]; `logits` adds and normalises them."""
         hidden_states, residual = self.embed_tokens(token_ids, step), None
         cos_sin = self.rotary(step)
+        if step.sequence_parallel:
+            share = share_of(step.num_tokens, self.attn_tp.size)
+            hidden_states = pad_rows(hidden_states, share * self.attn_tp.size)
+            hidden_states = hidden_states[self.attn_tp.index * share : (self.attn_tp.index + 1) * share]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden_states, residual = layer(hidden_states, residual, cos_sin, kv_cache, step)
+        if step.sequence_parallel:
+            hidden_states, residual = (
+                self.attn_tp.all_gather(part)[: step.num_tokens] for part in (hidden_states, residual)
+            )
         return hidden_states, residual
 
     def logits(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
@@ -97,8 +114,9 @@ class Qwen3Moe:
 
 def build_dense_mlp(build: Building, norm_weight: torch.Tensor, parameters: Parameters) -> DenseMlp:
     ops = build.ops
-    gate_up_proj = NormLinear(norm_weight, build.config.rms_norm_eps, parameters["gate_up_proj.weight"], None, ops)
-    down_proj = RowLinear(parameters["down_proj.weight"], None, build.parallel.attn_tp, ops)
+    eps, attn_tp = build.config.rms_norm_eps, build.parallel.attn_tp
+    gate_up_proj = NormLinear(norm_weight, eps, parameters["gate_up_proj.weight"], None, attn_tp, ops)
+    down_proj = RowLinear(parameters["down_proj.weight"], None, attn_tp, ops)
     return DenseMlp(gate_up_proj, down_proj, ops)
 
 

@@ -57,6 +57,8 @@ def test_layouts_equal_one_process(world_size, tmp_path):
     prompts = [torch.randint(0, 208, (length,)).tolist() for length in PROMPT_LENGTHS]
     expected = results_of(str(tmp_path), token_ids, prompts, {})
     all_settings = [settings_of(layout, world_size) for layout in LAYOUTS[world_size]]
+    for settings in all_settings[::2]:
+        settings["sequence_parallel"] = True
     ranks = run_ranks(world_size, results_of_layouts, tmp_path, str(tmp_path), token_ids, prompts, all_settings)
     for rank, results in enumerate(ranks):
         for layout, found in zip(LAYOUTS[world_size], results, strict=True):

@@ -4,13 +4,22 @@
 import pytest
 import torch
 
+from executor.bench import CONFIG_FOLDER
+from executor.config import load_settings
+from executor.llm import check_before_launch
 from executor.loader import load_parameters
 from models.qwen3_moe.sharding import Layout, check_layout
 from models.qwen3_moe.weights import parameter_specs
 from ops.comm import group_members
 from tests.checkpoints import make_checkpoint, make_model
 
-CONFIG = {"vocab_size": 208, "num_attention_heads": 8, "num_experts": 16, "mlp_only_layers": [1], "attention_bias": True}
+CONFIG = {
+    "vocab_size": 208,
+    "num_attention_heads": 8,
+    "num_experts": 16,
+    "mlp_only_layers": [1],
+    "attention_bias": True,
+}
 
 
 def layouts(world_size: int, **sizes: int) -> list[Layout]:
@@ -87,3 +96,8 @@ def test_impossible_layouts_name_the_possible_sizes(changed, key, possible):
     check_layout(config, 16, sizes)
     with pytest.raises(ValueError, match=rf"parallel_config\.{key}: .*{possible}$"):
         check_layout(config, 16, sizes | changed)
+
+
+@pytest.mark.parametrize("yaml_file", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_layouts_of_the_yaml_files_are_possible(yaml_file):
+    check_before_launch(load_settings(yaml_file))
