@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures speed: `python -m executor.bench latency --yaml X [--peer transformers]`.
 
+On several ranks: `python -m torch.distributed.run --nproc_per_node N -m executor.bench latency ...`; rank 0 reports.
+
 A run's figures are medians over repeats that take turns with the peer's, so that a machine which changes its speed
 slows both. Times are in milliseconds; absolute ones mean something only on a machine that does nothing else.
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.config import load_settings
+from ops.comm import rank_and_world_size
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "models" / "qwen3_moe" / "config"
 
@@ -31,7 +34,7 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.output:
+    if arguments.output and rank_and_world_size()[0] == 0:
         Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -68,7 +71,10 @@ def latency(settings: list[Any], arguments: argparse.Namespace) -> dict[str, Any
         name = device_name(llm.device)
         del llm, peer
         gc.collect()  # the next mode needs the memory
-    print(result_table(results))
+    if rank_and_world_size()[0] == 0:
+        print(result_table(results))
+        if results[0]["world_size"] > 1:
+            print(traffic_table(results))
     return {
         "device": name,
         "commit": commit(),
@@ -113,11 +119,15 @@ def measure(
 
         peer_names = {f"transformers {implementation}": implementation for implementation in EXPERTS_IMPLEMENTATIONS}
         rounds |= {name: [] for name in peer_names}
+    llm.parallel.traffic.sent_bytes.clear()
+    llm.runner.tokens_run = 0
     for _ in range(arguments.repeats + 1):
         rounds["ours"].append(run_ours(llm, prompts, arguments.new_tokens))
         for name, implementation in peer_names.items():
             rounds[name].append(peer.generate(prompts, arguments.new_tokens, implementation))
     rows = [row(llm, name, runs[1:], prompts, arguments.new_tokens) for name, runs in rounds.items()]
+    if llm.settings.world_size > 1:
+        rows[0] |= traffic(llm, prompts, arguments.new_tokens, arguments.repeats + 1)
     for result in rows[1:]:
         result["ours_over_this"] = {
             "ttft": round(rows[0]["ttft_ms"]["p50"] / result["ttft_ms"]["p50"], 3),
@@ -126,6 +136,24 @@ def measure(
         same = rounds["ours"][-1][0] == rounds[result["system"]][-1][0]
         result["same_tokens_as_ours"] = same
     return rows
+
+
+def traffic(llm: Any, prompts: list[list[int]], new_tokens: int, runs: int) -> dict[str, Any]:
+    """What rank 0 sent and worked on in one run, as counted and as docs/parallelism.md's formulas say."""
+    from executor.traffic import expected_run_bytes
+
+    names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
+    sent = sum(count for name, count in llm.parallel.traffic.sent_bytes.items() if name != "control")
+    tokens = sum(map(len, prompts)) + len(prompts) * (new_tokens - 1)
+    expected = expected_run_bytes(llm, [len(prompt) for prompt in prompts], new_tokens)
+    return {
+        "layout": {name: getattr(llm.settings.parallel_config, name) for name in names},
+        "exchanges": {phase: type(llm.exchange(phase == "prefill")).__name__ for phase in ("prefill", "decode")},
+        "tokens_of_job": tokens,
+        "tokens_of_rank": llm.runner.tokens_run // runs,
+        "sent_bytes_per_token": round(sent / runs / tokens, 1),
+        "formula_bytes_per_token": round(expected / tokens, 1),
+    }
 
 
 def run_ours(llm: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, list[float]]:
@@ -171,6 +199,19 @@ def result_table(results: list[dict[str, Any]]) -> str:
             [*(result[key] for key in keys), result["ttft_ms"]["p50"], tpot["p50"], tpot["p90"], tpot["p99"]]
             + [result["tok_per_s"], ratio.get("ttft"), ratio.get("tpot")]
         )
+    return table(header, rows)
+
+
+def traffic_table(results: list[dict[str, Any]]) -> str:
+    from executor.utils.report import table
+
+    keys = ("tokens_of_job", "tokens_of_rank", "sent_bytes_per_token", "formula_bytes_per_token")
+    header = ["mode", "batch", "prefill exchange", "decode exchange", "tokens", "of rank 0", "sent B/token", "formula"]
+    rows = [
+        [result["exe_mode"], result["batch_size"], *result["exchanges"].values(), *(result[key] for key in keys)]
+        for result in results
+        if "exchanges" in result
+    ]
     return table(header, rows)
 
 

@@ -54,6 +54,14 @@ class ParallelSettings:
     moe_tp_size: int = 1
     embed_tp_size: int = 1
     lmhead_tp_size: int = 1
+    attn_dp_size: int | None = None
+    moe_ep_size: int | None = None
+    sequence_parallel: bool = False
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes that are given; the two that follow from the others only where the user states them."""
+        stated = dataclasses.asdict(self).items()
+        return {key: size for key, size in stated if key.endswith("_size") and size is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +214,7 @@ def check_sizes(settings: Settings, where: str) -> None:
         "data_config.input_max_len": data.input_max_len,
         "data_config.batch_size": data.batch_size,
         "data_config.max_new_tokens": data.max_new_tokens,
-        **{f"parallel_config.{key}": size for key, size in dataclasses.asdict(parallel).items()},
+        **{f"parallel_config.{key}": size for key, size in parallel.sizes().items()},
     }
     for key, size in at_least_one.items():
         if size is not None and size < 1:
@@ -216,9 +224,6 @@ def check_sizes(settings: Settings, where: str) -> None:
             f"{where}: model_config.cache_memory_fraction: {model.cache_memory_fraction} is impossible, "
             "must be above 0 and at most 1"
         )
-    for key, size in {"world_size": settings.world_size, **dataclasses.asdict(parallel)}.items():
-        if size != 1:
-            raise ValueError(f"{where}: {key}: {size} is not supported, one process (1) is")
 
 
 def resolve_path(path: str) -> Path:

@@ -7,17 +7,22 @@ import importlib.util
 import torch
 
 
-def select_device(name: str) -> torch.device:
-    """The device for a `device` setting (auto, npu, cuda, cpu).
+def select_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of this rank for a `device` setting (auto, npu, cuda, cpu).
 
     Raises ValueError if the device named is not there, or `auto` sees an accelerator it cannot use.
     """
     if name == "cpu":
         return torch.device("cpu")
     if name in ("auto", "npu") and has_npu():
-        return torch.device("npu", 0)
+        return torch.device("npu", local_rank)
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", 0)
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"device: rank {local_rank} of this node needs a GPU, there are {torch.cuda.device_count()}"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
     if name != "auto":
         raise ValueError(f"device: {name} is not available to this Python's torch {torch.__version__}")
     for kind, pattern, need in (

@@ -1,56 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loop: start what waits, prefill it, decode what runs, finish what ended."""
+"""The loop: start what waits, prefill it, decode what runs, finish what ended.
+
+Every rank keeps the books of all requests and takes the same decisions, so that nobody has to be told what comes next;
+what a rank cannot know, the tokens of other groups of attention ranks, is exchanged after each step.
+"""
 
 import time
 from collections.abc import Iterator
 
-from executor.model_runner import ModelRunner
+import torch
+from torch.nn import functional as F
+
+from executor.model_runner import Batches, ModelRunner
 from executor.sampler import sample
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Tokenizer
+from models.layers.lm_head import ShardedLogits
+from ops.comm import ParallelContext
 
 
 class Engine:
-    """Runs sequences to their end, several at a time."""
+    """Runs sequences to their end, several at a time; one scheduler for each group of attention ranks."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler, tokenizer: Tokenizer):
+    def __init__(
+        self, runner: ModelRunner, schedulers: list[Scheduler], parallel: ParallelContext, tokenizer: Tokenizer
+    ):
         self.runner = runner
-        self.scheduler = scheduler
+        self.schedulers = schedulers
+        self.parallel = parallel
         self.tokenizer = tokenizer
 
     def run(self, sequences: list[Sequence]) -> Iterator[Sequence]:
-        """Yields every sequence when it has finished."""
-        for sequence in sequences:
-            self.scheduler.add(sequence)
+        """Yields every sequence when it has finished. The groups get sequences in turn."""
+        for number, sequence in enumerate(sequences):
+            self.schedulers[number % len(self.schedulers)].add(sequence)
         try:
-            while self.scheduler.waiting or self.scheduler.running:
+            while any(scheduler.waiting or scheduler.running for scheduler in self.schedulers):
                 yield from self.step()
         finally:  # an abandoned or failed run leaves no sequence behind for the next one
-            self.scheduler.waiting.clear()
-            for sequence in list(self.scheduler.running):
-                self.scheduler.finish(sequence)
+            for scheduler in self.schedulers:
+                scheduler.clear()
 
     def step(self) -> list[Sequence]:
         """One prefill if something can start, else one decode step; returns the sequences it finished."""
         started_s = time.perf_counter()
-        batch = self.scheduler.start_waiting()
-        if batch:
-            for sequence in batch:
+        batches = [scheduler.start_waiting() for scheduler in self.schedulers]
+        if any(batches):
+            for sequence in sum(batches, []):
                 sequence.started_s = started_s
-            logits = self.runner.prefill(batch)
+            logits = self.runner.prefill(batches)
         else:
-            batch = list(self.scheduler.running)
-            logits = self.runner.decode(batch)
-        token_ids = sample(logits, batch)
+            batches = [list(scheduler.running) for scheduler in self.schedulers]
+            logits = self.runner.decode(batches)
+        token_ids = self.share_tokens(sample(logits, self.rows_of(logits, batches)), batches)
         now_s = time.perf_counter()
-        for sequence, token_id in zip(batch, token_ids, strict=True):
-            sequence.token_ids.append(token_id)
-            sequence.token_times_s.append(now_s)
-            sequence.finish_reason = self.finish_reason(sequence)
-        finished = [sequence for sequence in batch if sequence.finish_reason]
-        for sequence in finished:
-            self.scheduler.finish(sequence)
+        finished = []
+        for scheduler, batch, tokens in zip(self.schedulers, batches, token_ids, strict=True):
+            for sequence, token_id in zip(batch, tokens, strict=True):
+                sequence.token_ids.append(token_id)
+                sequence.token_times_s.append(now_s)
+                sequence.finish_reason = self.finish_reason(sequence)
+                if sequence.finish_reason:
+                    scheduler.finish(sequence)
+                    finished.append(sequence)
         return finished
+
+    def rows_of(self, logits: ShardedLogits, batches: Batches) -> list[Sequence | None]:
+        """Whose logits stand in the rows of `logits.local`."""
+        group, attn_tp_size = logits.group, self.parallel.attn_tp.size
+        if self.parallel.holds_same_tokens(group):
+            return batches[self.runner.dp_index]
+        rows_per_rank = logits.local.shape[0] // group.size
+        rows: list[Sequence | None] = []
+        for rank in group.ranks:
+            batch = batches[rank // attn_tp_size]
+            rows += batch + [None] * (rows_per_rank - len(batch))
+        return rows
+
+    def share_tokens(self, own: list[int], batches: Batches) -> list[list[int]]:
+        """Every group's new tokens, as its first rank sampled them."""
+        if self.parallel.control.size == 1:
+            return [own]
+        width = max(map(len, batches))
+        padded = F.pad(self.runner.tensor(own), (0, width - len(own)))
+        gathered: torch.Tensor = self.parallel.control.all_gather(padded).view(-1, width)
+        of_groups = gathered[:: self.parallel.attn_tp.size].tolist()
+        return [tokens[: len(batch)] for tokens, batch in zip(of_groups, batches, strict=True)]
 
     def finish_reason(self, sequence: Sequence) -> str | None:
         """ "stop" at an end token or stop string, "length" at the token limit, None while it goes on."""

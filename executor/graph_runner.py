@@ -5,8 +5,10 @@ import dataclasses
 
 import torch
 
-from executor.kv_cache import NULL_BLOCK, KVCache, blocks_for
-from executor.model_runner import ModelRunner
+from executor.kv_cache import NULL_BLOCK, blocks_for
+from executor.model_runner import Batches, ModelRunner
+from models.layers.attention import KVCache
+from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
 
@@ -16,11 +18,23 @@ WARMUP_STEPS = 2  # run before capture, so that one-time work of libraries is no
 class GraphRunner(ModelRunner):
     """Captures one graph a batch size (1, 2, 4, ... up to the largest); a batch in between is padded to the next.
 
-    Sequences that grow beyond `max_len` tokens take eager steps.
+    Where the groups of attention ranks have batches of different sizes, all take the largest one's graph. Sequences
+    that grow beyond `max_len` tokens take eager steps.
     """
 
-    def __init__(self, model: Qwen3Moe, cache: KVCache, device: torch.device, batch_size: int, max_len: int):
-        super().__init__(model, cache, device)
+    def __init__(
+        self,
+        model: Qwen3Moe,
+        kv_caches: list[KVCache],
+        dp_index: int,
+        sequence_parallel: bool,
+        device: torch.device,
+        dp_size: int,
+        batch_size: int,
+        max_len: int,
+    ):
+        super().__init__(model, kv_caches, dp_index, sequence_parallel, device)
+        self.dp_size = dp_size
         self.max_blocks = blocks_for(max_len)
         self.pool = torch.cuda.graph_pool_handle()
         sizes = {batch_size} | {2**i for i in range(batch_size.bit_length())}
@@ -37,6 +51,7 @@ class GraphRunner(ModelRunner):
             seq_lens=torch.ones_like(token_ids),
             query_lens_list=[1] * batch_size,
             seq_lens_list=[1] * batch_size,
+            dp_num_tokens=[batch_size] * self.dp_size,
         )
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
@@ -49,12 +64,13 @@ class GraphRunner(ModelRunner):
             logits = super().decode_step(token_ids, step)
         return DecodeGraph(graph, token_ids, step, logits)
 
-    def decode(self, sequences):
-        token_ids = self.tensor([sequence.token_ids[-1] for sequence in sequences])
-        step = self.step_metadata(sequences, [1] * len(sequences), is_prefill=False)
-        if step.block_table.shape[1] > self.max_blocks:
-            return self.decode_step(token_ids, step)
-        size = min(size for size in self.graphs if size >= len(sequences))
+    def decode(self, batches: Batches) -> ShardedLogits:
+        longest = max(len(sequence) for batch in batches for sequence in batch)
+        if blocks_for(longest) > self.max_blocks:
+            return super().decode(batches)
+        token_ids = self.tensor([sequence.token_ids[-1] for sequence in batches[self.dp_index]])
+        step = self.step_metadata(batches, [[1] * len(batch) for batch in batches], is_prefill=False)
+        size = min(size for size in self.graphs if size >= max(map(len, batches)))
         return self.graphs[size].replay(token_ids, step)
 
 
@@ -65,18 +81,18 @@ class DecodeGraph:
     graph: torch.cuda.CUDAGraph
     token_ids: torch.Tensor
     step: StepMetadata
-    logits: torch.Tensor
+    logits: ShardedLogits
 
-    def replay(self, token_ids: torch.Tensor, step: StepMetadata) -> torch.Tensor:
-        """Runs the recorded step on other rows; rows beyond them keep writing to the null block."""
+    def replay(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
+        """Runs the recorded step on other rows; rows beyond them write to the null block."""
         rows = len(token_ids)
         self.token_ids[:rows] = token_ids
         self.step.positions[:rows] = step.positions
-        self.step.slot_mapping.fill_(0)
+        self.step.slot_mapping.fill_(NULL_BLOCK)
         self.step.slot_mapping[:rows] = step.slot_mapping
         self.step.block_table.fill_(NULL_BLOCK)
-        self.step.block_table[:rows, : step.block_table.shape[1]] = step.block_table
+        self.step.block_table[:rows, : step.block_table.shape[-1]] = step.block_table
         self.step.seq_lens.fill_(1)
         self.step.seq_lens[:rows] = step.seq_lens
         self.graph.replay()
-        return self.logits[:rows]
+        return dataclasses.replace(self.logits, num_rows=rows)

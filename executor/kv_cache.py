@@ -12,24 +12,10 @@ def blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_SIZE)
 
 
-class KVCache:
-    """Cache tensors of all layers, and which blocks are free.
+class BlockAllocator:
+    """Which blocks of a cache are free."""
 
-    `layers` holds a pair of tensors [num_blocks, BLOCK_SIZE, G, C] a layer. They start as zeros, because a masked
-    position still takes part in attention with weight 0, and 0 times the NaN of stale memory is NaN.
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ):
-        shape = (2, num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim)  # one more: the null block
-        self.layers = [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+    def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
         self.free_blocks = list(range(num_blocks, NULL_BLOCK, -1))  # popped from the end: low numbers first
 
@@ -43,6 +29,18 @@ class KVCache:
     def free(self, blocks: list[int]) -> None:
         """Gives blocks back."""
         self.free_blocks.extend(reversed(blocks))
+
+
+def cache_tensors(
+    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer, [num_blocks + 1, BLOCK_SIZE, G, C]: the null block is one more.
+
+    They start as zeros, because a masked position still takes part in attention with weight 0, and 0 times the NaN of
+    stale memory is NaN.
+    """
+    shape = (2, num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim)
+    return [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
 
 
 def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

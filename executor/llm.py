@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen3MoeConfig
 
 from executor.config import (
     SECTIONS,
@@ -21,17 +22,27 @@ from executor.config import (
 )
 from executor.device import free_memory_bytes, select_device, synchronize
 from executor.engine import Engine
-from executor.kv_cache import BLOCK_SIZE, KVCache, block_bytes, blocks_for
+from executor.kv_cache import BLOCK_SIZE, BlockAllocator, block_bytes, blocks_for, cache_tensors
 from executor.loader import load_parameters, parameter_bytes, random_parameters
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Messages, Tokenizer, has_tokenizer, read_generation_config
+from models.layers.attention import KVCache
+from models.layers.expert_exchange import (
+    AllToAllExchange,
+    ExpertExchange,
+    GatherExchange,
+    sent_bytes_per_token,
+)
+from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import load_config, trained_len
-from models.qwen3_moe.model import Qwen3Moe
+from models.qwen3_moe.model import Building, Qwen3Moe
+from models.qwen3_moe.sharding import Layout, check_layout
 from models.qwen3_moe.weights import parameter_specs
 from ops import load_ops
+from ops.comm import init_parallel, local_rank, rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -85,29 +96,39 @@ class LLM:
     def _load(self, settings: Settings) -> None:
         start_s = time.perf_counter()
         self.settings = settings
-        self.device = select_device(settings.device)
+        data, model, sizes = settings.data_config, settings.model_config, settings.parallel_config
+        model_path, self.config = check_before_launch(settings)
+        started = rank_and_world_size()[1]
+        if settings.world_size != started:
+            raise ValueError(
+                f"world_size: {settings.world_size} in the settings, but the job has {started} processes; "
+                "models/qwen3_moe/infer.sh starts them"
+            )
+        self.device = select_device(settings.device, local_rank())
         if settings.exe_mode == "graph" and self.device.type != "cuda":
             raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
-        model_path = resolve_path(settings.model_path)
-        if not model_path.exists():
-            raise ValueError(f"model_path: {settings.model_path} does not exist")
-        data, model = settings.data_config, settings.model_config
-        self.config = load_config(model_path, model.rope_scaling)
         self.tokenizer = Tokenizer(
             self._tokenizer_path(model_path), data.input_max_len, data.long_prompt, data.enable_thinking
         )
         self.default_sampling = default_sampling(data, model_path)
         self.max_len = max(self.config.max_position_embeddings, data.input_max_len + data.max_new_tokens)
-        dtype = getattr(torch, model.dtype)
-        self.parameters = self._load_parameters(model_path, dtype)
-        ops = load_ops(self.device.type)
-        rotary = RotaryEmbedding(self.config, self.max_len, self.device)
-        self.model = Qwen3Moe(self.config, self.parameters, rotary, ops)
-        self.cache = self._build_cache(dtype)
+        self.dtype = getattr(torch, model.dtype)
+        self.ops = load_ops(self.device.type)
+        self.parallel = init_parallel(
+            self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
+        )
+        self.parameters = self._load_parameters(model_path)
+        self.model = self._build_model()
+        self.num_blocks, self.kv_caches = self._build_cache()
         self.runner = self._build_runner()
-        self.engine = Engine(self.runner, Scheduler(self.cache, data.batch_size), self.tokenizer)
+        dp_size = self.parallel.attn_dp.size
+        schedulers = [
+            Scheduler(BlockAllocator(self.num_blocks), batch_size=-(-data.batch_size // dp_size))
+            for _ in range(dp_size)
+        ]
+        self.engine = Engine(self.runner, schedulers, self.parallel, self.tokenizer)
         synchronize(self.device)
-        logger.info("ready in %.1f s on %s, operations: %s", time.perf_counter() - start_s, self.device, ops.name)
+        logger.info("ready in %.1f s on %s, operations: %s", time.perf_counter() - start_s, self.device, self.ops.name)
 
     def _tokenizer_path(self, model_path: Path) -> Path:
         if has_tokenizer(model_path) or self.settings.model_config.with_ckpt:
@@ -115,28 +136,47 @@ class LLM:
         logger.warning("%s has no tokenizer: prompts take the demo's, generated text means nothing", model_path)
         return resolve_path(DEMO_PATH)
 
-    def _load_parameters(self, model_path: Path, dtype: torch.dtype):
-        specs = parameter_specs(self.config)
-        needed, free = parameter_bytes(specs, dtype), free_memory_bytes(self.device)
-        logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, dtype, free / 1e9)
+    def _load_parameters(self, model_path: Path) -> Parameters:
+        specs = parameter_specs(self.config, Layout.of(self.parallel))
+        needed, free = parameter_bytes(specs, self.dtype), free_memory_bytes(self.device)
+        logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, self.dtype, free / 1e9)
         if needed > free:
             raise ValueError(
                 f"model_path: the weights need {needed / 1e9:.1f} GB in {self.settings.model_config.dtype}, "
                 f"{self.device} has {free / 1e9:.1f} GB free"
             )
         if self.settings.model_config.with_ckpt:
-            return load_parameters(model_path, specs, dtype, self.device)
-        return random_parameters(specs, dtype, self.device, std=self.config.initializer_range)
+            whole_model = parameter_specs(self.config, Layout())
+            return load_parameters(model_path, specs, whole_model, self.dtype, self.device)
+        return random_parameters(specs, self.dtype, self.device, std=self.config.initializer_range)
 
-    def _build_cache(self, dtype: torch.dtype) -> KVCache:
-        """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory."""
+    def _build_model(self) -> Qwen3Moe:
+        """The network, with the expert exchanges that send the least; a captured step needs the gathering one."""
+        parallel, config = self.parallel, self.config
+        num_local_experts = config.num_experts // parallel.moe_ep.size
+        gather, all_to_all = (kind(parallel, num_local_experts) for kind in (GatherExchange, AllToAllExchange))
+        sent = sent_bytes_per_token(parallel, config.num_experts_per_tok, config.hidden_size, self.dtype.itemsize)
+        cheaper = all_to_all if sent["all_to_all"] < sent["gather"] else gather
+        build = Building(
+            config=config,
+            ops=self.ops,
+            parallel=parallel,
+            prefill_exchange=cheaper,
+            decode_exchange=gather if self.settings.exe_mode == "graph" else cheaper,
+        )
+        self.exchanges = {True: build.prefill_exchange, False: build.decode_exchange}
+        return Qwen3Moe(build, self.parameters, RotaryEmbedding(config, self.max_len, self.device))
+
+    def _build_cache(self) -> tuple[int, list[KVCache]]:
+        """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory, equal on all ranks."""
         config, data, model = self.config, self.settings.data_config, self.settings.model_config
-        bytes_per_block = block_bytes(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype)
+        num_kv_heads = max(1, config.num_key_value_heads // self.parallel.attn_tp.size)
+        bytes_per_block = block_bytes(config.num_hidden_layers, num_kv_heads, config.head_dim, self.dtype)
         free = free_memory_bytes(self.device)
         if model.cache_tokens is not None:
             num_blocks = blocks_for(model.cache_tokens)
-            if (num_blocks + 1) * bytes_per_block > free:
-                needed = num_blocks * bytes_per_block
+            needed = (num_blocks + 1) * bytes_per_block
+            if needed > free:
                 raise ValueError(
                     f"model_config.cache_tokens: {model.cache_tokens} tokens need {needed / 1e9:.1f} GB, "
                     f"{self.device} has {free / 1e9:.1f} GB free"
@@ -144,22 +184,38 @@ class LLM:
         else:
             affordable = int(free * model.cache_memory_fraction) // bytes_per_block - 1
             num_blocks = min(affordable, data.batch_size * blocks_for(self.max_len))
+        num_blocks = int(self.parallel.control.all_gather(torch.tensor([num_blocks], device=self.device)).min())
         if num_blocks < 1:
             raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
         logger.info("cache: %d tokens, %.2f GB", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9)
-        return KVCache(
-            config.num_hidden_layers, num_blocks, config.num_key_value_heads, config.head_dim, dtype, self.device
+        tensors = cache_tensors(
+            config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, self.dtype, self.device
         )
+        return num_blocks, tensors
+
+    def exchange(self, is_prefill: bool) -> ExpertExchange:
+        """How tokens reach their experts in a prefill or a decode step."""
+        return self.exchanges[is_prefill]
 
     @torch.inference_mode()
     def _build_runner(self) -> ModelRunner:
+        dp_index, dp_size = self.parallel.attn_dp.index, self.parallel.attn_dp.size
+        sequence_parallel = self.settings.parallel_config.sequence_parallel and self.parallel.attn_tp.size > 1
         if self.settings.exe_mode == "eager":
-            return ModelRunner(self.model, self.cache, self.device)
+            return ModelRunner(self.model, self.kv_caches, dp_index, sequence_parallel, self.device)
         from executor.graph_runner import GraphRunner
 
         data = self.settings.data_config
-        max_len = data.input_max_len + data.max_new_tokens
-        return GraphRunner(self.model, self.cache, self.device, data.batch_size, max_len)
+        return GraphRunner(
+            self.model,
+            self.kv_caches,
+            dp_index,
+            sequence_parallel,
+            self.device,
+            dp_size,
+            batch_size=-(-data.batch_size // dp_size),
+            max_len=data.input_max_len + data.max_new_tokens,
+        )
 
     def generate(
         self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | None = None
@@ -222,9 +278,9 @@ class LLM:
             raise ValueError(
                 f"{lengths} is more than {self.max_len}: raise data_config.input_max_len or data_config.max_new_tokens"
             )
-        if blocks_for(sequence.max_len) > self.cache.num_blocks:
+        if blocks_for(sequence.max_len) > self.num_blocks:
             raise ValueError(
-                f"{lengths} needs more than the cache's {self.cache.num_blocks * BLOCK_SIZE} tokens: shorten it, or "
+                f"{lengths} needs more than the cache's {self.num_blocks * BLOCK_SIZE} tokens: shorten it, or "
                 "raise model_config.cache_tokens or model_config.cache_memory_fraction"
             )
         if sequence.max_len > trained_len(self.config):
@@ -248,13 +304,27 @@ class LLM:
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """Logits [T, V] float32 after every token of one sequence, on the CPU."""
-        [sequence] = self.requests([("", list(token_ids))], SamplingParams(max_new_tokens=1))
-        sequence.blocks = self.cache.allocate(len(sequence))
+        """Logits [T, V] float32 after every token of one sequence, on the CPU; the same on every rank."""
+        batches = []
         try:
-            return self.runner.prefill([sequence], all_positions=True).cpu()
+            for scheduler in self.engine.schedulers:  # every group of attention ranks runs the sequence
+                [sequence] = self.requests([("", list(token_ids))], SamplingParams(max_new_tokens=1))
+                scheduler.add(sequence)
+                batches.append(scheduler.start_waiting())
+            return self.runner.prefill(batches, all_positions=True).whole().cpu()
         finally:
-            self.cache.free(sequence.blocks)
+            for scheduler in self.engine.schedulers:
+                scheduler.clear()
+
+
+def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
+    """The checkpoint's folder and config, checked with the layout; nothing of it needs a device or other ranks."""
+    model_path = resolve_path(settings.model_path)
+    if not model_path.exists():
+        raise ValueError(f"model_path: {settings.model_path} does not exist")
+    config = load_config(model_path, settings.model_config.rope_scaling)
+    check_layout(config, settings.world_size, settings.parallel_config.sizes())
+    return model_path, config
 
 
 def place(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 
 import json
 import logging
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,37 +24,47 @@ PROGRESS_FROM_BYTES = 1 << 30
 
 
 def load_parameters(
-    model_path: Path, specs: list[ParameterSpec], dtype: torch.dtype, device: torch.device
+    model_path: Path,
+    specs: list[ParameterSpec],
+    whole_model: list[ParameterSpec],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Parameters:
-    """Reads every parameter from the checkpoint folder `model_path` into memory of `device`.
+    """Reads this rank's parameters `specs` from the checkpoint folder `model_path` into memory of `device`.
 
-    Floating-point tensors are converted to `dtype`. Raises ValueError, before anything is allocated, naming the
-    tensors that are missing, not expected, or of another shape or type, and files that are missing or damaged.
+    Only the parts they need are read; floating-point tensors are converted to `dtype`. Raises ValueError, before
+    anything is allocated, naming the tensors of `whole_model` (all ranks' parameters) that are missing, of another
+    shape or type, tensors it does not expect, and files that are missing or damaged.
     """
-    sources = {source.name: (spec, source) for spec in specs for source in spec.sources}
     files = weight_files(model_path)
-    check_tensors(model_path, files, sources, tied=not any(spec.name == "lm_head.weight" for spec in specs))
+    check_tensors(model_path, files, whole_model)
     values = {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in specs}
+    sources = {source.name: source for spec in specs for source in spec.sources}
+    targets = {source.name: values[spec.name][source.region] for spec in specs for source in spec.sources}
     total = parameter_bytes(specs, dtype)
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < PROGRESS_FROM_BYTES) as progress:
         for file in files:
-            for name, tensor in read_tensors(file):
-                spec, source = sources[name]
-                values[spec.name][source.region].copy_(tensor)
-                progress.update(tensor.numel() * dtype.itemsize)
+            for name, part in read_parts(file, sources):
+                targets[name].copy_(part)
+                progress.update(part.numel() * dtype.itemsize)
     return as_parameters(specs, values)
 
 
 def random_parameters(
     specs: list[ParameterSpec], dtype: torch.dtype, device: torch.device, std: float, seed: int = 0
 ) -> Parameters:
-    """The same parameters as normal random numbers made on the device; norms are ones."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """The same parameters as normal random numbers made on the device; norms are ones.
+
+    A tensor's numbers follow from its name in the checkpoint, so that ranks hold parts of one and the same model.
+    """
+    generator = torch.Generator(device)
     values = {}
     for spec in specs:
         values[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
-        if spec.role is not Role.NORM:
-            values[spec.name].normal_(0, std, generator=generator)
+        for source in spec.sources if spec.role is not Role.NORM else ():
+            generator.manual_seed(seed + zlib.crc32(source.name.encode()))
+            whole = torch.empty(source.shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
+            values[spec.name][source.region] = whole[source.part]
     return as_parameters(specs, values)
 
 
@@ -85,10 +96,9 @@ def weight_files(model_path: Path) -> list[Path]:
     return [model_path / SINGLE_NAME]
 
 
-def check_tensors(
-    model_path: Path, files: list[Path], sources: dict[str, tuple[ParameterSpec, Source]], tied: bool
-) -> None:
+def check_tensors(model_path: Path, files: list[Path], specs: list[ParameterSpec]) -> None:
     """Compares what the files hold with what the model needs, headers only."""
+    sources = {source.name: source for spec in specs for source in spec.sources}
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         with open_checked(file) as handle:
@@ -97,11 +107,11 @@ def check_tensors(
                     raise ValueError(f"{file}: tensor {name} is also in another file of this checkpoint")
                 tensor = handle.get_slice(name)
                 found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
-    if tied and "lm_head.weight" in found:
+    if "lm_head.weight" in found and "lm_head.weight" not in sources:
         raise ValueError(f"{model_path}: lm_head.weight is not expected, as the config ties it to the embedding")
     wrong_shape = [
         f"{name} is {list(found[name][0])} instead of {list(source.shape)}"
-        for name, (_, source) in sources.items()
+        for name, source in sources.items()
         if name in found and found[name][0] != source.shape
     ]
     wrong_dtype = [
@@ -128,19 +138,20 @@ def open_checked(file: Path) -> safe_open:
         raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a file, with at most about MAPPED_BYTES of it in memory."""
+def read_parts(file: Path, sources: dict[str, Source]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The wanted parts of a file's tensors, with at most about MAPPED_BYTES of it in memory."""
     remaining = None
     while remaining is None or remaining:
         mapped = 0
         with open_checked(file) as handle:
             if remaining is None:
-                remaining = sorted(handle.keys(), reverse=True)
+                remaining = sorted(set(handle.keys()) & set(sources), reverse=True)
             while remaining and mapped < MAPPED_BYTES:
-                tensor = handle.get_tensor(remaining[-1])
-                mapped += tensor.nbytes
-                yield remaining.pop(), tensor
-                del tensor
+                source = sources[remaining.pop()]
+                part = handle.get_slice(source.name)[source.part or ...]
+                mapped += part.nbytes
+                yield source.name, part
+                del part
 
 
 def some(names: list[str], limit: int = 3) -> str:

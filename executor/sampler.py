@@ -5,25 +5,47 @@ import torch
 
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Sequence
+from models.layers.lm_head import ShardedLogits
 
 
-def sample(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """The next token of each sequence from logits [B, V] float32."""
-    if all(sequence.sampling.greedy and sequence.sampling.repetition_penalty == 1 for sequence in sequences):
-        return logits.argmax(dim=-1).tolist()
-    return [sample_one(row, sequence) for row, sequence in zip(logits, sequences, strict=True)]
+def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> list[int]:
+    """The next token of this rank's rows. `rows` says whose logits stand in `logits.local`; None is padding.
+
+    All ranks that share the vocabulary see the same `rows`, so they agree on what to exchange: a few candidates where
+    every text is greedy or has a top_k, all logits otherwise.
+    """
+    penalize_rows(logits, rows)
+    own = rows[logits.first_row : logits.first_row + logits.num_rows]
+    sampled = [row.sampling for row in rows if row is not None and not row.sampling.greedy]
+    if not sampled:
+        return logits.topk(1)[1][:, 0].tolist()
+    if all(sampling.top_k for sampling in sampled):
+        values, ids = logits.topk(max(sampling.top_k for sampling in sampled))
+    else:
+        values = logits.whole()
+        ids = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    choices = [choose(candidates, sequence) for candidates, sequence in zip(values, own, strict=True)]
+    return [int(row[choice]) for row, choice in zip(ids, choices, strict=True)]
 
 
-def sample_one(logits: torch.Tensor, sequence: Sequence) -> int:
-    """The next token of one sequence from logits [V] float32."""
-    sampling = sequence.sampling
-    if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*sequence.prompt_token_ids, *sequence.token_ids}), device=logits.device)
-        logits = penalize(logits, seen, sampling.repetition_penalty)
-    if sampling.greedy:
-        return int(logits.argmax())
-    probabilities = filter_logits(logits / sampling.temperature, sampling).softmax(dim=-1)
+def choose(candidates: torch.Tensor, sequence: Sequence) -> int:
+    """Index of the next token among a sequence's candidate logits [N] float32."""
+    if sequence.sampling.greedy:
+        return int(candidates.argmax())
+    probabilities = filter_logits(candidates / sequence.sampling.temperature, sequence.sampling).softmax(dim=-1)
     return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+
+
+def penalize_rows(logits: ShardedLogits, rows: list[Sequence | None]) -> None:
+    """Applies each row's repetition penalty to the part of its logits that is here."""
+    part_size = logits.local.shape[1]
+    first_id = logits.group.index * part_size
+    for row, sequence in enumerate(rows):
+        if sequence is not None and sequence.sampling.repetition_penalty != 1:
+            seen = {*sequence.prompt_token_ids, *sequence.token_ids}
+            local = sorted(token_id - first_id for token_id in seen if 0 <= token_id - first_id < part_size)
+            seen_here = torch.tensor(local, dtype=torch.int64, device=logits.local.device)
+            logits.local[row] = penalize(logits.local[row], seen_here, sequence.sampling.repetition_penalty)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -33,7 +55,7 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.
 
 
 def filter_logits(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tensor:
-    """Logits [V] with -inf for what top_k, then top_p, then min_p drop; the most likely token always stays."""
+    """Logits [N] with -inf for what top_k, then top_p, then min_p drop; the most likely token always stays."""
     if 0 < sampling.top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], -torch.inf)
     if sampling.top_p < 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from executor.kv_cache import BLOCK_SIZE, KVCache, blocks_for
+from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
 from executor.sampling_params import SamplingParams
 
 MAX_PREFILL_TOKENS = 16384  # packed in one step, so that activations stay bounded; one longer prompt goes alone
@@ -42,15 +42,15 @@ class Sequence:
 class Scheduler:
     """First come, first served. A sequence gets all the cache it can need when it starts, so it never has to stop."""
 
-    def __init__(self, cache: KVCache, batch_size: int):
-        self.cache = cache
+    def __init__(self, allocator: BlockAllocator, batch_size: int):
+        self.allocator = allocator
         self.batch_size = batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence that the whole cache could hold."""
-        assert blocks_for(sequence.max_len) <= self.cache.num_blocks, "it would wait for ever"
+        assert blocks_for(sequence.max_len) <= self.allocator.num_blocks, "it would wait for ever"
         self.waiting.append(sequence)
 
     def start_waiting(self) -> list[Sequence]:
@@ -62,7 +62,7 @@ class Scheduler:
             num_tokens += len(sequence)
             if started and num_tokens > MAX_PREFILL_TOKENS:
                 break
-            blocks = self.cache.allocate(sequence.max_len)
+            blocks = self.allocator.allocate(sequence.max_len)
             if blocks is None:
                 break
             sequence.blocks = blocks
@@ -73,5 +73,11 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Takes a running sequence out and frees its cache."""
         self.running.remove(sequence)
-        self.cache.free(sequence.blocks)
+        self.allocator.free(sequence.blocks)
         sequence.blocks = []
+
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self.waiting.clear()
+        for sequence in list(self.running):
+            self.finish(sequence)

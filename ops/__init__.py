@@ -29,6 +29,16 @@ class StepMetadata:
     seq_lens: torch.Tensor  # [B] int64, tokens of each sequence including those of this step
     query_lens_list: list[int]  # [B], tokens of each sequence in this step
     seq_lens_list: list[int]  # [B], the same as seq_lens
+    dp_num_tokens: list[int]  # tokens of this step in every group of attention ranks, this one's among them
+    sequence_parallel: bool = False  # whether, outside attention, the ranks of a group share its tokens out
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @property
+    def max_dp_tokens(self) -> int:
+        return max(self.dp_num_tokens)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class Routing:
 
     topk_weights: torch.Tensor  # [T, K] float32
     topk_ids: torch.Tensor  # [T, K] int64
+    has_elsewhere: bool = False  # whether ids may be E, for "on another rank": nothing is computed or added for these
 
 
 class Ops:
@@ -114,7 +125,10 @@ class Ops:
         raise NotImplementedError
 
     def experts(self, hidden_states: torch.Tensor, routing: Routing, gate_up: Weight, down: Weight) -> torch.Tensor:
-        """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D]."""
+        """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D].
+
+        Under expert parallelism E counts the experts of this rank.
+        """
         raise NotImplementedError
 
 

@@ -49,6 +49,8 @@ class ReferenceOps(Ops):
         num_kv_heads, head_dim = key_cache.shape[-2:]
         heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2G, C]
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        if step.num_tokens == 0:
+            return query.flatten(1)
         query = apply_rotary(rms_norm(query, q_norm_weight, eps), *cos_sin).to(qkv.dtype)
         key = apply_rotary(rms_norm(key, k_norm_weight, eps), *cos_sin).to(qkv.dtype)
         key_cache.flatten(0, 1).index_copy_(0, step.slot_mapping, key)
@@ -91,21 +93,26 @@ class ReferenceOps(Ops):
         num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
         expert_ids = routing.topk_ids.flatten()
         order = expert_ids.argsort(stable=True)  # rows of one expert next to each other
-        counts = torch.zeros(num_experts, dtype=torch.int32, device=order.device)
+        counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=order.device)  # the last: elsewhere
         counts.index_add_(0, expert_ids, torch.ones_like(expert_ids, dtype=torch.int32))
         gate_up_output = self.grouped_linear(hidden_states[order // top_k], gate_up.data, counts)
         sorted_output = self.grouped_linear(self.silu_and_mul(gate_up_output), down.data, counts)
         output = torch.empty_like(sorted_output)
         output[order] = sorted_output  # row t * K + k is choice k of token t
         weighted = output.unflatten(0, (-1, top_k)).float() * routing.topk_weights[..., None]
+        if routing.has_elsewhere:  # those rows hold anything, NaN too
+            weighted = weighted.masked_fill((routing.topk_ids == num_experts)[..., None], 0)
         return weighted.sum(dim=1).to(hidden_states.dtype)
 
     def grouped_linear(self, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """rows [R, K] sorted by expert, weight [E, N, K], counts [E] int32 rows of each expert -> [R, N]."""
+        """rows [R, K] sorted by expert, weight [E, N, K], counts [E + 1] int32 rows of each expert -> [R, N].
+
+        The last count is of rows that belong to none of them; their output is undefined.
+        """
         if not self.grouped_mm:
             return looped_linear(rows, weight, counts)
         if rows.dtype is torch.bfloat16 or rows.shape[0] > MAX_GATHERED_ROWS:
-            return grouped_mm(rows, weight.transpose(1, 2), offs=counts.cumsum(0, dtype=torch.int32))
+            return grouped_mm(rows, weight.transpose(1, 2), offs=counts[:-1].cumsum(0, dtype=torch.int32))
         return gathered_linear(rows, weight, counts)
 
 
@@ -113,7 +120,7 @@ def looped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
     """`grouped_linear` as one matrix product for every expert that got a row."""
     output = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
-    for expert, count in enumerate(counts.tolist()):
+    for expert, count in enumerate(counts[:-1].tolist()):
         if count:
             torch.mm(rows[start : start + count], weight[expert].t(), out=output[start : start + count])
             start += count
@@ -122,7 +129,8 @@ def looped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor
 
 def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """`grouped_linear` by copying each row's weight. torch's grouped product stops a capture unless it is bfloat16."""
-    experts = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])
+    experts = torch.arange(len(counts), device=rows.device).clamp(max=len(weight) - 1)
+    experts = experts.repeat_interleave(counts, output_size=rows.shape[0])
     parts = zip(rows.split(GATHER_CHUNK), experts.split(GATHER_CHUNK), strict=True)
     return torch.cat([torch.bmm(weight[chosen], part[..., None])[..., 0] for part, chosen in parts])
 

@@ -1,32 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a layer, with and without the norm before them."""
+"""Matrix products of a layer, split over the ranks of a group: by columns, and by rows with the norm before them."""
 
 import torch
 
-from ops import Ops, Weight
+from models.layers.padding import pad_rows, share_of
+from ops import Ops, StepMetadata, Weight
+from ops.comm import Group
 
 
-class Linear:
-    """y = x W^T + b."""
+class RowLinear:
+    """y = x W^T + b, the columns of W split over a group: each rank has its part of x and all get the sum.
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, ops: Ops):
+    In a sequence-parallel step each rank gets the sum of its share of the tokens only.
+    """
+
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops):
         self.weight = weight
         self.bias = bias
+        self.group = group
         self.ops = ops
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear(hidden_states, self.weight, self.bias)
+    def __call__(self, hidden_states: torch.Tensor, step: StepMetadata) -> torch.Tensor:
+        if self.group.size == 1:
+            return self.ops.linear(hidden_states, self.weight, self.bias)
+        partial = self.ops.linear(hidden_states, self.weight)
+        if step.sequence_parallel:
+            share = share_of(step.num_tokens, self.group.size)
+            output = self.group.reduce_scatter(pad_rows(partial, share * self.group.size))
+        else:
+            output = self.group.all_reduce(partial)
+        return output if self.bias is None else output + self.bias
 
 
 class NormLinear:
-    """Adds the residual, normalises, multiplies; returns the product and the new residual."""
+    """Adds the residual, normalises, multiplies; returns the product and the new residual.
 
-    def __init__(self, norm_weight: torch.Tensor, eps: float, weight: Weight, bias: torch.Tensor | None, ops: Ops):
+    Where the rows of W are split over `group`, each rank holds its part of the product. In a sequence-parallel step
+    it comes with its share of the tokens, and they gather all in between.
+    """
+
+    def __init__(
+        self,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        group: Group,
+        ops: Ops,
+    ):
         self.norm_weight = norm_weight
         self.eps = eps
         self.weight = weight
         self.bias = bias
+        self.group = group
         self.ops = ops
 
-    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, step: StepMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if step.sequence_parallel:
+            normed, residual = self.ops.add_norm(hidden_states, residual, self.norm_weight, self.eps)
+            normed = self.group.all_gather(normed)[: step.num_tokens]
+            return self.ops.linear(normed, self.weight, self.bias), residual
         return self.ops.norm_linear(hidden_states, residual, self.norm_weight, self.eps, self.weight, self.bias)

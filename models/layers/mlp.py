@@ -3,25 +3,28 @@
 
 import torch
 
-from models.layers.linear import Linear, NormLinear
-from ops import Ops, Weight
+from models.layers.expert_exchange import ExpertExchange
+from models.layers.linear import NormLinear, RowLinear
+from ops import Ops, StepMetadata, Weight
 
 
 class DenseMlp:
     """SwiGLU."""
 
-    def __init__(self, gate_up_proj: NormLinear, down_proj: Linear, ops: Ops):
+    def __init__(self, gate_up_proj: NormLinear, down_proj: RowLinear, ops: Ops):
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
         self.ops = ops
 
-    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate_up, residual = self.gate_up_proj(hidden_states, residual)
-        return self.down_proj(self.ops.silu_and_mul(gate_up)), residual
+    def __call__(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, step: StepMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, residual = self.gate_up_proj(hidden_states, residual, step)
+        return self.down_proj(self.ops.silu_and_mul(gate_up), step), residual
 
 
 class SparseMoe:
-    """Every token goes through its top-k experts."""
+    """Every token goes through its top-k experts, wherever they are."""
 
     def __init__(
         self,
@@ -32,6 +35,8 @@ class SparseMoe:
         renormalize: bool,
         gate_up_proj: Weight,
         down_proj: Weight,
+        decode_exchange: ExpertExchange,
+        prefill_exchange: ExpertExchange,
         ops: Ops,
     ):
         self.norm_weight = norm_weight
@@ -41,10 +46,17 @@ class SparseMoe:
         self.renormalize = renormalize
         self.gate_up_proj = gate_up_proj
         self.down_proj = down_proj
+        self.decode_exchange = decode_exchange
+        self.prefill_exchange = prefill_exchange
         self.ops = ops
 
-    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, step: StepMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, residual, routing = self.ops.route(
             hidden_states, residual, self.norm_weight, self.eps, self.router_weight, self.top_k, self.renormalize
         )
-        return self.ops.experts(normed, routing, self.gate_up_proj, self.down_proj), residual
+        exchange = self.prefill_exchange if step.is_prefill else self.decode_exchange
+        dispatched = exchange.dispatch(normed, routing, step)
+        output = self.ops.experts(dispatched.rows, dispatched.routing, self.gate_up_proj, self.down_proj)
+        return exchange.combine(output, dispatched, step), residual

@@ -21,11 +21,12 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint and the region of a parameter that it fills."""
+    """One tensor of the checkpoint, the part of it that this rank reads, and the region of a parameter it fills."""
 
     name: str
+    shape: tuple[int, ...]  # of the whole tensor
+    part: tuple[slice, ...]
     region: tuple[int | slice, ...]
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

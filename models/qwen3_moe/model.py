@@ -1,40 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-MoE, after transformers' models/qwen3_moe/modeling_qwen3_moe.py.
 
-T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, V vocabulary.
+T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, R rows of which logits are wanted. Under
+tensor parallelism H and G count the heads of this rank.
 """
+
+from dataclasses import dataclass
 
 import torch
 from transformers import Qwen3MoeConfig
 
 from models.layers.attention import Attention, KVCache
-from models.layers.linear import Linear, NormLinear
+from models.layers.embedding import Embedding
+from models.layers.expert_exchange import ExpertExchange
+from models.layers.linear import NormLinear, RowLinear
+from models.layers.lm_head import LmHead, ShardedLogits
 from models.layers.mlp import DenseMlp, SparseMoe
+from models.layers.padding import pad_rows, share_of
 from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.weights import is_sparse_layer
 from ops import DenseWeight, Ops, StepMetadata
+from ops.comm import ParallelContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class Building:
+    """What every layer is built with."""
+
+    config: Qwen3MoeConfig
+    ops: Ops
+    parallel: ParallelContext
+    decode_exchange: ExpertExchange
+    prefill_exchange: ExpertExchange
 
 
 class DecoderLayer:
     """Attention, then the feed-forward block; `residual` carries the sum of all blocks before."""
 
-    def __init__(self, config: Qwen3MoeConfig, layer_id: int, parameters: Parameters, ops: Ops):
-        eps = config.rms_norm_eps
+    def __init__(self, build: Building, layer_id: int, parameters: Parameters):
+        config, ops, eps = build.config, build.ops, build.config.rms_norm_eps
         attention = parameters.within("self_attn")
+        qkv_bias, o_bias = (
+            (attention["qkv_proj.bias"], attention["o_proj.bias"]) if config.attention_bias else (None, None)
+        )
         self.qkv_proj = NormLinear(
             parameters["input_layernorm.weight"],
             eps,
             attention["qkv_proj.weight"],
-            attention["qkv_proj.bias"] if config.attention_bias else None,
+            qkv_bias,
+            build.parallel.attn_tp,
             ops,
         )
         self.attention = Attention(attention["q_norm.weight"], attention["k_norm.weight"], eps, ops)
-        self.o_proj = Linear(
-            attention["o_proj.weight"], attention["o_proj.bias"] if config.attention_bias else None, ops
-        )
+        self.o_proj = RowLinear(attention["o_proj.weight"], o_bias, build.parallel.attn_tp, ops)
         build_mlp = build_sparse_moe if is_sparse_layer(config, layer_id) else build_dense_mlp
-        self.mlp = build_mlp(config, parameters["post_attention_layernorm.weight"], parameters.within("mlp"), ops)
+        self.mlp = build_mlp(build, parameters["post_attention_layernorm.weight"], parameters.within("mlp"))
 
     def __call__(
         self,
@@ -44,54 +65,71 @@ class DecoderLayer:
         kv_cache: KVCache,
         step: StepMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        qkv, residual = self.qkv_proj(hidden_states, residual)  # [T, (H + 2G) * C]
-        hidden_states = self.o_proj(self.attention(qkv, cos_sin, kv_cache, step))
-        return self.mlp(hidden_states, residual)
+        qkv, residual = self.qkv_proj(hidden_states, residual, step)  # [T, (H + 2G) * C]
+        hidden_states = self.o_proj(self.attention(qkv, cos_sin, kv_cache, step), step)
+        return self.mlp(hidden_states, residual, step)
 
 
 class Qwen3Moe:
     """The network from token ids to logits."""
 
-    def __init__(self, config: Qwen3MoeConfig, parameters: Parameters, rotary: RotaryEmbedding, ops: Ops):
-        self.ops = ops
+    def __init__(self, build: Building, parameters: Parameters, rotary: RotaryEmbedding):
+        config, ops, parallel = build.config, build.ops, build.parallel
+        table = parameters["embed_tokens.weight"]
+        self.embed_tokens = Embedding(table, parallel.embed_tp, parallel.holds_same_tokens(parallel.embed_tp), ops)
         self.rotary = rotary
-        self.embed_tokens = parameters["embed_tokens.weight"]
         self.layers = [
-            DecoderLayer(config, layer_id, parameters.within(f"layers.{layer_id}"), ops)
+            DecoderLayer(build, layer_id, parameters.within(f"layers.{layer_id}"))
             for layer_id in range(config.num_hidden_layers)
         ]
-        lm_head = DenseWeight(self.embed_tokens) if config.tie_word_embeddings else parameters["lm_head.weight"]
-        self.lm_head = NormLinear(parameters["norm.weight"], config.rms_norm_eps, lm_head, None, ops)
+        head = DenseWeight(table) if config.tie_word_embeddings else parameters["lm_head.weight"]
+        same_tokens = parallel.holds_same_tokens(parallel.lmhead_tp)
+        self.lm_head = LmHead(
+            parameters["norm.weight"], config.rms_norm_eps, head, parallel.lmhead_tp, same_tokens, ops
+        )
+        self.attn_tp = parallel.attn_tp
 
     def forward(
         self, token_ids: torch.Tensor, step: StepMetadata, kv_caches: list[KVCache]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """token_ids [T] int64 -> the last layer's output and residual [T, D]; `logits` adds and normalises them."""
-        hidden_states, residual = self.ops.embedding(token_ids, self.embed_tokens), None
+        hidden_states, residual = self.embed_tokens(token_ids, step), None
         cos_sin = self.rotary(step)
+        if step.sequence_parallel:
+            share = share_of(step.num_tokens, self.attn_tp.size)
+            hidden_states = pad_rows(hidden_states, share * self.attn_tp.size)
+            hidden_states = hidden_states[self.attn_tp.index * share : (self.attn_tp.index + 1) * share]
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
             hidden_states, residual = layer(hidden_states, residual, cos_sin, kv_cache, step)
+        if step.sequence_parallel:
+            hidden_states, residual = (
+                self.attn_tp.all_gather(part)[: step.num_tokens] for part in (hidden_states, residual)
+            )
         return hidden_states, residual
 
-    def logits(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """`forward`'s result, all its rows or some [T, D] -> logits [T, V] float32."""
-        logits, _ = self.lm_head(hidden_states, residual)
-        return logits.float()
+    def logits(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
+        """Rows of `forward`'s result [R, D] -> their logits, float32; max_rows is the largest R of any rank."""
+        return self.lm_head(hidden_states, residual, max_rows)
 
 
-def build_dense_mlp(config: Qwen3MoeConfig, norm_weight: torch.Tensor, parameters: Parameters, ops: Ops) -> DenseMlp:
-    gate_up_proj = NormLinear(norm_weight, config.rms_norm_eps, parameters["gate_up_proj.weight"], None, ops)
-    return DenseMlp(gate_up_proj, Linear(parameters["down_proj.weight"], None, ops), ops)
+def build_dense_mlp(build: Building, norm_weight: torch.Tensor, parameters: Parameters) -> DenseMlp:
+    ops = build.ops
+    eps, attn_tp = build.config.rms_norm_eps, build.parallel.attn_tp
+    gate_up_proj = NormLinear(norm_weight, eps, parameters["gate_up_proj.weight"], None, attn_tp, ops)
+    down_proj = RowLinear(parameters["down_proj.weight"], None, attn_tp, ops)
+    return DenseMlp(gate_up_proj, down_proj, ops)
 
 
-def build_sparse_moe(config: Qwen3MoeConfig, norm_weight: torch.Tensor, parameters: Parameters, ops: Ops) -> SparseMoe:
+def build_sparse_moe(build: Building, norm_weight: torch.Tensor, parameters: Parameters) -> SparseMoe:
     return SparseMoe(
         norm_weight=norm_weight,
-        eps=config.rms_norm_eps,
+        eps=build.config.rms_norm_eps,
         router_weight=parameters["gate.weight"],
-        top_k=config.num_experts_per_tok,
-        renormalize=config.norm_topk_prob,
+        top_k=build.config.num_experts_per_tok,
+        renormalize=build.config.norm_topk_prob,
         gate_up_proj=parameters["experts.gate_up_proj"],
         down_proj=parameters["experts.down_proj"],
-        ops=ops,
+        decode_exchange=build.decode_exchange,
+        prefill_exchange=build.prefill_exchange,
+        ops=build.ops,
     )

@@ -5,6 +5,7 @@ experts stacked. Names on the right are those of the published checkpoints."""
 from transformers import Qwen3MoeConfig
 
 from models.layers.parameter import ParameterSpec, Role, Source
+from models.qwen3_moe.sharding import Layout
 
 
 def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
@@ -16,79 +17,109 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
     )
 
 
-def parameter_specs(config: Qwen3MoeConfig) -> list[ParameterSpec]:
-    """All parameters of a model, in the order of its layers."""
-    vocabulary = (config.vocab_size, config.hidden_size)
-    specs = [plain("embed_tokens.weight", "model.embed_tokens.weight", vocabulary, Role.TABLE)]
-    for layer_id in range(config.num_hidden_layers):
-        specs += layer_specs(config, layer_id)
-    specs.append(plain("norm.weight", "model.norm.weight", (config.hidden_size,), Role.NORM))
-    if not config.tie_word_embeddings:
-        specs.append(plain("lm_head.weight", "lm_head.weight", vocabulary, Role.MATRIX))
-    return specs
+def parameter_specs(config: Qwen3MoeConfig, layout: Layout) -> list[ParameterSpec]:
+    """All parameters one rank holds, in the order of the layers."""
+    return SpecBuilder(config, layout).all()
 
 
-def layer_specs(config: Qwen3MoeConfig, layer_id: int) -> list[ParameterSpec]:
-    ours, theirs = f"layers.{layer_id}", f"model.layers.{layer_id}"
-    hidden, head_dim = config.hidden_size, config.head_dim
-    q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    q_k_v = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
-    attention = "self_attn"
-    specs = [
-        plain(f"{ours}.{norm}.weight", f"{theirs}.{norm}.weight", (size,), Role.NORM)
-        for norm, size in (
-            ("input_layernorm", hidden),
-            ("post_attention_layernorm", hidden),
-            (f"{attention}.q_norm", head_dim),
-            (f"{attention}.k_norm", head_dim),
-        )
-    ]
-    specs.append(merged(f"{ours}.{attention}.qkv_proj.weight", f"{theirs}.{attention}.%s.weight", q_k_v, hidden))
-    o_proj = f"{attention}.o_proj"
-    specs.append(plain(f"{ours}.{o_proj}.weight", f"{theirs}.{o_proj}.weight", (hidden, q_rows), Role.MATRIX))
-    if config.attention_bias:
-        specs.append(merged(f"{ours}.{attention}.qkv_proj.bias", f"{theirs}.{attention}.%s.bias", q_k_v))
-        specs.append(plain(f"{ours}.{o_proj}.bias", f"{theirs}.{o_proj}.bias", (hidden,), Role.BIAS))
-    mlp_specs = sparse_moe_specs if is_sparse_layer(config, layer_id) else dense_mlp_specs
-    return specs + mlp_specs(config, f"{ours}.mlp", f"{theirs}.mlp")
+class SpecBuilder:
+    """Builds the parameters of one rank of a layout."""
+
+    def __init__(self, config: Qwen3MoeConfig, layout: Layout):
+        self.config = config
+        self.layout = layout
+
+    def all(self) -> list[ParameterSpec]:
+        config = self.config
+        vocabulary = (config.vocab_size, config.hidden_size)
+        specs = [self.plain("embed_tokens.weight", "model.embed_tokens.weight", vocabulary, Role.TABLE)]
+        for layer_id in range(config.num_hidden_layers):
+            specs += self.layer(layer_id)
+        specs.append(self.plain("norm.weight", "model.norm.weight", (config.hidden_size,), Role.NORM))
+        if not config.tie_word_embeddings:
+            specs.append(self.plain("lm_head.weight", "lm_head.weight", vocabulary, Role.MATRIX))
+        return specs
+
+    def layer(self, layer_id: int) -> list[ParameterSpec]:
+        config = self.config
+        ours, theirs = f"layers.{layer_id}", f"model.layers.{layer_id}"
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_rows, kv_rows = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        q_k_v = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+        norms = {
+            "input_layernorm": hidden,
+            "post_attention_layernorm": hidden,
+            "self_attn.q_norm": head_dim,
+            "self_attn.k_norm": head_dim,
+        }
+        specs = [
+            self.plain(f"{ours}.{name}.weight", f"{theirs}.{name}.weight", (size,), Role.NORM)
+            for name, size in norms.items()
+        ]
+        ours_attn, theirs_attn = f"{ours}.self_attn", f"{theirs}.self_attn"
+        specs += [
+            self.merged(f"{ours_attn}.qkv_proj.weight", f"{theirs_attn}.%s.weight", q_k_v, hidden),
+            self.plain(f"{ours_attn}.o_proj.weight", f"{theirs_attn}.o_proj.weight", (hidden, q_rows), Role.MATRIX),
+        ]
+        if config.attention_bias:
+            specs += [
+                self.merged(f"{ours_attn}.qkv_proj.bias", f"{theirs_attn}.%s.bias", q_k_v),
+                self.plain(f"{ours_attn}.o_proj.bias", f"{theirs_attn}.o_proj.bias", (hidden,), Role.BIAS),
+            ]
+        mlp = self.sparse_moe if is_sparse_layer(config, layer_id) else self.dense_mlp
+        return specs + mlp(f"{ours}.mlp", f"{theirs}.mlp")
+
+    def dense_mlp(self, ours: str, theirs: str) -> list[ParameterSpec]:
+        hidden, width = self.config.hidden_size, self.config.intermediate_size
+        gate_up = {"gate_proj": width, "up_proj": width}
+        return [
+            self.merged(f"{ours}.gate_up_proj.weight", f"{theirs}.%s.weight", gate_up, hidden),
+            self.plain(f"{ours}.down_proj.weight", f"{theirs}.down_proj.weight", (hidden, width), Role.MATRIX),
+        ]
+
+    def sparse_moe(self, ours: str, theirs: str) -> list[ParameterSpec]:
+        config = self.config
+        hidden, full_width = config.hidden_size, config.moe_intermediate_size
+        experts, width = self.layout.experts(config), full_width // self.layout.moe_tp[1]
+        gate_up = [
+            self.source(
+                f"{theirs}.experts.{expert}.{name}.weight", (full_width, hidden), (expert - experts.start, rows)
+            )
+            for expert in experts
+            for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width)))
+        ]
+        down = [
+            self.source(f"{theirs}.experts.{expert}.down_proj.weight", (hidden, full_width), (expert - experts.start,))
+            for expert in experts
+        ]
+        count = len(experts)
+        return [
+            self.plain(f"{ours}.gate.weight", f"{theirs}.gate.weight", (config.num_experts, hidden), Role.TABLE),
+            ParameterSpec(f"{ours}.experts.gate_up_proj", (count, 2 * width, hidden), Role.MATRIX, tuple(gate_up)),
+            ParameterSpec(f"{ours}.experts.down_proj", (count, hidden, width), Role.MATRIX, tuple(down)),
+        ]
+
+    def source(self, name: str, shape: tuple[int, ...], region: tuple[int | slice, ...]) -> Source:
+        return Source(name, shape, self.layout.part(name, shape, self.config), region)
+
+    def plain(self, name: str, source: str, shape: tuple[int, ...], role: Role) -> ParameterSpec:
+        """A parameter that is this rank's part of one tensor of the checkpoint."""
+        one = self.source(source, shape, ())
+        return ParameterSpec(name, part_shape(one), role, (one,))
+
+    def merged(self, name: str, source: str, rows: dict[str, int], columns: int | None = None) -> ParameterSpec:
+        """Tensors one below the other; `source` has %s where the keys of `rows` go; biases have no columns."""
+        tail = () if columns is None else (columns,)
+        sources, start = [], 0
+        for key, count in rows.items():
+            one = self.source(source % key, (count, *tail), ())
+            held = part_shape(one)[0]
+            sources.append(Source(one.name, one.shape, one.part, (slice(start, start + held),)))
+            start += held
+        return ParameterSpec(name, (start, *tail), Role.BIAS if columns is None else Role.MATRIX, tuple(sources))
 
 
-def dense_mlp_specs(config: Qwen3MoeConfig, ours: str, theirs: str) -> list[ParameterSpec]:
-    hidden, width = config.hidden_size, config.intermediate_size
-    gate_up = {"gate_proj": width, "up_proj": width}
-    return [
-        merged(f"{ours}.gate_up_proj.weight", f"{theirs}.%s.weight", gate_up, hidden),
-        plain(f"{ours}.down_proj.weight", f"{theirs}.down_proj.weight", (hidden, width), Role.MATRIX),
-    ]
-
-
-def sparse_moe_specs(config: Qwen3MoeConfig, ours: str, theirs: str) -> list[ParameterSpec]:
-    experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    gate_up = [
-        Source(f"{theirs}.experts.{expert}.{name}.weight", (expert, rows), (width, hidden))
-        for expert in range(experts)
-        for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width)))
-    ]
-    down = [
-        Source(f"{theirs}.experts.{expert}.down_proj.weight", (expert,), (hidden, width)) for expert in range(experts)
-    ]
-    return [
-        plain(f"{ours}.gate.weight", f"{theirs}.gate.weight", (experts, hidden), Role.TABLE),
-        ParameterSpec(f"{ours}.experts.gate_up_proj", (experts, 2 * width, hidden), Role.MATRIX, tuple(gate_up)),
-        ParameterSpec(f"{ours}.experts.down_proj", (experts, hidden, width), Role.MATRIX, tuple(down)),
-    ]
-
-
-def plain(name: str, source: str, shape: tuple[int, ...], role: Role) -> ParameterSpec:
-    """A parameter that is one tensor of the checkpoint."""
-    return ParameterSpec(name, shape, role, (Source(source, (), shape),))
-
-
-def merged(name: str, source: str, rows: dict[str, int], columns: int | None = None) -> ParameterSpec:
-    """Checkpoint tensors one below the other; `source` has %s where the keys of `rows` go; biases have no columns."""
-    tail = () if columns is None else (columns,)
-    sources, start = [], 0
-    for part, count in rows.items():
-        sources.append(Source(source % part, (slice(start, start + count),), (count, *tail)))
-        start += count
-    return ParameterSpec(name, (start, *tail), Role.BIAS if columns is None else Role.MATRIX, tuple(sources))
+def part_shape(source: Source) -> tuple[int, ...]:
+    """Shape of the part of a checkpoint tensor that is read."""
+    parts = (*source.part, *(slice(None),) * (len(source.shape) - len(source.part)))
+    return tuple(len(range(*part.indices(size))) for part, size in zip(parts, source.shape, strict=True))

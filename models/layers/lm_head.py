@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Final norm and vocabulary projection, the vocabulary split over ranks; logits stay where they are computed."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.layers.padding import pad_rows
+from ops import Ops, Weight
+from ops.comm import Group
+
+
+@dataclass(frozen=True)
+class ShardedLogits:
+    """Logits of some rows, each rank of a group holding a part of the vocabulary.
+
+    Where the ranks of the group have different rows, every rank computes all of them: its own start at `first_row`.
+    """
+
+    local: torch.Tensor  # [R, V / size] float32
+    group: Group
+    first_row: int  # of this rank's rows among the R
+    num_rows: int  # of this rank
+
+    def own(self, part: torch.Tensor) -> torch.Tensor:
+        """[R, N] of each rank -> [num_rows, size * N]: all ranks' parts of this rank's rows."""
+        gathered = self.group.all_gather(part).view(self.group.size, *part.shape)
+        return gathered[:, self.first_row : self.first_row + self.num_rows].transpose(0, 1).flatten(1)
+
+    def topk(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `count` largest logits of each row and their token ids: [num_rows, count], in descending order.
+
+        Each rank sends its own candidates, never its logits. Of equal logits the lower token id comes first.
+        """
+        part_size = self.local.shape[1]
+        values, ids = self.local.topk(min(count, part_size), dim=-1) if count > 1 else self.local.max(-1, keepdim=True)
+        values, ids = self.own(values), self.own(ids + self.group.index * part_size)
+        if self.group.size == 1:
+            return values, ids
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], ids.gather(1, order)[:, :count]
+
+    def whole(self) -> torch.Tensor:
+        """All logits of this rank's rows [num_rows, V]."""
+        return self.own(self.local)
+
+
+class LmHead:
+    """Last hidden states -> sharded logits. `same_tokens`: whether the ranks of the group hold the same rows."""
+
+    def __init__(
+        self, norm_weight: torch.Tensor, eps: float, weight: Weight, group: Group, same_tokens: bool, ops: Ops
+    ):
+        self.norm_weight = norm_weight
+        self.eps = eps
+        self.weight = weight
+        self.ops = ops
+        self.group = group
+        self.same_tokens = same_tokens
+
+    def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
+        """hidden_states and residual [R, D]; max_rows: the largest R of any rank."""
+        num_rows, first_row = hidden_states.shape[0], 0
+        if self.group.size > 1 and not self.same_tokens:
+            hidden_states = self.group.all_gather(pad_rows(hidden_states, max_rows))
+            residual = self.group.all_gather(pad_rows(residual, max_rows))
+            first_row = self.group.index * max_rows
+        logits, _ = self.ops.norm_linear(hidden_states, residual, self.norm_weight, self.eps, self.weight)
+        return ShardedLogits(logits.float(), self.group, first_row, num_rows)

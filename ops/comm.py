@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Groups of ranks and what they exchange. A group of one rank exchanges nothing: one process runs the same code.
+
+Every group counts the bytes this rank sends, by the algorithms that are optimal in bytes: a ring for all_reduce.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+# the names since torch 2.13, and those before
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+@dataclass
+class Traffic:
+    """Bytes this rank has sent to others, by group name."""
+
+    sent_bytes: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, count: float) -> None:
+        self.sent_bytes[name] = self.sent_bytes.get(name, 0) + count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some ranks of the job, this one among them, in the order of their data. Tensors are split along dimension 0."""
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    index: int = 0  # of this rank among them
+    process_group: dist.ProcessGroup | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[N, ...] of each rank, all of one shape -> [size * N, ...]."""
+        if self.size == 1:
+            return tensor
+        self.traffic.add(self.name, (self.size - 1) * tensor.nbytes)
+        gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        all_gather_single(gathered, tensor.contiguous(), group=self.process_group)
+        return gathered
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[size * N, ...] -> [N, ...]: this rank's part of the sum over the ranks."""
+        if self.size == 1:
+            return tensor
+        part = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+        self.traffic.add(self.name, (self.size - 1) * part.nbytes)
+        reduce_scatter_single(part, tensor.contiguous(), group=self.process_group)
+        return part
+
+    def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
+        """Rows [sum(send), ...] in the order of their receivers -> rows [sum(receive), ...] in the order of senders."""
+        if self.size == 1:
+            return tensor
+        row_bytes = tensor[:1].nbytes if len(tensor) else 0
+        self.traffic.add(self.name, (sum(send) - send[self.index]) * row_bytes)
+        received = tensor.new_empty(sum(receive), *tensor.shape[1:])
+        dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=self.process_group)
+        return received
+
+
+GROUP_NAMES = ("world", "control", "attn_tp", "attn_dp", "moe_tp", "moe_ep", "embed_tp", "lmhead_tp")
+SINGLE = {name: Group(name=name) for name in GROUP_NAMES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """The groups this rank belongs to; docs/parallelism.md shows which ranks make one.
+
+    attn_tp: split the heads of the same tokens. attn_dp: hold the same heads, for different requests. moe_ep: hold
+    different experts. moe_tp: hold different columns of the same experts. embed_tp, lmhead_tp: split the vocabulary.
+    control: all ranks again, for what the ranks tell each other about the requests.
+    """
+
+    world: Group = SINGLE["world"]
+    control: Group = SINGLE["control"]
+    attn_tp: Group = SINGLE["attn_tp"]
+    attn_dp: Group = SINGLE["attn_dp"]
+    moe_tp: Group = SINGLE["moe_tp"]
+    moe_ep: Group = SINGLE["moe_ep"]
+    embed_tp: Group = SINGLE["embed_tp"]
+    lmhead_tp: Group = SINGLE["lmhead_tp"]
+
+    @property
+    def traffic(self) -> Traffic:
+        return self.world.traffic
+
+    def holds_same_tokens(self, group: Group) -> bool:
+        """Whether all ranks of a vocabulary group belong to one group of attention ranks, so hold the same tokens."""
+        return self.attn_tp.size % group.size == 0
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """As the launcher set them; (0, 1) without one."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This rank's place on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def group_members(world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int) -> dict[str, list]:
+    """Which ranks make each group: blocks of neighbours for what splits a tensor, strides for what is across them."""
+
+    def blocks(size: int) -> list[tuple[int, ...]]:
+        return [tuple(range(start, start + size)) for start in range(0, world_size, size)]
+
+    def strides(size: int) -> list[tuple[int, ...]]:
+        return [tuple(range(start, world_size, size)) for start in range(size)]
+
+    return {
+        "world": blocks(world_size),
+        "control": blocks(world_size),
+        "attn_tp": blocks(attn_tp),
+        "attn_dp": strides(attn_tp),
+        "moe_tp": blocks(moe_tp),
+        "moe_ep": strides(moe_tp),
+        "embed_tp": blocks(embed_tp),
+        "lmhead_tp": blocks(lmhead_tp),
+    }
+
+
+def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int) -> ParallelContext:
+    """Joins the other ranks (torchrun's environment) and builds all groups. Without a launcher: a context of one."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return ParallelContext()
+    if not dist.is_initialized():
+        dist.init_process_group(
+            BACKENDS[device.type], device_id=device if device.type == "cuda" else None, rank=rank, world_size=world_size
+        )
+    traffic = Traffic()
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    groups = {}
+    for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
+        for ranks in members:
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(ranks)  # every rank takes part in making every group
+            if rank in ranks:
+                groups[name] = Group(
+                    name=name, ranks=ranks, index=ranks.index(rank), process_group=made.get(ranks), traffic=traffic
+                )
+    return ParallelContext(**groups)
