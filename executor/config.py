@@ -90,7 +90,7 @@ def load_settings(path: str | Path, overrides: typing.Sequence[str] = ()) -> Set
         raise ValueError(f"{path}: no such YAML file")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # the latter two: impossible dates, keys that are lists
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected keys and values, such as model_path: ...")
@@ -105,6 +105,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"the key in line {key_node.start_mark.line + 1} is not a plain word")
             if key_node.value in seen:
                 raise yaml.YAMLError(
                     f"key {key_node.value!r} stands twice, again in line {key_node.start_mark.line + 1}"
@@ -121,7 +123,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: expected section.key=value, such as data_config.max_new_tokens=64")
     try:
         value = yaml.load(text, UniqueKeyLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, TypeError):
         raise ValueError(f"--set {override}: {text!r} is not a valid YAML value") from None
     target = raw
     for part in parts[:-1]:
@@ -169,6 +171,9 @@ def nearest(key: str, prefix: str) -> str:
     full_names = {name: name for name in typing.get_type_hints(Settings)}
     for section, kind in SECTIONS.items():
         full_names |= {f"{section}.{name}": name for name in typing.get_type_hints(kind)}
+    for name, own in full_names.items():
+        if own == key:
+            return f"; did you mean {name}?"
     here = [name for name in full_names if name.rpartition(".")[0] == prefix.rstrip(".")]
     for candidates in (here, list(full_names)):
         by_key = {full_names[name]: name for name in candidates}

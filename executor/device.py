@@ -2,9 +2,10 @@
 """The device of this process. An accelerator that is visible but unusable is an error, not a reason for the CPU."""
 
 import glob
-import importlib.util
 
 import torch
+
+from ops import npu_available
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
@@ -14,7 +15,7 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     """
     if name == "cpu":
         return torch.device("cpu")
-    if name in ("auto", "npu") and has_npu():
+    if name in ("auto", "npu") and npu_available():
         return torch.device("npu", local_rank)
     if name in ("auto", "cuda") and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -35,15 +36,6 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
                 f"install {need}, or set device: cpu"
             )
     return torch.device("cpu")
-
-
-def has_npu() -> bool:
-    """Whether torch_npu is installed and sees a device."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return False
-    import torch_npu
-
-    return torch_npu.npu.is_available()
 
 
 def synchronize(device: torch.device) -> None:

@@ -32,6 +32,8 @@ class Engine:
 
     def run(self, sequences: list[Sequence]) -> Iterator[Sequence]:
         """Yields every sequence when it has finished. The groups get sequences in turn."""
+        if any(scheduler.waiting or scheduler.running for scheduler in self.schedulers):
+            raise RuntimeError("another run is under way: finish or close it first")
         for number, sequence in enumerate(sequences):
             self.schedulers[number % len(self.schedulers)].add(sequence)
         try:

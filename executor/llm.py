@@ -97,7 +97,6 @@ class LLM:
         start_s = time.perf_counter()
         self.settings = settings
         data, model, sizes = settings.data_config, settings.model_config, settings.parallel_config
-        model_path, self.config = check_before_launch(settings)
         started = rank_and_world_size()[1]
         if settings.world_size != started:
             raise ValueError(
@@ -107,19 +106,26 @@ class LLM:
         self.device = select_device(settings.device, local_rank())
         if settings.exe_mode == "graph" and self.device.type != "cuda":
             raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
+        model_path, self.config = check_before_launch(settings)
         self.tokenizer = Tokenizer(
             self._tokenizer_path(model_path), data.input_max_len, data.long_prompt, data.enable_thinking
         )
         self.default_sampling = default_sampling(data, model_path)
         self.max_len = max(self.config.max_position_embeddings, data.input_max_len + data.max_new_tokens)
+        table_bytes = 2 * 4 * self.config.head_dim * self.max_len  # cos and sin of every position
+        if 4 * table_bytes > free_memory_bytes(self.device):
+            raise ValueError(
+                f"data_config.input_max_len: {data.input_max_len} and max_new_tokens {data.max_new_tokens} are more "
+                f"positions than the memory of {self.device} can hold"
+            )
         self.dtype = getattr(torch, model.dtype)
         self.ops = load_ops(self.device.type)
         self.parallel = init_parallel(
             self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
         )
         self.parameters = self._load_parameters(model_path)
-        self.model = self._build_model()
         self.num_blocks, self.kv_caches = self._build_cache()
+        self.model = self._build_model()
         self.runner = self._build_runner()
         dp_size = self.parallel.attn_dp.size
         schedulers = [
@@ -165,7 +171,8 @@ class LLM:
             decode_exchange=gather if self.settings.exe_mode == "graph" else cheaper,
         )
         self.exchanges = {True: build.prefill_exchange, False: build.decode_exchange}
-        return Qwen3Moe(build, self.parameters, RotaryEmbedding(config, self.max_len, self.device))
+        longest = min(self.max_len, self.num_blocks * BLOCK_SIZE)
+        return Qwen3Moe(build, self.parameters, RotaryEmbedding(config, longest, self.device))
 
     def _build_cache(self) -> tuple[int, list[KVCache]]:
         """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory, equal on all ranks."""
@@ -248,6 +255,8 @@ class LLM:
     ) -> list[Sequence]:
         """Sequences for `stream` from prompts (text, token ids). ValueError for one that can never run."""
         sampling = sampling_params or self.default_sampling
+        if sampling.stop and not self.tokenizer.can_decode:
+            raise ValueError("stop: this checkpoint has no tokenizer, so that no text can be searched for it")
         sequences = [
             Sequence(
                 index=index,
@@ -336,7 +345,8 @@ def place(raw: dict[str, Any], key: str, value: Any) -> None:
         if key in {definition.name for definition in dataclasses.fields(kind)}:
             raw.setdefault(section, {})[key] = value
             return
-    raise ValueError(f"LLM: {key}: unknown setting{nearest(key, '')}")
+    hint = "; its keys are settings by their own names" if key in SECTIONS else nearest(key, "")
+    raise ValueError(f"LLM: {key}: unknown setting{hint}")
 
 
 def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:

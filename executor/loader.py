@@ -85,6 +85,8 @@ def weight_files(model_path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError("its weight_map has no file names")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
         absent = [name for name in names if not (model_path / name).is_file()]

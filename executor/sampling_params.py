@@ -29,8 +29,13 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self):
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop: expected a tuple of strings, got the string {self.stop!r}")
+        for key in ("max_new_tokens", "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "seed"):
+            kinds = int if key in ("max_new_tokens", "top_k", "seed") else (int, float)
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, kinds) and not (key == "seed" and value is None):
+                raise ValueError(f"{key}: expected a {'whole ' if kinds is int else ''}number, got {value!r}")
+        if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop: expected strings in a tuple or list, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),

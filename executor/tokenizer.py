@@ -28,6 +28,10 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids(model_path, self.loaded)
 
     @property
+    def can_decode(self) -> bool:
+        return self.loaded is not None
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         if self.loaded is None:
             raise ValueError(f"model_path: {self.model_path} has no tokenizer, only token ids can be given")
@@ -57,7 +61,7 @@ class Tokenizer:
         """`token_ids` if they are within the limit; otherwise `text` loses tokens in its middle until `encode` fits."""
         original_len = len(token_ids)
         if original_len == 0:
-            raise ValueError("a prompt is empty")
+            raise ValueError("a prompt is empty: it has no tokens")
         if original_len <= self.input_max_len:
             return token_ids
         if self.long_prompt == "refuse":
@@ -71,7 +75,12 @@ class Tokenizer:
             if keep < 1:
                 raise ValueError(f"data_config.input_max_len: {self.input_max_len} leaves no room beside the template")
             kept = kept[: keep - keep // 2] + kept[len(kept) - keep // 2 :]
-            token_ids = encode(self.tokenizer.decode(kept))
+            halves = kept[: keep - keep // 2], kept[keep - keep // 2 :]
+            token_ids = encode("".join(whole_characters(self.tokenizer.decode(half)) for half in halves))
+            if not token_ids:
+                raise ValueError(
+                    f"data_config.input_max_len: {self.input_max_len} is less than one character of a prompt"
+                )
         logger.warning("a prompt of %d tokens was cut in the middle to %d", original_len, len(token_ids))
         return token_ids
 
@@ -81,6 +90,11 @@ class Tokenizer:
             return ""
         known = [token_id for token_id in token_ids if token_id < len(self.tokenizer)]  # the model may have spare rows
         return self.tokenizer.decode(known, skip_special_tokens=True)
+
+
+def whole_characters(text: str) -> str:
+    """Without the marks of characters whose bytes were cut at the ends."""
+    return text.strip("\N{REPLACEMENT CHARACTER}")
 
 
 def has_tokenizer(model_path: Path) -> bool:
@@ -109,9 +123,12 @@ def read_generation_config(model_path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    return found
 
 
 def first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ Shapes: T tokens of a step, B sequences, D hidden size, H query heads, G kv head
 F expert width, N output width, L cache blocks, S cache block size.
 """
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -130,6 +131,15 @@ class Ops:
         Under expert parallelism E counts the experts of this rank.
         """
         raise NotImplementedError
+
+
+def npu_available() -> bool:
+    """Whether torch_npu is installed and sees a device."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    import torch_npu
+
+    return torch_npu.npu.is_available()
 
 
 def load_ops(device_type: str) -> Ops:

@@ -4,6 +4,7 @@
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def build_dataset_input(record: dict[str, Any], prompt_template: str | None = No
     """
     try:
         return (prompt_template or LONG_SEQUENCE_PROMPT).format_map(record)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"data_config.prompt_template: {error} does not fit, the record's fields are {', '.join(record)}"
         ) from None
@@ -82,6 +83,8 @@ def longbench_prompts(data: DataSettings) -> list[str]:
     """A task of LongBench from the local folder if there is one, else from the hub."""
     folder = LONGBENCH_FOLDER if data.dataset_path is None else existing(data.dataset_path)
     local = longbench_local(folder, data.longbench_task)
+    if local is None and data.dataset_path is not None:
+        raise ValueError(f"data_config.dataset_path: {folder} has neither *.jsonl, data/*.jsonl nor data.zip")
     records = longbench_online(data.longbench_task) if local is None else local
     return [build_dataset_input(record, data.prompt_template) for record in records]
 
@@ -104,7 +107,7 @@ def longbench_local(folder: Path, task: str) -> list[dict[str, Any]] | None:
                 raise unknown_task(task, archive, list(members))
             with opened.open(members[task]) as stream:
                 return [record for _, record in json_lines(stream, f"{archive}:{members[task]}")]
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"{archive}: {error} (an incomplete download?)") from None
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3MoeConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 from models.layers.rotary import ROPE_TYPES, inverse_frequencies
+
+# of all rope types together (transformers' RopeParameters), in both spellings of the type, and yarn's further ones
+ROPE_KEYS = {"type", "mscale", "mscale_all_dim", "truncate", *RopeParameters.__annotations__}
 
 
 def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) -> Qwen3MoeConfig:
@@ -25,16 +29,16 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
     if not isinstance(raw, dict):
         raise ValueError(f"{file}: expected a JSON object")
     refuse_foreign(file, raw)
+    where = str(file)
     if rope_scaling is not None:
         raw = override_rope(raw, rope_scaling)
+        where = "model_config.rope_scaling"
     try:
         config = Qwen3MoeConfig.from_dict(raw)
     except Exception as error:  # the config class raises its validators' many own types
-        raise ValueError(f"{file}: {' '.join(str(error).split())}") from None
-    if getattr(config, "head_dim", None) is None:  # the config class has no such field of its own
-        config.head_dim = config.hidden_size // config.num_attention_heads
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from None
     check_sizes(file, config)
-    check_rope(file, config)
+    check_rope(where, config)
     return config
 
 
@@ -48,8 +52,9 @@ def refuse_foreign(file: Path, raw: dict[str, Any]) -> None:
         raise ValueError(f"{file}: use_sliding_window true is not supported, only full attention")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method")
+    quantization = raw.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ValueError(f"{file}: quantization_config (quant_method {method!r}) is not supported")
     description = file.parent / "quant_model_description.json"
     if description.exists():
@@ -58,22 +63,33 @@ def refuse_foreign(file: Path, raw: dict[str, Any]) -> None:
 
 def override_rope(raw: dict[str, Any], rope_scaling: dict[str, Any]) -> dict[str, Any]:
     """The config with other rope parameters; the base (rope_theta) stays the checkpoint's unless overridden."""
-    own = {**(raw.get("rope_parameters") or {})}
+    unknown = sorted(set(rope_scaling) - ROPE_KEYS)
+    if unknown:
+        raise ValueError(
+            f"model_config.rope_scaling: {unknown[0]}: unknown key, possible are {', '.join(sorted(ROPE_KEYS))}"
+        )
+    if not {"rope_type", "type"} & set(rope_scaling):
+        raise ValueError(f"model_config.rope_scaling: rope_type is missing, one of {', '.join(ROPE_TYPES)}")
+    own = raw.get("rope_parameters") or {}
     theta = own.get("rope_theta", raw.get("rope_theta"))
     merged = {**({} if theta is None else {"rope_theta": theta}), **rope_scaling}
     return {key: value for key, value in raw.items() if key != "rope_scaling"} | {"rope_parameters": merged}
 
 
 def check_sizes(file: Path, config: Qwen3MoeConfig) -> None:
+    if getattr(config, "head_dim", None) is None:  # the config class has no such field of its own
+        config.head_dim = config.hidden_size // max(1, config.num_attention_heads)
     positive = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "decoder_sparse_step max_position_embeddings"
     ).split()
+    if not isinstance(config.num_experts, int) or config.num_experts < 0:
+        raise ValueError(f"{file}: num_experts is {config.num_experts!r}, must be a whole number, at least 0")
     if config.num_experts > 0:
         positive += ["moe_intermediate_size", "num_experts_per_tok"]
     for key in positive:
-        if getattr(config, key) < 1:
-            raise ValueError(f"{file}: {key} is {getattr(config, key)}, must be at least 1")
+        if not isinstance(getattr(config, key), int) or getattr(config, key) < 1:
+            raise ValueError(f"{file}: {key} is {getattr(config, key)!r}, must be a whole number, at least 1")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"{file}: num_attention_heads {config.num_attention_heads} is not a multiple of "
@@ -85,18 +101,26 @@ def check_sizes(file: Path, config: Qwen3MoeConfig) -> None:
         )
 
 
-def check_rope(file: Path, config: Qwen3MoeConfig) -> None:
-    rope_type = config.rope_parameters["rope_type"]
+def check_rope(where: str, config: Qwen3MoeConfig) -> None:
+    """Rope parameters from which usable frequencies follow; `where` is their origin."""
+    rope = config.rope_parameters
+    rope_type = rope["rope_type"]
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"{file}: rope type {rope_type!r} is not supported, only {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"{where}: rope type {rope_type!r} is not supported, only {', '.join(ROPE_TYPES)}")
+    for key in ("rope_theta", "factor"):
+        value, least = rope.get(key, 2.0), 1 if key == "rope_theta" else 0
+        if not isinstance(value, int | float) or value <= least:
+            raise ValueError(f"{where}: {key} is {value!r}, must be a number above {least}")
     try:
         frequencies, _ = inverse_frequencies(config, config.max_position_embeddings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: rope parameters {config.rope_parameters} are incomplete: {error}") from None
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{where}: rope parameters {rope} give no frequencies: {error!r}") from None
+    if not frequencies.isfinite().all():
+        raise ValueError(f"{where}: rope parameters {rope} give frequencies that are not finite")
     if 2 * len(frequencies) != config.head_dim:
         raise ValueError(
-            f"{file}: rope parameters rotate {2 * len(frequencies)} of {config.head_dim} dimensions "
-            "(partial_rotary_factor, long_factor or short_factor); only full rotation is supported"
+            f"{where}: rope parameters rotate {2 * len(frequencies)} of {config.head_dim} dimensions (head_dim odd, or "
+            "partial_rotary_factor, long_factor or short_factor); only full rotation is supported"
         )
 
 

@@ -39,7 +39,12 @@ def generate(model, token_ids, new_tokens):
     """transformers' greedy continuation, end tokens included."""
     inputs = torch.tensor([token_ids])
     output = model.generate(
-        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=new_tokens, do_sample=False, top_k=None, top_p=None
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        top_k=None,
+        top_p=None,
     )
     return output[0, len(token_ids) :].tolist()
 

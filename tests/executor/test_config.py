@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what a YAML and --set may say, and the one line that refuses the rest."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from executor import LLM
+from executor.config import (
+    REPOSITORY,
+    SECTIONS,
+    DataSettings,
+    ModelSettings,
+    Settings,
+    load_settings,
+    resolve_path,
+    settings_from_dict,
+)
+
+GOOD = """
+model_name: tiny
+model_path: somewhere
+model_config:
+    dtype: float32
+data_config:
+    max_new_tokens: 5
+    batch_size: 2
+"""
+LITERALS = [
+    (f"{prefix}{key}", value)
+    for prefix, kind in [("", Settings), *((f"{name}.", kind) for name, kind in SECTIONS.items())]
+    for key, hint in typing.get_type_hints(kind).items()
+    if typing.get_origin(hint) is typing.Literal
+    for value in typing.get_args(hint)
+]
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Path:
+    file = tmp_path / "good.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def refusal(file: Path, *overrides: str) -> str:
+    """The one line that refuses a file or its overrides."""
+    with pytest.raises(ValueError) as error:
+        load_settings(file, overrides)
+    assert str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def value_of(settings: Settings, name: str) -> typing.Any:
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return settings
+
+
+def test_values_and_defaults(yaml_file):
+    settings = load_settings(yaml_file)
+    assert settings == Settings(
+        model_name="tiny",
+        model_path="somewhere",
+        model_config=ModelSettings(dtype="float32"),
+        data_config=DataSettings(max_new_tokens=5, batch_size=2),
+    )
+    assert (settings.data_config.input_max_len, settings.exe_mode, settings.device) == (4080, "eager", "auto")
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "models/qwen3_moe/config").glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_yaml_loads(file):
+    settings = load_settings(file)
+    assert resolve_path(settings.model_path).is_dir()
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_section_without_keys_has_its_defaults(section, yaml_file):
+    yaml_file.write_text(f"model_name: m\nmodel_path: p\n{section}:\n")
+    assert value_of(load_settings(yaml_file), section) == SECTIONS[section]()
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "nearest"),
+    [
+        ("model_nam", "model_name"),
+        ("exec_mode", "exe_mode"),
+        ("devise", "device"),
+        ("log_levle", "log_level"),
+        ("modell_config", "model_config"),
+        ("data_confg", "data_config"),
+        ("batch_size", "data_config.batch_size"),
+        ("max_new_token", "data_config.max_new_tokens"),
+        ("model_config.dtypes", "model_config.dtype"),
+        ("model_config.with_ckp", "model_config.with_ckpt"),
+        ("model_config.rope_scalling", "model_config.rope_scaling"),
+        ("data_config.batchsize", "data_config.batch_size"),
+        ("data_config.max_new_token", "data_config.max_new_tokens"),
+        ("data_config.temprature", "data_config.temperature"),
+        ("data_config.Seed", "data_config.seed"),
+        ("parallel_config.atn_tp_size", "parallel_config.attn_tp_size"),
+        ("data_config.zzzzzz", "data_config."),
+        ("zzzzzz", ""),
+    ],
+)
+@pytest.mark.parametrize("by_override", [False, True])
+def test_misspelt_key(misspelt, nearest, by_override, yaml_file):
+    section, _, key = misspelt.rpartition(".")
+    if by_override:
+        line = refusal(yaml_file, f"{misspelt}=1")
+    else:
+        entry = f"{section}: {{{key}: 1}}" if section else f"{key}: 1"
+        yaml_file.write_text(f"model_name: m\nmodel_path: p\n{entry}\n")
+        line = refusal(yaml_file)
+    assert str(yaml_file) in line and f"{misspelt}: unknown key" in line
+    assert line.rstrip("?").split()[-1].startswith(nearest), line
+    known = typing.get_type_hints(Settings) | {
+        f"{s}.{k}": 0 for s in SECTIONS for k in typing.get_type_hints(SECTIONS[s])
+    }
+    assert line.rstrip("?").split()[-1] in known
+
+
+def test_key_in_a_wrong_section_names_the_right_one(yaml_file):
+    top_level = {name for name in typing.get_type_hints(Settings) if name not in SECTIONS}
+    homes = {key: key for key in top_level}
+    homes |= {key: f"{section}.{key}" for section, kind in SECTIONS.items() for key in typing.get_type_hints(kind)}
+    for key, right in homes.items():
+        for section in SECTIONS:
+            if right != f"{section}.{key}":
+                line = refusal(yaml_file, f"{section}.{key}=1")
+                assert line.endswith(f"{section}.{key}: unknown key; did you mean {right}?"), line
+
+
+@pytest.mark.parametrize("key", ["model_name", "model_path"])
+def test_required_key(key, yaml_file):
+    yaml_file.write_text(GOOD.replace(f"{key}:", "#"))
+    assert f"{yaml_file}: {key}: missing" in refusal(yaml_file)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("model_name", ["3", "true", "null", "[a]"]),
+        ("world_size", ["two", "1.0", "true", "null", "'1'"]),
+        ("exe_mode", ["fast", "1", "null", "[eager]", "Eager"]),
+        ("device", ["gpu", "true"]),
+        ("log_level", ["info", "2"]),
+        ("model_config", ["3", "[dtype]", "float32"]),
+        ("model_config.dtype", ["fp32", "int8", "null"]),
+        ("model_config.with_ckpt", ["1", "'True'", "null"]),
+        ("model_config.rope_scaling", ["yarn", "4.0", "[yarn]"]),
+        ("model_config.cache_memory_fraction", ["most", "true", "null", "[0.5]"]),
+        ("model_config.cache_tokens", ["4k", "1e4", "true", "2.5"]),
+        ("data_config.dataset", ["longbench", "csv", "null"]),
+        ("data_config.dataset_path", ["3", "[a]"]),
+        ("data_config.text_field", ["null", "1"]),
+        ("data_config.batch_size", ["true", "1.5", "'4'", "null"]),
+        ("data_config.temperature", ["hot", "false", "null", "{a: 1}"]),
+        ("data_config.seed", ["x", "true", "1.5"]),
+        ("data_config.stop", ["end", "[1]", "[a, null]", "null", "{a: b}"]),
+        ("data_config.ignore_eos", ["0", "'no'"]),
+        ("parallel_config.moe_tp_size", ["true", "one"]),
+    ],
+)
+def test_wrong_type(key, values, yaml_file):
+    for value in values:
+        line = refusal(yaml_file, f"{key}={value}")
+        assert f": {key}: " in line and ("expected" in line or "not one of" in line), line
+
+
+PARALLEL_SIZES = ("attn_tp", "moe_tp", "embed_tp", "lmhead_tp", "attn_dp", "moe_ep")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((f"data_config.{key}", v) for key in ("input_max_len", "batch_size", "max_new_tokens") for v in (0, -1)),
+        ("data_config.max_prompts", 0),
+        ("model_config.cache_tokens", 0),
+        *(("model_config.cache_memory_fraction", v) for v in (0.0, -0.1, 1.01, ".nan", ".inf")),
+        *(("world_size", v) for v in (0, -1)),
+        *((f"parallel_config.{key}_size", v) for key in PARALLEL_SIZES for v in (0, -2)),
+    ],
+)
+def test_impossible_size(key, value, yaml_file):
+    assert f"{yaml_file}: {key}: {str(value).strip('.')} is" in refusal(yaml_file, f"{key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("", "expected keys and values"),
+        ("just text", "expected keys and values"),
+        ("- model_name: m", "expected keys and values"),
+        ("model_name: [m", "not valid YAML"),
+        ("model_name: m\n\tmodel_path: p", "not valid YAML"),
+        ("model_name: m\nmodel_name: n\n", "'model_name' stands twice, again in line 2"),
+        (
+            "model_name: m\nmodel_path: p\ndata_config:\n  seed: 1\n  top_k: 2\n  seed: 3\n",
+            "'seed' stands twice, again in line 6",
+        ),
+        ("model_name: m\nmodel_path: p\ndata_config:\ndata_config:\n", "'data_config' stands twice"),
+        ("model_name: m\nmodel_path: p\n1: 2\n", "1: unknown key"),
+        ("model_name: m\nmodel_path: p\n? [a, b]\n: 2\n", "not valid YAML"),
+        ("model_name: 2020-13-45\nmodel_path: p\n", "not valid YAML"),
+        ("model_name: !!python/name:os.system\n", "not valid YAML"),
+        (b"model_name: \xff\xfe", "not valid YAML"),
+        (b"model_name: \x00", "not valid YAML"),
+    ],
+)
+def test_broken_file(content, named, yaml_file):
+    yaml_file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refusal(yaml_file)
+    assert line.startswith(f"{yaml_file}: ") and named in line, line
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "."])
+def test_no_such_file(name, tmp_path):
+    assert refusal(tmp_path / name) == f"{tmp_path / name}: no such YAML file"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("", "expected section.key=value"),
+        ("data_config.seed", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        (".seed=3", "expected section.key=value"),
+        ("data_config.=3", "expected section.key=value"),
+        ("model_config.rope_scaling.factor=3", "expected section.key=value"),
+        ("data_config.stop=[a", "not a valid YAML value"),
+        ("data_config.seed={a: 1, a: 2}", "not a valid YAML value"),
+        ("data_config.seed=2020-13-45", "not a valid YAML value"),
+        ("model_name.seed=3", "model_name is not a section"),
+    ],
+)
+def test_bad_override(override, named, yaml_file):
+    line = refusal(yaml_file, override)
+    assert line.startswith(f"--set {override}: ") and named in line, line
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data_config.max_new_tokens=64", 64),
+        (" data_config.max_new_tokens =64", 64),
+        ("data_config.prompt_template=a=b={context}", "a=b={context}"),
+        ("data_config.prompt_template='Answer: {input}'", "Answer: {input}"),
+        ("data_config.stop=[a, 'b, c', '\n']", ["a", "b, c", " "]),
+        ('data_config.stop=["\\n\\n"]', ["\n\n"]),
+        ("data_config.stop=[]", []),
+        ("data_config.seed=null", None),
+        ("data_config.seed=", None),
+        ("data_config.seed=0x10", 16),
+        ("data_config.temperature=1e-3", 1e-3),
+        ("data_config.temperature=1", 1.0),
+        ("data_config.ignore_eos=True", True),
+        ("data_config.dataset_path=~/x y.jsonl", "~/x y.jsonl"),
+        ("model_config.cache_tokens=1_000", 1000),
+        ("model_config.rope_scaling={rope_type: yarn, factor: 4.0}", {"rope_type": "yarn", "factor": 4.0}),
+        ("model_name=other", "other"),
+        ("parallel_config.attn_tp_size=1", 1),
+    ],
+)
+def test_override_value(override, value, yaml_file):
+    found = value_of(load_settings(yaml_file, [override]), override.partition("=")[0].strip())
+    assert found == value and type(found) is type(value)
+
+
+def test_last_override_wins(yaml_file):
+    settings = load_settings(yaml_file, ["data_config.seed=1", "device=cpu", "data_config.seed=2"])
+    assert (settings.data_config.seed, settings.data_config.batch_size, settings.device) == (2, 2, "cpu")
+
+
+@pytest.mark.parametrize(("key", "value"), LITERALS)
+def test_every_literal_value(key, value, yaml_file):
+    assert value_of(load_settings(yaml_file, [f"{key}={value}"]), key) == value
+
+
+def test_settings_in_force_can_be_loaded_again(yaml_file):
+    settings = load_settings(yaml_file, ["data_config.stop=[a]", "model_config.rope_scaling={rope_type: linear}"])
+    assert settings_from_dict(dataclasses.asdict(settings), "again") == settings
+
+
+def test_settings_are_frozen(yaml_file):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_settings(yaml_file).data_config.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_new_token": 3}, "LLM: max_new_token: unknown setting; did you mean data_config.max_new_tokens?"),
+        ({"exec_mode": "eager"}, "LLM: exec_mode: unknown setting; did you mean exe_mode?"),
+        ({"model_config": {"dtype": "float32"}}, "LLM: model_config: "),
+        ({"batch_size": 0}, "LLM: data_config.batch_size: 0 is impossible"),
+        ({"dtype": "int8"}, "LLM: model_config.dtype: 'int8' is not one of"),
+        ({"device": "tpu"}, "LLM: device: 'tpu' is not one of"),
+        ({"exe_mode": "graph", "device": "cpu"}, "exe_mode: graph is not possible on device cpu"),
+    ],
+)
+def test_llm_refuses_settings(settings, named, tmp_path):
+    with pytest.raises(ValueError, match="^" + named.replace("?", r"\?")) as error:
+        LLM(tmp_path, **settings)
+    assert "did you mean model_config?" not in str(error.value)

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command: results and logs on disk, exit codes, and what stands on the terminal."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from executor import LLM, infer
+from executor.config import REPOSITORY, load_settings
+from executor.model_runner import ModelRunner
+from tests.checkpoints import make_checkpoint
+
+KEYS = ["prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"]
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d .* (DEBUG|INFO|WARNING) \[rank \d+\] ")
+TODAY = f"{datetime.date.today():%Y%m%d}"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random model with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_checkpoint(folder, vocab_size=2048)
+    for file in (REPOSITORY / "models/qwen3_moe/demo").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture
+def yaml_file(checkpoint, tmp_path) -> Path:
+    """Settings that run it on three prompts."""
+    prompts = [f"{word} {random.random()}" for word in ("To be", "Friends, Romans", "é 東京 🎭")]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        f"model_name: small\nmodel_path: {checkpoint}\ndevice: cpu\nmodel_config:\n  dtype: float32\ndata_config:\n"
+        f"  dataset_path: {tmp_path / 'prompts.json'}\n  max_new_tokens: 6\n  batch_size: 2\n  chat_template: False\n"
+    )
+    return file
+
+
+@pytest.fixture
+def run(yaml_file, tmp_path, monkeypatch, capsys):
+    """Calls main() with options; returns its exit code, stdout and stderr. Results go below tmp_path."""
+    monkeypatch.setattr(infer, "REPOSITORY", tmp_path)
+    for variable in ("RANK", "LOG_LEVEL"):
+        monkeypatch.delenv(variable, raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def call(*options: str, yaml: Path = yaml_file) -> tuple[int, str, str]:
+        root.handlers = []
+        monkeypatch.setattr(sys, "argv", ["infer", "--yaml_file_path", str(yaml), *options])
+        code = infer.main()
+        for handler in root.handlers:
+            handler.close()
+        return code, *capsys.readouterr()
+
+    yield call
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+def result_folder(tmp_path: Path) -> Path:
+    return tmp_path / "res" / TODAY / "small_tiny"
+
+
+def assert_refused(code: int, out: str, err: str) -> str:
+    """Exit code 2, nothing on stdout, one line besides the log; returns that line."""
+    assert code == 2 and out == "" and "Traceback" not in err, err
+    lines = [line for line in err.splitlines() if not LOG_LINE.match(line)]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    return lines[0]
+
+
+def test_results(run, yaml_file, tmp_path):
+    output = tmp_path / "copy.jsonl"
+    code, out, err = run(
+        "--output", str(output), "--set", "data_config.max_new_tokens=5", "--set", "data_config.seed=3"
+    )
+    assert code == 0, err
+    content = (result_folder(tmp_path) / "result.jsonl").read_text(encoding="utf-8")
+    assert output.read_text(encoding="utf-8") == content
+    *lines, last = [json.loads(line) for line in content.splitlines()]
+
+    settings = load_settings(yaml_file, ["data_config.max_new_tokens=5", "data_config.seed=3"])
+    prompts = json.loads((tmp_path / "prompts.json").read_text())
+    llm = LLM.from_settings(settings)
+    for prompt, line, expected in zip(prompts, lines, llm.generate(prompts), strict=True):
+        assert list(line) == KEYS
+        assert line["prompt"] == prompt and line["prompt_token_ids"] == expected.prompt_token_ids
+        assert line["token_ids"] == expected.token_ids and line["text"] == expected.text
+        assert line["finish_reason"] == "length" and line["ttft_ms"] > 0 and line["tpot_ms"] > 0
+        assert prompt in out and expected.text in out
+
+    assert list(last) == ["summary"]
+    summary = last["summary"]
+    assert summary["prompts"] == 3 and summary["new_tokens"] == 15 and summary["tok_per_s"] > 0
+    assert summary["prompt_tokens"] == sum(len(line["prompt_token_ids"]) for line in lines)
+    for key in ("ttft_ms", "tpot_ms"):
+        assert list(summary[key]) == ["p50", "p90", "p99"]
+        assert 0 < summary[key]["p50"] <= summary[key]["p90"] <= summary[key]["p99"]
+    assert summary["settings"] == dataclasses.asdict(settings)
+    assert str(result_folder(tmp_path) / "result.jsonl") in out and "tpot p99" in out
+    log = (result_folder(tmp_path) / "log_0.log").read_text()
+    assert log and log == "".join(line + "\n" for line in err.splitlines() if LOG_LINE.match(line))
+
+
+def test_results_keep_the_order_of_the_prompts(run, tmp_path, monkeypatch):
+    stream = LLM.stream
+    monkeypatch.setattr(LLM, "stream", lambda self, sequences: reversed(list(stream(self, sequences))))
+    assert run()[0] == 0
+    *lines, _ = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())
+    assert [line["prompt"] for line in lines] == json.loads((tmp_path / "prompts.json").read_text())
+
+
+def test_chat_template(run, checkpoint, tmp_path):
+    assert run("--set", "data_config.chat_template=True", "--set", "data_config.enable_thinking=True")[0] == 0
+    *lines, _ = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())
+    llm = LLM(checkpoint, device="cpu", dtype="float32", enable_thinking=True, max_new_tokens=6)
+    for line in lines:
+        [expected] = llm.chat([{"role": "user", "content": line["prompt"]}])
+        assert line["prompt_token_ids"] == expected.prompt_token_ids and line["token_ids"] == expected.token_ids
+
+
+def test_one_new_token_has_no_tpot(run, tmp_path):
+    assert run("--set", "data_config.max_new_tokens=1", "--set", "data_config.max_prompts=1")[0] == 0
+    line, last = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())
+    assert line["tpot_ms"] is None and last["summary"]["tpot_ms"] == {"p50": None, "p90": None, "p99": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--set", "data_config.max_new_token=3"], "did you mean data_config.max_new_tokens?"),
+        (["--set", "data_config.batch_size=0"], "data_config.batch_size: 0 is impossible"),
+        (["--set", "model_path=no/such/folder"], "model_path: no/such/folder does not exist"),
+        (["--set", "model_path=dataset"], "dataset has no config.json"),
+        (["--set", "data_config.dataset=csv"], "data_config.dataset: 'csv' is not one of"),
+        (["--set", "data_config.dataset_path=no/such"], "data_config.dataset_path: no/such does not exist"),
+        (["--set", "data_config.temperature=-1"], "data_config.temperature: -1.0 is impossible"),
+        (["--set", "exe_mode=graph"], "exe_mode: graph is not possible on device cpu"),
+        (["--set", "device=npu"], "device: npu is not available"),
+        (
+            ["--set", "model_config.cache_tokens=1", "--set", "data_config.max_new_tokens=200"],
+            "model_config.cache_tokens",
+        ),
+        (
+            ["--set", "data_config.input_max_len=2", "--set", "data_config.long_prompt=refuse"],
+            "data_config.input_max_len",
+        ),
+        (["--set", "data_config.input_max_len=1000000000000"], "data_config.input_max_len"),
+        (["--output", "no/such/folder/out.jsonl"], "--output: no/such/folder is not a folder"),
+        (["--output", "."], "--output: "),
+    ],
+)
+def test_bad_input(options, named, run):
+    assert named in assert_refused(*run(*options))
+
+
+def test_empty_prompt_is_named(run, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    options = ["data_config.dataset=jsonl", f"data_config.dataset_path={tmp_path / 'p.jsonl'}"]
+    assert "empty" in assert_refused(*run(*(part for option in options for part in ("--set", option))))
+
+
+def test_bad_yaml(run, tmp_path):
+    assert "none.yaml: no such YAML file" in assert_refused(*run(yaml=tmp_path / "none.yaml"))
+    (tmp_path / "bad.yaml").write_text("model_name: [")
+    assert "bad.yaml: not valid YAML" in assert_refused(*run(yaml=tmp_path / "bad.yaml"))
+
+
+@pytest.mark.parametrize(("variable", "value"), [("LOG_LEVEL", "LOUD"), ("RANK", "first")])
+def test_bad_environment(variable, value, run, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    assert f"error: {variable}: " in assert_refused(*run())
+
+
+def test_damaged_checkpoint(run, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert f"{weights}: truncated" in assert_refused(*run("--set", f"model_path={folder}"))
+    assert not (result_folder(tmp_path) / "result.jsonl").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("failing", ["_load", "prefill", "decode"])
+def test_failure_names_the_rank_and_the_first_error(failing, rank, run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(LLM if failing == "_load" else ModelRunner, failing, fail)
+    code, _, err = run()
+    assert code == 1
+    assert err.splitlines()[-1] == f"error: rank {rank}: RuntimeError: the device is gone"
+    assert ("Traceback" in err) == (rank == 0)
+    log = (result_folder(tmp_path) / f"log_{rank}.log").read_text()
+    assert f"[rank {rank}]" in log and "Traceback" in log and "RuntimeError: the device is gone" in log
+
+
+def test_finished_prompts_survive_a_failure(run, tmp_path, monkeypatch):
+    prefill, calls = ModelRunner.prefill, []
+
+    def fail_second(self, sequences):
+        calls.append(sequences)
+        if len(calls) == 2:
+            raise RuntimeError("the device is gone")
+        return prefill(self, sequences)
+
+    monkeypatch.setattr(ModelRunner, "prefill", fail_second)
+    assert run()[0] == 1
+    lines = (result_folder(tmp_path) / "result.jsonl").read_text().splitlines()
+    assert [list(json.loads(line)) for line in lines] == [KEYS, KEYS]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_warnings_of_transformers_are_logged_too(rank, run, tmp_path, monkeypatch):
+    prefill = ModelRunner.prefill
+
+    def prefill_with_warning(self, sequences):
+        logging.getLogger("transformers.some").warning("mind this")
+        return prefill(self, sequences)
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(ModelRunner, "prefill", prefill_with_warning)
+    code, _, err = run("--set", "data_config.max_prompts=1")
+    assert (
+        code == 0
+        and f"[rank {rank}] transformers.some: mind this" in (result_folder(tmp_path) / f"log_{rank}.log").read_text()
+    )
+    assert err.count("mind this") == (rank == 0)
+
+
+@pytest.mark.parametrize(("level", "shown"), [("debug", True), ("INFO", True), ("ERROR", False)])
+def test_log_level_variable(level, shown, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOG_LEVEL", level)
+    code, _, err = run("--set", "log_level=WARNING", "--set", "data_config.max_prompts=1")
+    assert code == 0
+    assert ("INFO [rank 0]" in err) == shown == bool((result_folder(tmp_path) / "log_0.log").read_text())
+
+
+def start(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "executor.infer", *options]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOG_LEVEL")}
+    return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+
+
+def test_as_a_command(yaml_file, tmp_path):
+    """In a copy of the rooms, as results go where the code lies."""
+    for room in ("executor", "models", "ops", "dataset"):
+        shutil.copytree(REPOSITORY / room, tmp_path / room, ignore=shutil.ignore_patterns("demo", "LongBench", "*.pyc"))
+    done = start(tmp_path, "--yaml_file_path", str(yaml_file), "--set", "data_config.max_prompts=1")
+    assert done.returncode == 0, done.stderr
+    assert len((result_folder(tmp_path) / "result.jsonl").read_text().splitlines()) == 2
+    assert "tokens/s" in done.stdout and "Traceback" not in done.stderr
+    refused = start(tmp_path, "--yaml_file_path", str(yaml_file), "--set", "divice=cpu")
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr == f"error: {yaml_file}: divice: unknown key; did you mean device?\n"
+    assert start(tmp_path, "--set", "device=cpu").returncode == 2

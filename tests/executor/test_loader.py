@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints are loaded whole or refused in one line, and never take much more memory than they hold."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3MoeConfig
+
+from executor.config import REPOSITORY
+from executor.loader import MAPPED_BYTES, load_parameters, parameter_bytes, random_parameters
+from models.layers.parameter import Parameters, ParameterSpec, Role
+from models.qwen3_moe.architecture import load_config
+from models.qwen3_moe.sharding import Layout
+from models.qwen3_moe.weights import parameter_specs
+from ops import DenseWeight
+from tests.checkpoints import TINY, make_checkpoint
+
+CPU = torch.device("cpu")
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """A checkpoint in one file."""
+    folder = tmp_path_factory.mktemp("single")
+    make_checkpoint(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(single, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(single, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    """The same weights in several files with an index."""
+    make_checkpoint(tmp_path / "sharded", max_shard_size="100KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    return tmp_path / "sharded"
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Parameters:
+    return load_whole(folder, parameter_specs(load_config(folder), Layout()), dtype)
+
+
+def load_whole(folder: Path, specs: list[ParameterSpec], dtype: torch.dtype) -> Parameters:
+    return load_parameters(folder, specs, specs, dtype, CPU)
+
+
+def tensor(value: torch.Tensor | DenseWeight) -> torch.Tensor:
+    return value.data if isinstance(value, DenseWeight) else value
+
+
+def assert_loaded(loaded: Parameters, folder: Path, stored: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """Every stored tensor stands where its specification says, in `dtype`."""
+    for spec in parameter_specs(load_config(folder), Layout()):
+        value = tensor(loaded[spec.name])
+        assert value.dtype == dtype and value.shape == spec.shape
+        for source in spec.sources:
+            assert torch.equal(value[source.region], stored.pop(source.name).to(dtype)), source.name
+    assert not stored
+
+
+def rewrite(folder: Path, change) -> None:
+    """Saves the single file again after `change` has edited its dictionary of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def refusal(folder: Path, monkeypatch) -> str:
+    """The one line that refuses a checkpoint; nothing may have been allocated for it."""
+    specs = parameter_specs(load_config(folder), Layout())
+    with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
+        patch.setattr(torch, "empty", lambda *_, **__: pytest.fail("memory was allocated"))
+        load_whole(folder, specs, torch.float32)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_merged_parameters(single):
+    stored = load_file(single / "model.safetensors")
+    attention, mlp = "model.layers.2.self_attn", "model.layers.2.mlp.experts"
+    loaded = load(single)
+    qkv = torch.cat([stored[f"{attention}.{part}_proj.weight"] for part in "qkv"])
+    assert torch.equal(tensor(loaded["layers.2.self_attn.qkv_proj.weight"]), qkv)
+    gate_up = [torch.cat([stored[f"{mlp}.{e}.{part}_proj.weight"] for part in ("gate", "up")]) for e in range(10)]
+    assert torch.equal(tensor(loaded["layers.2.mlp.experts.gate_up_proj"]), torch.stack(gate_up))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(stored_dtype, dtype, checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors.update({k: v.to(stored_dtype) for k, v in tensors.items()}))
+    assert_loaded(load(checkpoint, dtype), checkpoint, load_file(checkpoint / "model.safetensors"), dtype)
+
+
+def test_sharded(single, sharded):
+    (sharded / "stray.safetensors").write_bytes(b"garbage")
+    shutil.copy(single / "model.safetensors", sharded / "model-copy.safetensors")
+    assert_loaded(load(sharded), sharded, load_file(single / "model.safetensors"), torch.float32)
+
+
+def test_files_larger_than_one_mapping(single, monkeypatch):
+    monkeypatch.setattr("executor.loader.MAPPED_BYTES", 10_000)
+    assert_loaded(load(single), single, load_file(single / "model.safetensors"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda t: t.pop(EXPERT), f"1 missing: {EXPERT}"),
+        (lambda t: t.pop("model.norm.weight"), "1 missing: model.norm.weight"),
+        (lambda t: t.pop("lm_head.weight"), "1 missing: lm_head.weight"),
+        (lambda t: [t.pop(name) for name in list(t) if ".experts.9." in name], "9 missing: "),
+        (lambda t: t.update({"model.layers.3.mlp.gate.weight": torch.ones(1)}), "1 not expected: model.layers.3.mlp."),
+        (lambda t: t.update({"x": torch.ones(1), "lm_head.bias": torch.ones(211)}), "2 not expected: lm_head.bias, x"),
+        (
+            lambda t: t.update({EXPERT: torch.ones(48, 40)}),
+            f"of another shape: {EXPERT} is [48, 40] instead of [40, 48]",
+        ),
+        (lambda t: t.update({"model.norm.weight": torch.ones(1, 48)}), "model.norm.weight is [1, 48] instead of [48]"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.int8)}), f"1 of another type: {EXPERT} is I8"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).double()}), f"1 of another type: {EXPERT} is F64"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.float8_e4m3fn)}), f"{EXPERT} is F8_E4M3"),
+        (lambda t: t.update({"renamed": t.pop(EXPERT)}), f"1 missing: {EXPERT}; 1 not expected: renamed"),
+    ],
+)
+def test_tensors_that_do_not_fit(change, named, checkpoint, monkeypatch):
+    rewrite(checkpoint, change)
+    line = refusal(checkpoint, monkeypatch)
+    assert line.startswith(f"{checkpoint}: ") and named in line, line
+
+
+def test_head_beside_a_tied_embedding(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, tie_word_embeddings=True)
+    load(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert "lm_head.weight is not expected" in refusal(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 500, -1])
+def test_truncated_file(keep, checkpoint, sharded, monkeypatch):
+    for file in (checkpoint / "model.safetensors", sorted(sharded.glob("*.safetensors"))[1]):
+        file.write_bytes(file.read_bytes()[:keep])
+        assert refusal(file.parent, monkeypatch).startswith(f"{file}: truncated or not a safetensors file: ")
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\x80" * 4096, b"\0" * 4096])
+def test_not_a_safetensors_file(content, checkpoint, monkeypatch):
+    (checkpoint / "model.safetensors").write_bytes(content)
+    assert f"{checkpoint / 'model.safetensors'}: truncated or not a" in refusal(checkpoint, monkeypatch)
+
+
+def test_no_weights(checkpoint, monkeypatch):
+    (checkpoint / "model.safetensors").rename(checkpoint / "other.safetensors")
+    assert f"{checkpoint} has neither" in refusal(checkpoint, monkeypatch)
+
+
+def test_absent_shard(sharded, monkeypatch):
+    gone = sorted(sharded.glob("*.safetensors"))[1]
+    gone.unlink()
+    line = refusal(sharded, monkeypatch)
+    assert line.startswith(f"{sharded / INDEX}: {gone.name} named there but not in the folder")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}', b"\xff"],
+)
+def test_broken_index(content, sharded, monkeypatch):
+    (sharded / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert refusal(sharded, monkeypatch).startswith(f"{sharded / INDEX}: not a safetensors index")
+
+
+def test_tensor_in_two_shards(sharded, monkeypatch):
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    tensors = load_file(first)
+    save_file({**load_file(second), **dict([next(iter(tensors.items()))])}, second)
+    assert f"{second}: tensor {next(iter(tensors))} is also in another file" in refusal(sharded, monkeypatch)
+
+
+def test_shard_lacks_a_tensor_of_the_index(sharded, monkeypatch):
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    tensors = load_file(shard)
+    name, _ = tensors.popitem()
+    save_file(tensors, shard)
+    assert json.loads((sharded / INDEX).read_text())["weight_map"][name] == shard.name
+    assert f"1 missing: {name}" in refusal(sharded, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_random_parameters(dtype, single):
+    specs = parameter_specs(load_config(single), Layout())
+    first, again, other = (random_parameters(specs, dtype, CPU, std=0.1, seed=seed) for seed in (1, 1, 2))
+    for spec in specs:
+        value = tensor(first[spec.name])
+        assert value.shape == spec.shape and value.dtype == dtype
+        assert torch.equal(value, tensor(again[spec.name]))
+        if spec.role is Role.NORM:
+            assert (value == 1).all()
+        else:
+            assert not torch.equal(value, tensor(other[spec.name]))
+            assert value.float().std().item() == pytest.approx(0.1, rel=0.2)
+    assert parameter_bytes(specs, dtype) == sum(tensor(first[spec.name]).nbytes for spec in specs)
+
+
+LOAD_AND_MEASURE = """
+import json, sys
+from pathlib import Path
+import torch
+from executor.loader import MAPPED_BYTES, load_parameters, parameter_bytes
+from models.qwen3_moe.architecture import load_config
+from models.qwen3_moe.sharding import Layout
+from models.qwen3_moe.weights import parameter_specs
+
+def memory(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+folder, warm_up = map(Path, sys.argv[1:])
+specs = parameter_specs(load_config(warm_up), Layout())
+load_parameters(warm_up, specs, specs, torch.bfloat16, torch.device("cpu"))
+specs = parameter_specs(load_config(folder), Layout())
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # peak memory counts from here
+parameters = load_parameters(folder, specs, specs, torch.bfloat16, torch.device("cpu"))
+print(json.dumps([parameter_bytes(specs, torch.bfloat16), memory("VmHWM") - before]))
+"""
+
+
+def write_large(folder: Path, num_layers: int) -> None:
+    """A random bfloat16 checkpoint of 38 MB a layer and 34 MB besides, in one file that is larger than a mapping."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 384, "num_experts": 32, "vocab_size": 16384}
+    config = Qwen3MoeConfig(**{**TINY, **sizes, "num_hidden_layers": num_layers})
+    config.save_pretrained(folder)
+    sources = [source for spec in parameter_specs(config, Layout()) for source in spec.sources]
+    tensors = {source.name: torch.randn(source.shape).bfloat16() for source in sources}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_memory_while_loading(single, tmp_path):
+    write_large(tmp_path, num_layers=8)
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path), str(single)]
+    measured = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert measured.returncode == 0, measured.stderr
+    weights_bytes, growth_bytes = json.loads(measured.stdout)
+    assert weights_bytes > 4 * MAPPED_BYTES
+    # Beside the weights there is what is mapped of the file, which does not grow with them, and a little room.
+    assert growth_bytes <= 1.1 * weights_bytes + MAPPED_BYTES, (growth_bytes, weights_bytes)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plain torch operations against formulas written out in float64."""
+
+import math
+
+import pytest
+import torch
+
+from ops import DenseWeight, Routing, StepMetadata, load_ops
+from ops.reference import ReferenceOps
+
+OPS = ReferenceOps()
+BLOCK_SIZE = 16
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+DTYPES = pytest.mark.parametrize("dtype", list(TOLERANCES))
+
+
+@pytest.fixture(autouse=True)
+def fresh_inputs():
+    torch.seed()
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    """Equal up to the rounding of `dtype`, measured by the largest expected value."""
+    assert found.shape == expected.shape
+    atol = TOLERANCES[dtype] * expected.abs().max().item()
+    torch.testing.assert_close(found.double(), expected.double(), atol=atol, rtol=0)
+
+
+def normed(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    rows = rows.double()
+    return rows / (rows.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_every_operation_is_there(device_type):
+    ops = load_ops(device_type)
+    assert isinstance(ops, ReferenceOps) and ops.grouped_mm == (device_type != "cpu")
+
+
+@DTYPES
+def test_embedding(dtype):
+    weight, token_ids = torch.randn(30, 8).to(dtype), torch.randint(0, 30, (11,))
+    assert torch.equal(OPS.embedding(token_ids, weight), torch.stack([weight[i] for i in token_ids.tolist()]))
+
+
+@DTYPES
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("eps", [1e-6, 0.1])
+def test_add_norm(eps, has_residual, dtype):
+    hidden_states, weight = torch.randn(5, 24).to(dtype), torch.rand(24).to(dtype) + 0.5
+    residual = torch.randn(5, 24) if has_residual else None
+    found, new_residual = OPS.add_norm(hidden_states, residual, weight, eps)
+    expected_residual = hidden_states.double() + (residual.double() if has_residual else 0)
+    assert found.dtype == dtype and new_residual.dtype == torch.float32
+    assert_near(new_residual, expected_residual, torch.float32)
+    assert_near(found, normed(expected_residual, weight, eps), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear_and_norm_linear(has_bias, dtype):
+    hidden_states, norm_weight, residual = torch.randn(4, 24).to(dtype), torch.rand(24).to(dtype), torch.randn(4, 24)
+    weight, bias = torch.randn(10, 24).to(dtype), torch.randn(10).to(dtype) if has_bias else None
+    plus = bias.double() if has_bias else 0
+    found = OPS.linear(hidden_states, DenseWeight(weight), bias)
+    assert_near(found, hidden_states.double() @ weight.double().T + plus, dtype)
+    found, new_residual = OPS.norm_linear(hidden_states, residual, norm_weight, 1e-6, DenseWeight(weight), bias)
+    total = hidden_states.double() + residual.double()
+    assert_near(new_residual, total, torch.float32)
+    assert_near(found, normed(total, norm_weight, 1e-6) @ weight.double().T + plus, dtype)
+
+
+@DTYPES
+def test_silu_and_mul(dtype):
+    gate_up = torch.randn(6, 20).to(dtype)
+    gate, up = gate_up[:, :10].double(), gate_up[:, 10:].double()
+    assert_near(OPS.silu_and_mul(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
+
+
+# Attention
+
+
+def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """[T, H, C] turned by `angles` [T, C / 2]: pair i of a head is a complex number, (i, i + C / 2)."""
+    half = heads.shape[-1] // 2
+    turned = torch.complex(heads[..., :half], heads[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """One query token [H, C] over the tokens it may see, [t, G, C] each -> [H * C]."""
+    per_kv_head = query.shape[0] // key.shape[1]
+    outputs = []
+    for head, row in enumerate(query):
+        scores = key[:, head // per_kv_head] @ row / math.sqrt(row.shape[0])
+        outputs.append(
+            (scores - scores.max()).exp() / (scores - scores.max()).exp().sum() @ value[:, head // per_kv_head]
+        )
+    return torch.cat(outputs)
+
+
+class Attention:
+    """Random inputs for a step of sequences with these lengths, their cache blocks shuffled, and what must come out."""
+
+    def __init__(self, seq_lens: list[int], num_heads: int, num_kv_heads: int, is_prefill: bool, dtype: torch.dtype):
+        head_dim, self.num_heads, self.num_kv_heads = 8, num_heads, num_kv_heads
+        self.query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
+        num_tokens = sum(self.query_lens)
+        max_blocks = -(-max(seq_lens) // BLOCK_SIZE) + 1
+        num_blocks = len(seq_lens) * max_blocks
+        self.block_table = 1 + torch.randperm(num_blocks).view(len(seq_lens), max_blocks)
+        positions = [torch.arange(seq_len - n, seq_len) for seq_len, n in zip(seq_lens, self.query_lens, strict=True)]
+        slots = [self.slots(row, p) for row, p in enumerate(positions)]
+        self.caches = [torch.randn(num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim).to(dtype) for _ in range(2)]
+        self.qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
+        self.norm_weights = [(torch.rand(head_dim) + 0.5).to(dtype) for _ in range(2)]
+        self.step = StepMetadata(
+            is_prefill=is_prefill,
+            positions=torch.cat(positions),
+            slot_mapping=torch.cat(slots),
+            block_table=self.block_table,
+            seq_lens=torch.tensor(seq_lens),
+            query_lens_list=self.query_lens,
+            seq_lens_list=seq_lens,
+            dp_num_tokens=[num_tokens],
+        )
+        self.angles = self.step.positions[:, None].double() * torch.rand(head_dim // 2).double()
+
+    def slots(self, row: int, positions: torch.Tensor) -> torch.Tensor:
+        return self.block_table[row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+
+    def run(self) -> torch.Tensor:
+        cos_sin = tuple(torch.cat((part, part), dim=-1).float() for part in (self.angles.cos(), self.angles.sin()))
+        return OPS.attention(self.qkv, *self.norm_weights, 1e-6, cos_sin, *self.caches, self.step)
+
+    def expected(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Output and caches, from the inputs as they are before `run`."""
+        heads = self.qkv.double().unflatten(-1, (-1, 8))
+        h, g = self.num_heads, self.num_kv_heads
+        query = rotated(normed(heads[:, :h], self.norm_weights[0], 1e-6), self.angles)
+        key = rotated(normed(heads[:, h : h + g], self.norm_weights[1], 1e-6), self.angles)
+        caches = [cache.double().flatten(0, 1) for cache in self.caches]
+        for cache, new in zip(caches, (key, heads[:, h + g :]), strict=True):
+            for token, slot in enumerate(self.step.slot_mapping.tolist()):
+                cache[slot] = new[token]
+        rows = [row for row, n in enumerate(self.query_lens) for _ in range(n)]
+        outputs = []
+        for token, (row, position) in enumerate(zip(rows, self.step.positions.tolist(), strict=True)):
+            seen = self.slots(row, torch.arange(position + 1))
+            outputs.append(attended(query[token], caches[0][seen], caches[1][seen]))
+        return torch.stack(outputs), caches
+
+
+@DTYPES
+@pytest.mark.parametrize("is_prefill", [True, False])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (8, 1)])
+@pytest.mark.parametrize("seq_lens", [[1], [BLOCK_SIZE + 3], [5, 1, 2 * BLOCK_SIZE, BLOCK_SIZE + 1, BLOCK_SIZE - 1]])
+def test_attention(seq_lens, heads, is_prefill, dtype):
+    case = Attention(seq_lens, *heads, is_prefill, dtype)
+    expected, expected_caches = case.expected()
+    before = [cache.clone() for cache in case.caches]
+    found = case.run()
+    assert found.dtype == dtype
+    assert_near(found, expected, dtype)
+    written = torch.zeros(len(expected_caches[0]), dtype=torch.bool)
+    written[case.step.slot_mapping] = True
+    for cache, old, new in zip(case.caches, before, expected_caches, strict=True):
+        assert torch.equal(cache.flatten(0, 1)[~written], old.flatten(0, 1)[~written])
+        assert_near(cache.flatten(0, 1)[written], new[written], dtype)
+
+
+# Experts
+
+
+@DTYPES
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("top_k", [1, 3, 7])
+def test_route(top_k, renormalize, dtype):
+    hidden_states, residual = torch.randn(9, 24).to(dtype), torch.randn(9, 24)
+    norm_weight, router_weight = torch.rand(24).to(dtype), torch.randn(7, 24).to(dtype)
+    found, new_residual, routing = OPS.route(
+        hidden_states, residual, norm_weight, 1e-6, router_weight, top_k, renormalize
+    )
+    total = hidden_states.double() + residual.double()
+    assert_near(new_residual, total, torch.float32)
+    assert_near(found, normed(total, norm_weight, 1e-6), dtype)
+    # From the normed states as rounded, so that a near tie goes the same way.
+    probabilities = (found @ router_weight.T).double().softmax(dim=-1)
+    assert routing.topk_weights.dtype == torch.float32 and routing.topk_ids.dtype == torch.int64
+    for token, row in enumerate(probabilities.tolist()):
+        ids = routing.topk_ids[token].tolist()
+        assert len(set(ids)) == top_k
+        chosen = [row[i] for i in ids]
+        assert sorted(chosen, reverse=True) == sorted(row, reverse=True)[:top_k]
+        share = sum(chosen) if renormalize else 1.0
+        assert routing.topk_weights[token].tolist() == pytest.approx([p / share for p in chosen], rel=1e-5)
+
+
+class Experts:
+    """Random experts, a routing of tokens to the first `used` of them, and what must come out."""
+
+    def __init__(self, num_tokens: int, num_experts: int, top_k: int, used: int, dtype: torch.dtype):
+        hidden, width = 32, 16
+        self.hidden_states = torch.randn(num_tokens, hidden).to(dtype)
+        self.gate_up = torch.randn(num_experts, 2 * width, hidden).to(dtype) / hidden**0.5
+        self.down = torch.randn(num_experts, hidden, width).to(dtype) / width**0.5
+        scores = torch.rand(num_tokens, num_experts)
+        scores[:, used:] = -1
+        self.topk_ids = scores.topk(top_k).indices[:, torch.randperm(top_k)]
+        self.topk_weights = torch.rand(num_tokens, top_k)
+
+    def run(self, ops: ReferenceOps) -> torch.Tensor:
+        routing = Routing(self.topk_weights, self.topk_ids)
+        return ops.experts(self.hidden_states, routing, DenseWeight(self.gate_up), DenseWeight(self.down))
+
+    def expected(self) -> torch.Tensor:
+        output = torch.zeros_like(self.hidden_states, dtype=torch.float64)
+        for token, row in enumerate(self.hidden_states.double()):
+            for weight, expert in zip(self.topk_weights[token].double(), self.topk_ids[token].tolist(), strict=True):
+                gate, up = (self.gate_up[expert].double() @ row).chunk(2)
+                output[token] += weight * (self.down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
+        return output
+
+
+@DTYPES
+@pytest.mark.parametrize("grouped_mm", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k", "used"),
+    [(1, 8, 1, 8), (1, 8, 3, 8), (13, 8, 3, 8), (13, 8, 8, 8), (13, 8, 1, 1), (20, 8, 2, 3), (3, 64, 2, 64)],
+)
+def test_experts(num_tokens, num_experts, top_k, used, grouped_mm, dtype):
+    case = Experts(num_tokens, num_experts, top_k, used, dtype)
+    found = case.run(ReferenceOps(grouped_mm))
+    assert found.dtype == dtype
+    assert_near(found, case.expected(), dtype)
+
+
+@DTYPES
+def test_experts_leave_their_inputs_alone(dtype):
+    case = Experts(5, 6, 2, 6, dtype)
+    before = [value.clone() for value in vars(case).values()]
+    for grouped_mm in (False, True):
+        case.run(ReferenceOps(grouped_mm))
+    assert all(torch.equal(old, new) for old, new in zip(before, vars(case).values(), strict=True))
