@@ -52,6 +52,8 @@ def refuse_foreign(file: Path, raw: dict[str, Any]) -> None:
         raise ValueError(f"{file}: use_sliding_window true is not supported, only full attention")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+    if not isinstance(raw.get("head_dim"), int | None):
+        raise ValueError(f"{file}: head_dim is {raw['head_dim']!r}, must be a whole number")
     quantization = raw.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
