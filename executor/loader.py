@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LOADABLE_DTYPES = ("F32", "BF16", "F16")
-MAPPED_BYTES = 64 << 20  # a file is mapped anew after that many bytes, so that pages already copied leave memory
+MAPPED_BYTES = 8 << 20  # a file is mapped anew after that many bytes, so that pages already copied leave memory
 PROGRESS_FROM_BYTES = 1 << 30
 
 
@@ -151,7 +151,8 @@ def read_parts(file: Path, sources: dict[str, Source]) -> Iterator[tuple[str, to
             while remaining and mapped < MAPPED_BYTES:
                 source = sources[remaining.pop()]
                 part = handle.get_slice(source.name)[source.part or ...]
-                mapped += part.nbytes
+                rows_apart = len(source.part) > 1  # then most pages of the whole tensor are touched
+                mapped += part.nbytes * (source.shape[-1] // part.shape[-1] if rows_apart else 1)
                 yield source.name, part
                 del part
 

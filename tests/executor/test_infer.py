@@ -123,6 +123,14 @@ def test_results_keep_the_order_of_the_prompts(run, tmp_path, monkeypatch):
     assert [line["prompt"] for line in lines] == json.loads((tmp_path / "prompts.json").read_text())
 
 
+def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    output = tmp_path / "copy.jsonl"
+    code, out, _ = run("--output", str(output))
+    assert code == 0 and out == "" and not output.exists()
+    assert [file.name for file in result_folder(tmp_path).iterdir()] == ["log_1.log"]
+
+
 def test_chat_template(run, checkpoint, tmp_path):
     assert run("--set", "data_config.chat_template=True", "--set", "data_config.enable_thinking=True")[0] == 0
     *lines, _ = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())

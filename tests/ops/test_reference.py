@@ -210,14 +210,16 @@ class Experts:
         self.topk_ids = scores.topk(top_k).indices[:, torch.randperm(top_k)]
         self.topk_weights = torch.rand(num_tokens, top_k)
 
-    def run(self, ops: ReferenceOps) -> torch.Tensor:
-        routing = Routing(self.topk_weights, self.topk_ids)
+    def run(self, ops: ReferenceOps, has_elsewhere: bool = False) -> torch.Tensor:
+        routing = Routing(self.topk_weights, self.topk_ids, has_elsewhere)
         return ops.experts(self.hidden_states, routing, DenseWeight(self.gate_up), DenseWeight(self.down))
 
     def expected(self) -> torch.Tensor:
         output = torch.zeros_like(self.hidden_states, dtype=torch.float64)
         for token, row in enumerate(self.hidden_states.double()):
             for weight, expert in zip(self.topk_weights[token].double(), self.topk_ids[token].tolist(), strict=True):
+                if expert == len(self.gate_up):  # elsewhere
+                    continue
                 gate, up = (self.gate_up[expert].double() @ row).chunk(2)
                 output[token] += weight * (self.down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
         return output
@@ -234,6 +236,26 @@ def test_experts(num_tokens, num_experts, top_k, used, grouped_mm, dtype):
     found = case.run(ReferenceOps(grouped_mm))
     assert found.dtype == dtype
     assert_near(found, case.expected(), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("max_gathered_rows", [0, 1024])
+def test_grouped_products_of_any_number_of_rows(max_gathered_rows, dtype, monkeypatch):
+    monkeypatch.setattr("ops.reference.MAX_GATHERED_ROWS", max_gathered_rows)
+    monkeypatch.setattr("ops.reference.GATHER_CHUNK", 4)
+    case = Experts(11, 6, 3, 5, dtype)
+    assert_near(case.run(ReferenceOps(grouped_mm=True)), case.expected(), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("grouped_mm", [False, True])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_experts_elsewhere_add_nothing(share, grouped_mm, dtype):
+    case = Experts(12, 6, 3, 6, dtype)
+    case.topk_ids[torch.rand(case.topk_ids.shape) < share] = 6
+    case.hidden_states[(case.topk_ids == 6).all(dim=1)] = torch.nan  # nobody here looks at these
+    found, expected = case.run(ReferenceOps(grouped_mm), has_elsewhere=True), case.expected()
+    assert_near(found, expected, dtype)
 
 
 @DTYPES
