@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures speed: `python -m executor.bench latency --yaml X [--peer transformers]`.
 
-On several ranks: `python -m torch.distributed.run --nproc_per_node N -m executor.bench latency ...`; rank 0 reports.
-
-A run's figures are medians over repeats that take turns with the peer's, so that a machine which changes its speed
+A YAML with several ranks has them started here; rank 0 reports. A run's figures are medians over repeats that take turns with the peer's, so that a machine which changes its speed
 slows both. Times are in milliseconds; absolute ones mean something only on a machine that does nothing else.
 """
 
 import argparse
 import gc
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 from executor.config import load_settings
-from ops.comm import rank_and_world_size
+from executor.rank import fail, join
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "models" / "qwen3_moe" / "config"
 
@@ -24,17 +23,23 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "models" / "qwen3_moe" 
 def main() -> int:
     arguments = parse_arguments()
     try:
+        rank = join()
         yaml_file = Path(arguments.yaml)
         if not yaml_file.is_file():
             yaml_file = CONFIG_FOLDER / yaml_file.with_suffix(".yaml")
         settings = [load_settings(yaml_file, [*arguments.set, f"exe_mode={mode}"]) for mode in arguments.exe_mode]
         if arguments.new_tokens < 2:
             raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
+        if settings[0].world_size > 1 and "WORLD_SIZE" not in os.environ:
+            from executor.launch import launch
+
+            launch(settings[0], ["executor.bench", *sys.argv[1:]])
         report = latency(settings, arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if arguments.output and rank_and_world_size()[0] == 0:
+        return fail(2, error)
+    except Exception as error:
+        return fail(1, error)
+    if arguments.output and rank == 0:
         Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -71,7 +76,7 @@ def latency(settings: list[Any], arguments: argparse.Namespace) -> dict[str, Any
         name = device_name(llm.device)
         del llm, peer
         gc.collect()  # the next mode needs the memory
-    if rank_and_world_size()[0] == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(result_table(results))
         if results[0]["world_size"] > 1:
             print(traffic_table(results))

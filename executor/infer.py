@@ -5,45 +5,46 @@ import argparse
 import dataclasses
 import datetime
 import json
-import logging
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from executor.config import REPOSITORY, Settings, load_settings
+from executor.rank import fail, join
 from executor.utils.data_utils import load_prompts
-from executor.utils.logging_utils import setup_logging
-
-logger = logging.getLogger(__name__)
+from executor.utils.logging_utils import adopt_transformers_logging, setup_logging
 
 
 def main() -> int:
     arguments = parse_arguments()
-    rank = int(os.environ.get("RANK", "0"))
     try:
+        rank = join()
         settings = load_settings(arguments.yaml_file_path, arguments.set)
         folder = result_folder(settings, Path(arguments.yaml_file_path))
         setup_logging(settings.log_level, rank, folder / f"log_{rank}.log")
         prompts = load_prompts(settings.data_config)
         results = [folder / "result.jsonl", *([Path(arguments.output)] if arguments.output else [])]
-        for file in results:
-            if not file.parent.is_dir():
-                raise ValueError(f"--output: {file.parent} is not a folder")
+        for file in results if rank == 0 else []:
+            if file.is_dir() or not file.parent.is_dir():
+                raise ValueError(f"--output: {file} is not a file in a folder that exists")
         from executor.llm import LLM  # torch and transformers take seconds: only after the input is known to be good
 
+        adopt_transformers_logging()
         llm = LLM.from_settings(settings)
         sequences = llm.requests([(prompt, encode(llm, prompt)) for prompt in prompts])
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        run(llm, sequences, results)
+        return fail(2, error)
     except Exception as error:
-        logger.exception("rank %d failed", rank)
-        print(f"error: rank {rank}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return fail(1, error)
+    try:
+        if rank == 0:
+            run(llm, sequences, results)
+        else:
+            for _ in llm.stream(sequences):
+                pass
+    except Exception as error:
+        return fail(1, error)
     return 0
 
 

@@ -153,7 +153,8 @@ class LLM:
             )
         if self.settings.model_config.with_ckpt:
             whole_model = parameter_specs(self.config, Layout())
-            return load_parameters(model_path, specs, whole_model, self.dtype, self.device)
+            quiet = self.parallel.world.index > 0
+            return load_parameters(model_path, specs, whole_model, self.dtype, self.device, quiet)
         return random_parameters(specs, self.dtype, self.device, std=self.config.initializer_range)
 
     def _build_model(self) -> Qwen3Moe:

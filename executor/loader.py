@@ -29,6 +29,7 @@ def load_parameters(
     whole_model: list[ParameterSpec],
     dtype: torch.dtype,
     device: torch.device,
+    quiet: bool = False,
 ) -> Parameters:
     """Reads this rank's parameters `specs` from the checkpoint folder `model_path` into memory of `device`.
 
@@ -42,7 +43,9 @@ def load_parameters(
     sources = {source.name: source for spec in specs for source in spec.sources}
     targets = {source.name: values[spec.name][source.region] for spec in specs for source in spec.sources}
     total = parameter_bytes(specs, dtype)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=total < PROGRESS_FROM_BYTES) as progress:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="loading", disable=quiet or total < PROGRESS_FROM_BYTES
+    ) as progress:
         for file in files:
             for name, part in read_parts(file, sources):
                 targets[name].copy_(part)

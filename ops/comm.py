@@ -4,6 +4,7 @@
 Every group counts the bytes this rank sends, by the algorithms that are optimal in bytes: a ring for all_reduce.
 """
 
+import datetime
 import os
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ import torch.distributed as dist
 # the names since torch 2.13, and those before
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+EXCHANGE_TIMEOUT = datetime.timedelta(hours=1)  # ranks may load for very different times; faults are found elsewhere
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
@@ -146,7 +149,11 @@ def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int
         return ParallelContext()
     if not dist.is_initialized():
         dist.init_process_group(
-            BACKENDS[device.type], device_id=device if device.type == "cuda" else None, rank=rank, world_size=world_size
+            BACKENDS[device.type],
+            device_id=device if device.type == "cuda" else None,
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120"))),  # to meet
         )
     traffic = Traffic()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -154,7 +161,7 @@ def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int
     for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
         for ranks in members:
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(ranks)  # every rank takes part in making every group
+                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # by all ranks, its members or not
             if rank in ranks:
                 groups[name] = Group(
                     name=name, ranks=ranks, index=ranks.index(rank), process_group=made.get(ranks), traffic=traffic

@@ -4,6 +4,7 @@
 # Environment they read:
 #   PYTHON           the Python to use (default: python, or python3 where there is no python)
 #   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci[0-9]*)
+#   NODE_IPS, MASTER_PORT, RENDEZVOUS_TIMEOUT_S   each in place of what set_env.sh says
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
@@ -150,9 +151,12 @@ source_cann() {
     done
 }
 
-# launch ARGUMENT...: one rank of executor.infer takes this process's place, so its exit code and signals are its own.
+# launch ARGUMENT...: executor.launch takes this process's place, so its exit code and signals are its own. What
+# set_env.sh says goes into its environment, unless it is there already.
 # PYTHONSAFEPATH keeps an `executor` folder in the caller's directory from being taken for this one.
 launch() {
     export PYTHONSAFEPATH=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-    exec "$PYTHON" -m executor.infer "$@"
+    export NODE_IPS="${NODE_IPS:-${IPs[*]}}" MASTER_PORT="${MASTER_PORT:-$master_port}"
+    export RENDEZVOUS_TIMEOUT_S="${RENDEZVOUS_TIMEOUT_S:-$rendezvous_timeout_s}"
+    exec "$PYTHON" -m executor.launch "$@"
 }

@@ -29,3 +29,11 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
     logging.basicConfig(level=level, handlers=handlers, force=True)
     for chatty in ("transformers", "datasets", "urllib3", "filelock", "fsspec", "httpx"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+
+
+def adopt_transformers_logging() -> None:
+    """Sends transformers' log through the handlers of `setup_logging`, to the ranks' files too."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()

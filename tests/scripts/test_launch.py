@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["models/qwen3_moe/infer.sh", "executor/scripts/set_env.sh", "executor/scripts/function.sh"]
 REPORTING_EXECUTOR = """
 import json, os, sys
-print(json.dumps({"argv": sys.argv[1:], "executor": __file__, "python": sys.executable}))
+nodes = [os.environ[name] for name in ("NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")]
+print(json.dumps({"argv": sys.argv[1:], "executor": __file__, "python": sys.executable, "nodes": nodes}))
 sys.exit(int(os.environ.get("STUB_EXIT_CODE", "0")))
 """
 NO_NPU = "/nonexistent/davinci*"
@@ -30,7 +31,7 @@ def repo(tmp_path: Path) -> Path:
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     (repo / "executor/__init__.py").touch()
-    (repo / "executor/infer.py").write_text(REPORTING_EXECUTOR)
+    (repo / "executor/launch.py").write_text(REPORTING_EXECUTOR)
     (repo / "models/qwen3_moe/config").mkdir()
     for name in ["demo.yaml", "other.yaml"]:
         (repo / "models/qwen3_moe/config" / name).write_text("model_name: x\n")
@@ -38,7 +39,8 @@ def repo(tmp_path: Path) -> Path:
 
 
 def infer(repo: Path, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHON"))}
+    ours = ("PIP_", "PYTHON", "NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     environment |= {"PYTHON": sys.executable, "NPU_DEVICE_GLOB": NO_NPU} | env
     script = repo / "models/qwen3_moe/infer.sh"
     return subprocess.run(
@@ -83,11 +85,11 @@ def test_default_yaml(repo: Path, tmp_path: Path) -> None:
     shadow = tmp_path / "elsewhere/executor"
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").touch()
-    (shadow / "infer.py").write_text("raise SystemExit('the wrong executor')")
+    (shadow / "launch.py").write_text("raise SystemExit('the wrong executor')")
     cwd = shadow.parent if sys.version_info >= (3, 11) else tmp_path
     report = started(infer(repo, cwd=cwd))
     assert report["argv"] == ["--yaml_file_path", str(repo / "models/qwen3_moe/config/demo.yaml")]
-    assert report["executor"] == str(repo / "executor/infer.py")
+    assert report["executor"] == str(repo / "executor/launch.py")
 
 
 def test_edited_default(repo: Path) -> None:
@@ -146,6 +148,14 @@ def test_help(repo: Path) -> None:
 @pytest.mark.parametrize("code", [1, 2, 77])
 def test_exit_code_is_that_of_the_executor(repo: Path, code: int) -> None:
     assert infer(repo, STUB_EXIT_CODE=str(code)).returncode == code
+
+
+def test_nodes_of_set_env(repo: Path) -> None:
+    assert started(infer(repo))["nodes"] == ["127.0.0.1", "29500", "120"]
+    set_env = repo / "executor/scripts/set_env.sh"
+    set_env.write_text(set_env.read_text().replace("IPs=('127.0.0.1')", "IPs=('10.0.0.1' head)"))
+    assert started(infer(repo, MASTER_PORT="4000"))["nodes"] == ["10.0.0.1 head", "4000", "120"]
+    assert started(infer(repo, NODE_IPS="a b", RENDEZVOUS_TIMEOUT_S="5"))["nodes"] == ["a b", "29500", "5"]
 
 
 # The Python that is used

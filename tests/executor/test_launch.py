@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launcher finds out and decides before any rank starts."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch.distributed
+
+from executor import launch
+from executor.config import load_settings
+from executor.rank import is_consequence, share_of_cores
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = {"127.0.0.1": "lo", "10.0.0.2": "eth0", "10.0.1.2": "eth1"}
+
+
+@pytest.fixture
+def two_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "local_interfaces", lambda: HERE)
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: {"head": "10.0.0.1", "own": "127.0.1.1"}.get(host, host))
+
+
+def test_node_rank_and_interface(two_interfaces: None) -> None:
+    nodes, interface = launch.find_node(["head", "10.0.0.2", "10.0.0.3"])
+    assert (nodes.addresses, nodes.index, interface) == (("10.0.0.1", "10.0.0.2", "10.0.0.3"), 1, "eth0")
+    nodes, interface = launch.find_node(["127.0.0.1"])
+    assert (nodes.index, interface) == (0, "lo")
+
+
+@pytest.mark.parametrize(
+    ("hosts", "named"),
+    [
+        (["head", "10.0.0.3"], "none of head 10.0.0.3 is an address of this machine (127.0.0.1 10.0.0.2 10.0.1.2)"),
+        (["10.0.0.2", "10.0.1.2"], "more than one of 10.0.0.2 10.0.1.2"),
+        (["head", "10.0.0.1"], "10.0.0.1 stands twice"),
+        (["head", "own"], "own is 127.0.1.1, which means every machine itself"),
+        ([], "none of"),
+    ],
+)
+def test_wrong_nodes(two_interfaces: None, hosts: list[str], named: str) -> None:
+    with pytest.raises(ValueError, match="^IPs: ") as raised:
+        launch.find_node(hosts)
+    assert named in str(raised.value)
+
+
+def test_host_without_address() -> None:
+    with pytest.raises(ValueError, match="IPs: 'nowhere.invalid' does not resolve"):
+        launch.find_node(["nowhere.invalid"])
+
+
+def test_local_interfaces() -> None:
+    assert launch.local_interfaces()["127.0.0.1"] == "lo"
+
+
+def test_processes_per_node() -> None:
+    assert launch.processes_per_node(16, ("10.0.0.1", "10.0.0.2")) == 8
+    with pytest.raises(ValueError, match="world_size: 3 ranks cannot be shared evenly by the 2 nodes"):
+        launch.processes_per_node(3, ("10.0.0.1", "10.0.0.2"))
+
+
+def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("executor.device.select_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
+    launch.check_devices(settings, 2)
+    with pytest.raises(ValueError, match="world_size: 4 needs 4 cuda devices on .*, it has 2"):
+        launch.check_devices(settings, 4)
+
+
+@pytest.mark.parametrize("port", ["http", "0", "70000", "-1", ""])
+def test_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is not a number from 1 to 65535"):
+        launch.environment_number("MASTER_PORT", 29500)
+
+
+def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(10))
+    launch.set_environment("eth0", 4)
+    expected = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "HCCL_SOCKET_IFNAME": "=eth0"}
+    assert {name: os.environ[name] for name in expected} == expected and os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_every_core_has_one_rank() -> None:
+    cores = list(range(3, 14))
+    shares = [share_of_cores(cores, index, 4) for index in range(4)]
+    assert sum(shares, []) == cores and min(map(len, shares)) == 2
+    assert share_of_cores([5], 1, 2) == [5]
+
+
+def test_job_facts(tmp_path: Path) -> None:
+    yaml = tmp_path / "a.yaml"
+    yaml.write_text(f"model_name: a\nmodel_path: {tmp_path}\n")
+    for name in ("config.json", "a.safetensors", "a.pth"):
+        (tmp_path / name).write_text(name)
+
+    def different() -> set[str]:
+        return {key for key, value in launch.job_facts(load_settings(yaml)).items() if value != facts.get(key)}
+
+    facts = launch.job_facts(load_settings(yaml))
+    assert facts["data_config.max_new_tokens"] == "32" and not different()
+    (tmp_path / "config.json").write_text("other")
+    (tmp_path / "a.safetensors").write_text("longer than it was")
+    yaml.write_text(yaml.read_text() + "parallel_config: {attn_tp_size: 2}\ndata_config: {dataset_path: p.json}\n")
+    (tmp_path / "p.json").write_text('"other prompts"')
+    yaml.write_text(yaml.read_text().replace("p.json", str(tmp_path / "p.json")))
+    assert different() == {
+        "parallel_config.attn_tp_size",
+        "data_config.dataset_path",
+        "sha256 of the prompts",
+        "sha256 of the checkpoint's config.json",
+        "size of the checkpoint's a.safetensors",
+        "sha256 of the checkpoint's p.json",
+    }
+
+
+def test_failed_exchange_is_a_consequence() -> None:
+    with pytest.raises(ValueError) as raised:
+        torch.distributed.all_reduce(torch.ones(1))  # there is no process group
+    assert is_consequence(raised.value)
+    assert is_consequence(torch.distributed.DistNetworkError("x")) and not is_consequence(OSError("x"))

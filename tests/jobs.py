@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs of several ranks, started by infer.sh as a user would: what the tests of launch and faults share."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_RANKS = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
+LONG = ("data_config.max_new_tokens=4000", "data_config.ignore_eos=True")
+ENDS_WITHIN_S = 30  # what a fault may take to end the whole job
+
+
+class Job:
+    """One node's infer.sh with the demo checkpoint on the CPU; its terminal is the file `terminal`."""
+
+    def __init__(self, terminal: Path, *settings: str, options: tuple[str, ...] = (), namespace: str = "", **env: str):
+        self.terminal = terminal
+        arguments = [argument for setting in ("device=cpu", *settings) for argument in ("--set", setting)]
+        # `ip` and infer.sh both hand their process on, so this is the launcher's
+        enter = ["ip", "netns", "exec", namespace] if namespace else []
+        self.process = subprocess.Popen(
+            [*enter, "bash", ROOT / "models/qwen3_moe/infer.sh", *arguments, *options],
+            env=os.environ | {"PYTHON": sys.executable, "HF_HUB_OFFLINE": "1"} | env,
+            stdout=terminal.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def text(self) -> str:
+        return self.terminal.read_text()
+
+    @property
+    def last_line(self) -> str:
+        return self.text.splitlines()[-1]
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process id of those that this launcher started and that still run."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if f"LAUNCHER_PID={self.process.pid}".encode() in environment:
+                ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
+                found[int(ranks[0].removeprefix(b"RANK="))] = int(folder.name)
+        return found
+
+    def wait_until_decoding(self) -> None:
+        wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, 90)
+        assert self.process.poll() is None, self.text
+        time.sleep(1)
+
+    def end(self, timeout_s: float = ENDS_WITHIN_S) -> int:
+        """Its exit code, once it has ended by itself and none of its ranks is left."""
+        code = self.process.wait(timeout_s)
+        wait_for(lambda: not self.ranks(), 3)
+        return code
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {timeout_s} s"
+        time.sleep(0.1)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""infer.sh on two nodes: two network namespaces of this machine, joined by a cable (veth) that can be cut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import ENDS_WITHIN_S, LONG, Job, wait_for
+
+FOUR_RANKS = ("world_size=4", "model_config.dtype=float32", "parallel_config.attn_tp_size=4")
+TENSOR_PARALLEL = (*FOUR_RANKS, "parallel_config.moe_tp_size=4")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=10)
+
+
+class Cable:
+    """Two namespaces, each with one of ADDRESSES on an end of a veth pair."""
+
+    def __init__(self) -> None:
+        name = f"t{uuid.uuid4().hex[:8]}"
+        self.namespaces = (f"{name}a", f"{name}b")
+        try:
+            for namespace in self.namespaces:
+                ip("netns", "add", namespace)
+            ip("link", "add", f"{name}a", "netns", self.namespaces[0], "type", "veth", "peer", f"{name}b", "netns",
+               self.namespaces[1])  # fmt: skip
+            for namespace, address in zip(self.namespaces, ADDRESSES, strict=True):
+                ip("-n", namespace, "address", "add", f"{address}/24", "dev", namespace)
+                ip("-n", namespace, "link", "set", namespace, "up")
+                ip("-n", namespace, "link", "set", "lo", "up")
+        except BaseException:
+            self.remove()
+            raise
+
+    def cut(self) -> None:
+        ip("-n", self.namespaces[1], "link", "set", self.namespaces[1], "down")
+
+    def remove(self) -> None:
+        for namespace in self.namespaces:
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, timeout=10)
+
+
+@pytest.fixture
+def cable() -> Iterator[Cable]:
+    if shutil.which("ip") is None:
+        pytest.skip("needs the command ip (package iproute2)")
+    try:
+        cable = Cable()
+    except (subprocess.CalledProcessError, OSError) as error:
+        pytest.skip(f"needs the right to make network namespaces: {getattr(error, 'stderr', error)}")
+    try:
+        yield cable
+    finally:
+        cable.remove()
+
+
+@pytest.fixture
+def node(cable: Cable, tmp_path: Path) -> Iterator:
+    """node(index, *settings, ...) starts infer.sh there."""
+    jobs: list[Job] = []
+
+    def start(index: int, *settings: str, **env: str) -> Job:
+        job = Job(
+            tmp_path / f"terminal_{index}",
+            *settings,
+            "model_name=test_two_nodes",
+            options=("--output", str(tmp_path / f"result_{index}.jsonl")),
+            namespace=cable.namespaces[index],
+            **{"NODE_IPS": " ".join(ADDRESSES)} | env,
+        )
+        jobs.append(job)
+        return job
+
+    yield start
+    for job in jobs:
+        job.__exit__()
+
+
+def assert_ends(jobs: tuple[Job, Job], code: int, lines: tuple[str, str]) -> None:
+    """Both nodes end in time, with that code and last line, and leave nothing running."""
+    deadline_s = time.monotonic() + ENDS_WITHIN_S
+    for job, line in zip(jobs, lines, strict=True):
+        assert job.end(deadline_s - time.monotonic()) == code, job.text
+        assert job.last_line == f"error: {line}", job.text
+
+
+def test_tokens_equal_one_process(node, tmp_path: Path) -> None:
+    jobs = node(0, *TENSOR_PARALLEL), node(1, *TENSOR_PARALLEL)
+    assert [job.end(120) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
+    with Job(tmp_path / "one", "model_config.dtype=float32", options=("--output", str(tmp_path / "one.jsonl"))) as one:
+        assert one.end(60) == 0, one.text
+    two_nodes, one_process = (
+        json.loads((tmp_path / name).read_text().splitlines()[0]) for name in ("result_0.jsonl", "one.jsonl")
+    )
+    assert two_nodes["token_ids"] == one_process["token_ids"]
+    assert not (tmp_path / "result_1.jsonl").exists()
+    assert "ranks 2 to 3 of 4" in jobs[1].last_line  # only rank 0 speaks to a terminal
+
+
+def test_cut_cable(cable: Cable, node) -> None:
+    jobs = node(0, *FOUR_RANKS, *LONG), node(1, *FOUR_RANKS, *LONG)
+    jobs[0].wait_until_decoding()
+    cable.cut()
+    lost = "node {} ({}) is lost: nothing was heard of it for 15 s"
+    assert_ends(jobs, 1, (lost.format(1, ADDRESSES[1]), lost.format(0, ADDRESSES[0])))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_killed_rank_is_named_on_both_nodes(node, index: int) -> None:
+    jobs = node(0, *TENSOR_PARALLEL, *LONG), node(1, *TENSOR_PARALLEL, *LONG)
+    jobs[0].wait_until_decoding()
+    rank = 3 if index else 1
+    os.kill(jobs[index].ranks()[rank], signal.SIGKILL)
+    line = f"rank {rank} on node {index} ({ADDRESSES[index]}): killed by SIGKILL (out of memory?)"
+    assert_ends(jobs, 1, (line, line))
+
+
+def test_killed_launcher_of_node_0(node) -> None:
+    jobs = node(0, *TENSOR_PARALLEL, *LONG), node(1, *TENSOR_PARALLEL, *LONG)
+    jobs[0].wait_until_decoding()
+    jobs[0].process.send_signal(signal.SIGKILL)
+    assert jobs[1].end(ENDS_WITHIN_S) == 1
+    assert jobs[1].last_line == f"error: node 0 ({ADDRESSES[0]}) is lost: nothing was heard of it for 15 s"
+    wait_for(lambda: not jobs[0].ranks(), 3)
+
+
+def test_different_settings(node) -> None:
+    jobs = node(0, *FOUR_RANKS), node(1, *FOUR_RANKS, "data_config.max_new_tokens=8")
+    line = "data_config.max_new_tokens must be the same on all nodes: 8 on node 1 (10.77.0.2), 32 on node 0"
+    assert_ends(jobs, 2, (line, line))
