@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures speed: `python -m executor.bench latency --yaml X [--peer transformers]`.
 
-A YAML with several ranks has them started here; rank 0 reports. A run's figures are medians over repeats that take turns with the peer's, so that a machine which changes its speed
-slows both. Times are in milliseconds; absolute ones mean something only on a machine that does nothing else.
+A YAML with several ranks has them started here; rank 0 reports. Figures are medians over repeats that take turns with
+the peer's, so that a machine which changes its speed slows both. Times are in ms; absolute ones mean something
+only on a machine that does nothing else.
 """
 
 import argparse

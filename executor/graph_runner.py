@@ -11,6 +11,7 @@ from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
+from ops.comm import ParallelContext, Traffic
 
 WARMUP_STEPS = 2  # run before capture, so that one-time work of libraries is not recorded
 
@@ -29,12 +30,13 @@ class GraphRunner(ModelRunner):
         dp_index: int,
         sequence_parallel: bool,
         device: torch.device,
-        dp_size: int,
+        parallel: ParallelContext,
         batch_size: int,
         max_len: int,
     ):
         super().__init__(model, kv_caches, dp_index, sequence_parallel, device)
-        self.dp_size = dp_size
+        self.dp_size = parallel.attn_dp.size
+        self.traffic = parallel.traffic
         self.max_blocks = blocks_for(max_len)
         self.pool = torch.cuda.graph_pool_handle()
         sizes = {batch_size} | {2**i for i in range(batch_size.bit_length())}
@@ -60,9 +62,10 @@ class GraphRunner(ModelRunner):
                 self.decode_step(token_ids, step)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
+        before = dict(self.traffic.sent_bytes)
         with torch.cuda.graph(graph, pool=self.pool):
             logits = super().decode_step(token_ids, step)
-        return DecodeGraph(graph, token_ids, step, logits)
+        return DecodeGraph(graph, token_ids, step, logits, self.traffic, self.traffic.since(before))
 
     def decode(self, batches: Batches) -> ShardedLogits:
         longest = max(len(sequence) for batch in batches for sequence in batch)
@@ -82,6 +85,8 @@ class DecodeGraph:
     token_ids: torch.Tensor
     step: StepMetadata
     logits: ShardedLogits
+    traffic: Traffic
+    sent_bytes: dict[str, float]  # by one replay, which the groups do not see
 
     def replay(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
         """Runs the recorded step on other rows; rows beyond them write to the null block."""
@@ -95,4 +100,6 @@ class DecodeGraph:
         self.step.seq_lens.fill_(1)
         self.step.seq_lens[:rows] = step.seq_lens
         self.graph.replay()
+        for name, count in self.sent_bytes.items():
+            self.traffic.add(name, count)
         return dataclasses.replace(self.logits, num_rows=rows)

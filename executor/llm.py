@@ -220,7 +220,7 @@ class LLM:
             dp_index,
             sequence_parallel,
             self.device,
-            dp_size,
+            self.parallel,
             batch_size=-(-data.batch_size // dp_size),
             max_len=data.input_max_len + data.max_new_tokens,
         )

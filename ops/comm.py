@@ -4,6 +4,7 @@
 Every group counts the bytes this rank sends, by the algorithms that are optimal in bytes: a ring for all_reduce.
 """
 
+import atexit
 import datetime
 import os
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ class Traffic:
 
     def add(self, name: str, count: float) -> None:
         self.sent_bytes[name] = self.sent_bytes.get(name, 0) + count
+
+    def since(self, before: dict[str, float]) -> dict[str, float]:
+        """Bytes sent since `sent_bytes` was `before`."""
+        return {name: count - before.get(name, 0) for name, count in self.sent_bytes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +160,7 @@ def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int
             world_size=world_size,
             timeout=datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120"))),  # to meet
         )
+        atexit.register(dist.destroy_process_group)
     traffic = Traffic()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     groups = {}

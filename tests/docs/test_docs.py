@@ -26,7 +26,7 @@ NOT_IN_THE_REPOSITORY = [  # what a checkpoint, a data set or a run brings, and 
     "data/gov_report.jsonl",
     "LongBench.py",
     "zai-org/LongBench",
-    "/dev/davinci*",
+    "/dev/davinci[0-9]*",
     "/",
 ]
 

@@ -167,7 +167,7 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
             "data_config.input_max_len",
         ),
         (["--set", "data_config.input_max_len=1000000000000"], "data_config.input_max_len"),
-        (["--output", "no/such/folder/out.jsonl"], "--output: no/such/folder is not a folder"),
+        (["--output", "no/such/folder/out.jsonl"], "--output: no/such/folder/out.jsonl is not a file"),
         (["--output", "."], "--output: "),
     ],
 )
