@@ -97,7 +97,7 @@ def random_tokens(num_tokens: int) -> list[int]:
         ({"rope_parameters": {**YARN, "rope_theta": 1.0}}, "rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
         ({"rope_parameters": {**THETA, **YARN, "partial_rotary_factor": 0.5}}, "rotate 8 of 16"),
-        ({"rope_parameters": {**THETA, **LONGROPE, "short_factor": [0.0] * 8}}, "finite"),
+        ({"rope_parameters": {**THETA, **LONGROPE, "long_factor": [0.0] * 8}}, "finite"),
         ({"head_dim": 15}, "15"),
         ({"head_dim": "16"}, "head_dim"),
         ({"head_dim": 0}, "head_dim is 0"),
