@@ -224,6 +224,8 @@ def check_sizes(settings: Settings, where: str) -> None:
     for key, size in at_least_one.items():
         if size is not None and size < 1:
             raise ValueError(f"{where}: {key}: {size} is impossible, must be at least 1")
+    if settings.model_name in ("", ".", "..") or "/" in settings.model_name:
+        raise ValueError(f"{where}: model_name: {settings.model_name!r} is impossible, it names a folder of results")
     if not 0 < model.cache_memory_fraction <= 1:
         raise ValueError(
             f"{where}: model_config.cache_memory_fraction: {model.cache_memory_fraction} is impossible, "

@@ -281,7 +281,8 @@ class LLM:
     def _check(self, sequence: Sequence) -> None:
         """Token ids the model has, and lengths that rotary table and cache can hold."""
         token_ids, new_tokens = sequence.prompt_token_ids, sequence.sampling.max_new_tokens
-        if not token_ids or min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
+        whole_numbers = all(type(token_id) is int for token_id in token_ids)
+        if not token_ids or not whole_numbers or min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
             raise ValueError(f"token ids must be at least one, each from 0 to {self.config.vocab_size - 1}")
         lengths = f"a prompt of {len(token_ids)} tokens and {new_tokens} new ones"
         if sequence.max_len > self.max_len:

@@ -32,7 +32,8 @@ class Sequence:
 
     @property
     def max_len(self) -> int:
-        return len(self.prompt_token_ids) + self.sampling.max_new_tokens
+        """Tokens that may have to be cached; the last new one never is."""
+        return len(self.prompt_token_ids) + self.sampling.max_new_tokens - 1
 
     def slot(self, position: int) -> int:
         """Cache slot of a token position."""

@@ -26,9 +26,9 @@ TINY = {
 
 def make_model(seed: int = 0, **config: Any) -> Qwen3MoeForCausalLM:
     """A model with random weights, norms and biases included, in float32."""
-    torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **config})).eval()
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **config})).eval()
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)

@@ -7,6 +7,9 @@ unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source executor/scripts/function.sh
 
+# Tests run tiny matrices, on which a second thread only waits, and processes side by side.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 choose_python
 if [[ "$PYTHON" == "$ROOT/.venv/bin/python" ]]; then
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -114,10 +114,12 @@ def check_rope(where: str, config: Qwen3MoeConfig) -> None:
         if not isinstance(value, int | float) or value <= least:
             raise ValueError(f"{where}: {key} is {value!r}, must be a number above {least}")
     try:
-        frequencies, _ = inverse_frequencies(config, config.max_position_embeddings)
+        short, frequencies = (
+            inverse_frequencies(config, seq_len)[0] for seq_len in (1, config.max_position_embeddings)
+        )
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{where}: rope parameters {rope} give no frequencies: {error!r}") from None
-    if not frequencies.isfinite().all():
+    if not (short.isfinite().all() and frequencies.isfinite().all()):
         raise ValueError(f"{where}: rope parameters {rope} give frequencies that are not finite")
     if 2 * len(frequencies) != config.head_dim:
         raise ValueError(

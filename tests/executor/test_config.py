@@ -304,3 +304,8 @@ def test_llm_refuses_settings(settings, named, tmp_path):
     with pytest.raises(ValueError, match="^" + named.replace("?", r"\?")) as error:
         LLM(tmp_path, **settings)
     assert "did you mean model_config?" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "''"])
+def test_model_name_stays_in_the_result_folder(name, yaml_file):
+    assert ": model_name: " in refusal(yaml_file, f"model_name={name}")

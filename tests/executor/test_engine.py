@@ -138,7 +138,7 @@ def test_packed_prefill_is_bounded(checkpoint, monkeypatch):
 @pytest.mark.parametrize(
     ("num_tokens", "max_new_tokens", "named"),
     [
-        (250, 7, "250 tokens and 7 new ones needs more than the cache's 256 tokens"),
+        (250, 8, "250 tokens and 8 new ones needs more than the cache's 256 tokens"),
         (1, 4112, "is more than 4112: raise data_config.input_max_len or data_config.max_new_tokens"),
         (4113, 1, "is more than 4112"),
         (0, 1, "token ids must be at least one, each from 0 to 210"),

@@ -420,3 +420,16 @@ def test_cache_that_does_not_fit(checkpoint):
 
 def test_lengths_no_machine_can_hold(checkpoint):
     assert "input_max_len" in refusal(checkpoint[0], input_max_len=10**12)
+
+
+@pytest.mark.parametrize("token_ids", [[1.5], ["a", 2], [None], [True]])
+def test_token_ids_are_whole_numbers(token_ids, checkpoint):
+    with pytest.raises(ValueError, match="each from 0 to 210"):
+        LLM(checkpoint[0], device="cpu", dtype="float32").generate([token_ids])
+
+
+def test_logits_reach_the_last_position(checkpoint):
+    llm = LLM(checkpoint[0], device="cpu", dtype="float32", input_max_len=600, max_new_tokens=1)
+    assert llm.logits(random_tokens(601)).shape == (601, 211)
+    with pytest.raises(ValueError, match="602 tokens"):
+        llm.logits(random_tokens(602))
