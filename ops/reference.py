@@ -99,10 +99,10 @@ class ReferenceOps(Ops):
         sorted_output = self.grouped_linear(self.silu_and_mul(gate_up_output), down.data, counts)
         output = torch.empty_like(sorted_output)
         output[order] = sorted_output  # row t * K + k is choice k of token t
-        weighted = output.unflatten(0, (-1, top_k)).float() * routing.topk_weights[..., None]
+        output = output.unflatten(0, (-1, top_k)).float()  # [T, K, D]
         if routing.has_elsewhere:  # those rows hold anything, NaN too
-            weighted = weighted.masked_fill((routing.topk_ids == num_experts)[..., None], 0)
-        return weighted.sum(dim=1).to(hidden_states.dtype)
+            output = output.masked_fill((routing.topk_ids == num_experts)[..., None], 0)
+        return torch.bmm(routing.topk_weights[:, None], output)[:, 0].to(hidden_states.dtype)
 
     def grouped_linear(self, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """rows [R, K] sorted by expert, weight [E, N, K], counts [E + 1] int32 rows of each expert -> [R, N].
@@ -143,4 +143,9 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> t
 def apply_rotary(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding (Su et al. 2021) in its half-split form: [T, H, C], cos and sin [T, C] -> [T, H, C]."""
     first, second = heads.chunk(2, dim=-1)
-    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    sin = sin[:, None, : first.shape[-1]]
+    rotated = heads * cos[:, None]
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    rotated_first.addcmul_(second, sin, value=-1)
+    rotated_second.addcmul_(first, sin)
+    return rotated
