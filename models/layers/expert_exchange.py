@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from models.layers.padding import pad_rows
-from ops import Routing, StepMetadata
+from ops import RouterLogits, Routing, StepMetadata
 from ops.comm import ParallelContext
 
 NO_EXPERT = -(2**31)  # stands for a padding row's experts: elsewhere on every rank
@@ -23,14 +23,16 @@ class Dispatched:
     """What the experts of this rank work on, and what `combine` needs to remember."""
 
     rows: torch.Tensor  # [R, D]
-    routing: Routing  # over the EL experts of this rank
+    routing: Routing | RouterLogits  # over the EL experts of this rank
     memory: Any = None
 
 
 class ExpertExchange(Protocol):
     """A vendor's fused pair of operations fits behind these two as well."""
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         """[T, D] tokens of this rank, the same on all ranks of its attn_tp group."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
@@ -48,18 +50,22 @@ class GatherExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         attn_dp, count = self.parallel.attn_dp, step.max_dp_tokens
+        has_elsewhere = attn_dp.size > 1 or self.parallel.moe_ep.size > 1
+        if not has_elsewhere:
+            return Dispatched(hidden_states, routing)
+        routing = routing.chosen()
         weights, ids = routing.topk_weights, routing.topk_ids
         if attn_dp.size > 1:
             hidden_states = attn_dp.all_gather(pad_rows(hidden_states, count))
             weights = attn_dp.all_gather(pad_rows(weights, count))
             ids = attn_dp.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).long()
-        has_elsewhere = attn_dp.size > 1 or self.parallel.moe_ep.size > 1
-        if has_elsewhere:
-            ids = ids - self.parallel.moe_ep.index * self.num_local_experts
-            ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
-        return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere))
+        ids = ids - self.parallel.moe_ep.index * self.num_local_experts
+        ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
+        return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere=True))
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         own = self.parallel.attn_dp.reduce_scatter(output)
@@ -77,8 +83,11 @@ class AllToAllExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         attn_tp, moe_tp = self.parallel.attn_tp, self.parallel.moe_tp
+        routing = routing.chosen()
         share = -(-step.num_tokens // attn_tp.size)
         mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
         hidden_states, ids, weights = hidden_states[mine], routing.topk_ids[mine], routing.topk_weights[mine]
