@@ -17,13 +17,14 @@ from torch.nn import functional as F
 
 from ops import RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
+from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
 from ops.cuda.launch import BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
-from ops.cuda.moe import ExpertsCall, choose_experts_kernel, combine_kernel, experts_support
+from ops.cuda.moe import choose_experts_kernel, combine_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
+from ops.cuda.tiles import MAX_TOKENS
 from ops.reference import ReferenceOps, grouped_mm
 
-MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
 MAX_NORM_WIDTH = 16384
 ELEMENTWISE_BLOCK = 1024
 DTYPES = (torch.bfloat16, torch.float16)
@@ -53,6 +54,7 @@ class CudaOps(ReferenceOps):
             BLOCK=triton.next_power_of_2(d),
             EPS=eps,
             HAS_RESIDUAL=residual is not None,
+            PDL=self.pdl,
         )
         normed, summed = torch.empty_like(hidden_states), torch.empty_like(hidden_states, dtype=torch.float32)
         first = hidden_states if residual is None else residual
@@ -88,7 +90,7 @@ class CudaOps(ReferenceOps):
         num_tokens = hidden_states.shape[0]
         if not 0 < num_tokens <= MAX_TOKENS:
             return super().norm_linear(hidden_states, residual, norm_weight, eps, weight, bias)
-        key = ("norm_linear", id(weight), num_tokens)
+        key = ("norm_linear" if residual is None else "add_norm_linear", id(weight), num_tokens)
         call = self.calls.get(key)
         if call is None:
             if takes(hidden_states, residual) and gemv_supports(hidden_states, weight.data):
@@ -135,7 +137,7 @@ class CudaOps(ReferenceOps):
         num_tokens = hidden_states.shape[0]
         if not 0 < num_tokens <= MAX_TOKENS:
             return self.route_many(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
-        key = ("route", id(router_weight), num_tokens)
+        key = ("route" if residual is None else "add_route", id(router_weight), num_tokens)
         call = self.calls.get(key)
         if call is None:
             norm = (norm_weight, eps)
@@ -183,7 +185,8 @@ class CudaOps(ReferenceOps):
         call = self.calls.get(key)
         if call is None:
             if takes(hidden_states) and experts_support(hidden_states, routing, gate_up.data, down.data):
-                call = ExpertsCall(hidden_states, routing, gate_up.data, down.data, self.pdl)
+                kind = ExpertsCall if num_tokens == 1 else SharedExpertsCall
+                call = kind(hidden_states, routing, gate_up.data, down.data, self.pdl)
             else:
                 call = partial(self.experts_sorted, gate_up=gate_up, down=down)
             self.bind(key, gate_up, call)
@@ -226,7 +229,7 @@ class CudaOps(ReferenceOps):
         """A kernel for any number of programs; the caller sets the grid."""
         key = (kernel, dtype, *constants.values())
         if key not in self.elementwise:
-            self.elementwise[key] = BoundKernel(kernel, (1,), 4, **constants)
+            self.elementwise[key] = BoundKernel(kernel, (1,), 4, constants.get("PDL", False), **constants)
         return self.elementwise[key]
 
 

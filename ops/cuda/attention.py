@@ -235,7 +235,7 @@ class DecodeAttentionCall:
         num_sequences = qkv.shape[0]
         block_size, num_kv_heads, head_dim = key_cache.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-        heads, splits = attention_split(num_sequences, num_heads // num_kv_heads)
+        heads, splits, warps = attention_split(num_sequences, num_heads // num_kv_heads)
         self.output = qkv.new_empty(num_sequences, num_heads * head_dim)
         partial_output = qkv.new_empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32)
         partial_stats = qkv.new_empty(num_sequences, num_heads, splits, 2, dtype=torch.float32)
@@ -243,7 +243,7 @@ class DecodeAttentionCall:
         self.kernel = BoundKernel(
             decode_attention_kernel,
             (num_heads // heads, splits, num_sequences),
-            4,
+            warps,
             pdl,
             (q_norm_weight, k_norm_weight, partial_output, partial_stats, arrivals, self.output),
             H=num_heads,
@@ -267,7 +267,6 @@ class DecodeAttentionCall:
         step: StepMetadata,
     ) -> torch.Tensor:
         table = step.block_table
-        assert qkv.is_contiguous() and table.is_contiguous()
         self.kernel(qkv, *cos_sin, key_cache, value_cache, step.slot_mapping, table, step.seq_lens, table.shape[1])
         return self.output
 

@@ -12,10 +12,12 @@ import triton.language as tl
 
 from ops import RouterLogits
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
-from ops.cuda.tiles import gemv_tile
+from ops.cuda.tiles import MAX_TOKENS, gemv_tile
 
+MAX_TOKENS_OF_LARGE = 2  # with more, the matrix units of torch's product win
 MAX_K = 8192  # a row lies in the registers of one program
-STREAMED_BYTES = 32 << 20
+STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
+SMALL_BYTES = 1 << 20
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def gemv_kernel(
     output,  # [T, N]
     residual_output,  # [T, K] float32
     normed_output,  # [T, K]
-    NUM_TOKENS: tl.constexpr,
+    NUM_TOKENS: tl.constexpr,  # of a program
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a tile
     TILES: tl.constexpr,  # of a program
@@ -41,7 +43,10 @@ def gemv_kernel(
     FIRST: tl.constexpr,  # of a step
     PDL: tl.constexpr,
 ):
-    """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias. Program p has rows p * ROWS * TILES on."""
+    """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias.
+
+    Grid (N / (ROWS * TILES), T / NUM_TOKENS).
+    """
     program = tl.program_id(0)
     k = tl.arange(0, K)
     n = program * (ROWS * TILES) + tl.arange(0, ROWS)
@@ -57,7 +62,8 @@ def gemv_kernel(
         gain = tl.load(norm_weight + k).to(tl.float32)
     pdl_wait(PDL)
     pdl_trigger(PDL and FIRST)
-    for t in tl.static_range(NUM_TOKENS):
+    for i in tl.static_range(NUM_TOKENS):
+        t = tl.program_id(1) * NUM_TOKENS + i
         x = tl.load(hidden + t * K + k).to(tl.float32)
         scale = 1.0
         if NORM:
@@ -69,17 +75,18 @@ def gemv_kernel(
             x = x * gain
             if STORE_NORMED and program == t % tl.num_programs(0):
                 tl.store(normed_output + t * K + k, (x * scale).to(normed_output.dtype.element_ty))
-        for i in tl.static_range(TILES):
-            y = tl.sum(tiles[i].to(tl.float32) * x[None, :], axis=1) * scale
+        for j in tl.static_range(TILES):
+            y = tl.sum(tiles[j].to(tl.float32) * x[None, :], axis=1) * scale
             if HAS_BIAS:
-                y += tl.load(bias + n + i * ROWS).to(tl.float32)
-            tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + i * ROWS, y.to(output.dtype.element_ty))
+                y += tl.load(bias + n + j * ROWS).to(tl.float32)
+            tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + j * ROWS, y.to(output.dtype.element_ty))
 
 
 def gemv_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
-    k = weight.shape[-1]
-    return is_power_of_two(k) and 16 <= k <= MAX_K and x.dtype == weight.dtype and fits(x, weight)
+    k = weight.shape[1]
+    few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else MAX_TOKENS_OF_LARGE)
+    return few_enough and is_power_of_two(k) and 16 <= k <= MAX_K and x.dtype == weight.dtype and fits(x, weight)
 
 
 class GemvCall:
@@ -98,19 +105,20 @@ class GemvCall:
     ):
         (num_tokens, k), n = x.shape, weight.shape[0]
         tile = gemv_tile(n, k)
+        # a small matrix may well be read again for every token: what takes time is one program's way through them
+        tokens_per_program = num_tokens if weight.nbytes > SMALL_BYTES else 1
         self.output = x.new_empty(num_tokens, n, dtype=output_dtype or x.dtype)
         self.residual = torch.empty_like(x, dtype=torch.float32) if norm else self.output
         self.normed = torch.empty_like(x) if store_normed else self.output
-        self.has_residual = has_residual
         norm_weight, eps = norm or (weight, 0.0)
         fixed = (norm_weight, weight, weight if bias is None else bias, self.output, self.residual, self.normed)
         self.kernel = BoundKernel(
             gemv_kernel,
-            (n // (tile.rows * tile.tiles),),
+            (n // (tile.rows * tile.tiles), num_tokens // tokens_per_program),
             tile.warps,
             pdl,
             fixed,
-            NUM_TOKENS=num_tokens,
+            NUM_TOKENS=tokens_per_program,
             K=k,
             ROWS=tile.rows,
             TILES=tile.tiles,
@@ -124,16 +132,12 @@ class GemvCall:
             PDL=pdl,
         )
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        assert x.is_contiguous() and (residual is not None) == self.has_residual
-        self.kernel(x, x if residual is None else residual)
-
 
 class LinearCall(GemvCall):
     """`Ops.linear`."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        super().__call__(x)
+        self.kernel(x, x)
         return self.output
 
 
@@ -141,7 +145,7 @@ class NormLinearCall(GemvCall):
     """`Ops.norm_linear`."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        super().__call__(x, residual)
+        self.kernel(x, x if residual is None else residual)
         return self.output, self.residual
 
 
@@ -164,5 +168,5 @@ class RouteCall(GemvCall):
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, RouterLogits]:
-        super().__call__(x, residual)
+        self.kernel(x, x if residual is None else residual)
         return self.results

@@ -4,41 +4,47 @@
 In a decode step nobody waits for a routing kernel: every program finds its experts from the router logits itself.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ops import RouterLogits
-from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait, power_of_two_factor
-from ops.cuda.tiles import down_tile, gate_up_tile
+from ops.cuda.launch import pdl_trigger, pdl_wait
 
-MAX_D = 8192  # a row lies in the registers of one program
-MIN_CHUNK, MAX_CHUNK = 16, 256  # columns of the down projection that a tile has
-MAX_PARTS = 64  # tiles of one program of it
-TAKEN = tl.constexpr(-(2**63) + 1)  # below the key of every logit
+LOWEST = tl.constexpr(-6.0e4)  # stands for a logit that is not there; finite in every dtype, lest it become NaN
+TAKEN = tl.constexpr(-(2**31))  # no key is below
 
 
 @triton.jit
-def sortable_keys(logits, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys [BLOCK] int64 in the order of the logits; of equal logits the lower expert has the larger key.
+def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys int32 in the order of a token's logits at addresses `logits` + `i`, 0 <= i < BLOCK.
 
+    The lowest bits hold the expert instead, so that a maximum is one instruction and its place is known: logits count
+    as equal if they differ by less than 2^-23 * BLOCK of themselves, and then the lower expert has the larger key.
     Read past the L1 cache, which may hold an older layer's.
     """
-    i = tl.arange(0, BLOCK)
-    bits = tl.load(logits + i, mask=i < E, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
-    bits = bits.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    return (ordered << 32) | (BLOCK - 1 - i).to(tl.int64)
+    values = tl.load(logits + i, mask=i < E, other=LOWEST, cache_modifier=".cg").to(tl.float32)
+    bits = values.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered & -BLOCK) | (BLOCK - 1 - i)
+
+
+@triton.jit
+def key_at(keys, place):
+    """The key at a place of the descending order, 0 for the largest."""
+    best = tl.max(keys, axis=0)
+    for _ in range(place):
+        keys = tl.where(keys == best, TAKEN, keys)
+        best = tl.max(keys, axis=0)
+    return best
 
 
 @triton.jit
 def expert_of(key, BLOCK: tl.constexpr):
-    return BLOCK - 1 - (key & 0x7FFFFFFF)
+    return (BLOCK - 1 - (key & (BLOCK - 1))).to(tl.int64)
 
 
 @triton.jit
-def logit_of(key):
-    ordered = (key >> 32).to(tl.int32)
+def logit_of(key, BLOCK: tl.constexpr):
+    ordered = key & -BLOCK
     return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
 
 
@@ -63,11 +69,7 @@ def gate_up_kernel(
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     pdl_wait(PDL)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, E, BLOCK_E)
-    best = tl.max(keys, axis=0)
-    for _ in range(pair % TOP_K):
-        keys = tl.where(keys == best, TAKEN, keys)
-        best = tl.max(keys, axis=0)
+    best = key_at(sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E), pair % TOP_K)
     rows = weight + expert_of(best, BLOCK_E) * (2 * F * D) + f[:, None] * D + d[None, :]
     gate_weight = tl.load(rows, eviction_policy="evict_first")
     up_weight = tl.load(rows + F * D, eviction_policy="evict_first")
@@ -98,17 +100,17 @@ def down_kernel(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, E, BLOCK_E)  # complete: gate_up has waited for them
-    highest = logit_of(tl.max(keys, axis=0))
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # complete: gate_up has waited for them
+    highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
     total = 0.0
     if not RENORMALIZE:
-        total = tl.sum(tl.exp(logit_of(keys) - highest), axis=0)
+        total = tl.sum(tl.exp(logit_of(keys, BLOCK_E) - highest), axis=0)
     tiles = ()
     factors = ()
     for _ in tl.static_range(TOP_K):
         best = tl.max(keys, axis=0)
         keys = tl.where(keys == best, TAKEN, keys)
-        factor = tl.exp(logit_of(best) - highest)
+        factor = tl.exp(logit_of(best, BLOCK_E) - highest)
         factors = factors + (factor,)
         if RENORMALIZE:
             total += factor
@@ -137,15 +139,15 @@ def choose_experts_kernel(
 ):
     """One program a token."""
     token = tl.program_id(0).to(tl.int64)
-    keys = sortable_keys(logits + token * E, E, BLOCK_E)
-    highest = logit_of(tl.max(keys, axis=0))
-    probabilities = tl.exp(logit_of(keys) - highest)
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)
+    highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
+    probabilities = tl.exp(logit_of(keys, BLOCK_E) - highest)
     chosen = keys != keys
     for i in tl.static_range(TOP_K):
         best = tl.max(tl.where(chosen, TAKEN, keys), axis=0)
         chosen = chosen | (keys == best)
         tl.store(topk_ids + token * TOP_K + i, expert_of(best, BLOCK_E))
-        tl.store(topk_weights + token * TOP_K + i, tl.exp(logit_of(best) - highest))
+        tl.store(topk_weights + token * TOP_K + i, tl.exp(logit_of(best, BLOCK_E) - highest))
     tl.debug_barrier()
     total = tl.sum(tl.where(chosen | (not RENORMALIZE), probabilities, 0.0), axis=0)
     for i in tl.static_range(TOP_K):
@@ -175,53 +177,3 @@ def combine_kernel(
         part = tl.load(expert_output + row * D + d, mask=(d < D) & here, other=0.0).to(tl.float32)
         total += part * tl.load(topk_weights + token * TOP_K + i)
     tl.store(output + token * D + d, total.to(output.dtype.element_ty), mask=d < D)
-
-
-def experts_support(normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Whether the decode kernels of this file take these tensors."""
-    d, f = down.shape[1:]
-    chunks = f // power_of_two_factor(f, MAX_CHUNK)
-    sizes_fit = is_power_of_two(d) and 16 <= d <= MAX_D and f % MIN_CHUNK == 0 and chunks * routing.top_k <= MAX_PARTS
-    dtypes_fit = normed.dtype == gate_up.dtype == down.dtype and routing.logits.dtype is torch.float32
-    return sizes_fit and dtypes_fit and fits(normed, routing.logits, gate_up, down)
-
-
-class ExpertsCall:
-    """`Ops.experts` of a decode step, bound to the weights of a layer."""
-
-    def __init__(
-        self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool
-    ):
-        num_tokens = normed.shape[0]
-        num_experts, d, f = down.shape
-        top_k = routing.top_k
-        experts = {"E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
-        activated = normed.new_empty(num_tokens, top_k, f)
-        self.output = torch.empty_like(normed)
-        rows, warps = gate_up_tile(f, d)
-        grid = (f // rows, num_tokens * top_k)
-        fixed: tuple[torch.Tensor, ...] = (gate_up, activated)
-        self.gate_up = BoundKernel(gate_up_kernel, grid, warps, pdl, fixed, D=d, F=f, **experts, ROWS=rows, PDL=pdl)
-        rows, warps = down_tile(f, d, top_k)
-        fixed = (activated, down, self.output)
-        chunk = power_of_two_factor(f, MAX_CHUNK)
-        self.down = BoundKernel(
-            down_kernel,
-            (d // rows, num_tokens),
-            warps,
-            pdl,
-            fixed,
-            D=d,
-            F=f,
-            **experts,
-            RENORMALIZE=routing.renormalize,
-            ROWS=rows,
-            CHUNK=chunk,
-            PDL=pdl,
-        )
-
-    def __call__(self, normed: torch.Tensor, routing: RouterLogits) -> torch.Tensor:
-        assert normed.is_contiguous() and routing.logits.is_contiguous()
-        self.gate_up(normed, routing.logits)
-        self.down(routing.logits)
-        return self.output

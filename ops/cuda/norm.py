@@ -4,6 +4,8 @@
 import triton
 import triton.language as tl
 
+from ops.cuda.launch import pdl_wait
+
 
 @triton.jit
 def add_norm_kernel(
@@ -16,10 +18,12 @@ def add_norm_kernel(
     BLOCK: tl.constexpr,  # D or the next power of two
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program a token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
+    pdl_wait(PDL)
     x = tl.load(hidden + token * D + d, mask=d < D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual + token * D + d, mask=d < D, other=0.0)

@@ -5,22 +5,28 @@ from dataclasses import dataclass
 
 from ops.cuda.launch import power_of_two_factor
 
+MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
+
 # (N, K): rows of a tile, tiles of a program, warps
 GEMV_TILES = {
-    (5120, 2048): (4, 2, 8),
-    (2048, 4096): (4, 2, 8),
-    (128, 2048): (1, 1, 4),
-    (151936, 2048): (4, 1, 4),
+    (5120, 2048): (4, 1, 4),
+    (2048, 4096): (2, 2, 8),
+    (128, 2048): (1, 1, 8),
+    (151936, 2048): (4, 2, 8),
 }
 # (F, D): rows, warps
 GATE_UP_TILES = {(768, 2048): (8, 4)}
 DOWN_TILES = {(768, 2048): (4, 2)}
+# the same where several tokens share experts: rows, warps
+SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
+SHARED_DOWN_TILES = {(768, 2048): (16, 4)}
 ATTENTION_BLOCK = 64  # cached tokens of an iteration
-# sequences, query heads of a program, splits of the cache
-ATTENTION_SPLITS = ((1, 2, 16), (2, 4, 16), (4, 8, 16), (8, 8, 8), (16, 8, 4))
-MANY_SEQUENCES_SPLITS = (8, 2)
+# sequences, query heads of a program, splits of the cache, warps
+ATTENTION_SPLITS = ((1, 4, 32, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
+MANY_SEQUENCES_SPLITS = (8, 2, 4)
 GEMV_ELEMENTS = 32768  # of the matrix in one program's registers
 DOWN_ELEMENTS = 24576
+SHARED_ELEMENTS = 16384
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,23 @@ def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
     return power_of_two_factor(d, rounded_down(min(8, DOWN_ELEMENTS // (f * top_k)))), 4
 
 
-def attention_split(num_sequences: int, group_size: int) -> tuple[int, int]:
-    """Query heads of a program (a power of two that divides the kv head's group) and splits of the cache."""
-    for most, heads, splits in ATTENTION_SPLITS:
-        if num_sequences <= most:
-            return power_of_two_factor(group_size, heads), splits
-    heads, splits = MANY_SEQUENCES_SPLITS
-    return power_of_two_factor(group_size, heads), splits
+def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
+    if (f, d) in SHARED_GATE_UP_TILES:
+        return SHARED_GATE_UP_TILES[f, d]
+    return power_of_two_factor(f, rounded_down(min(8, SHARED_ELEMENTS // (2 * d)))), 4
+
+
+def shared_down_tile(f: int, d: int) -> tuple[int, int]:
+    if (f, d) in SHARED_DOWN_TILES:
+        return SHARED_DOWN_TILES[f, d]
+    return power_of_two_factor(d, rounded_down(min(16, SHARED_ELEMENTS // f))), 4
+
+
+def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]:
+    """Query heads of a program (a power of two that divides the kv head's group), splits of the cache, warps."""
+    fitting = (sizes for most, *sizes in ATTENTION_SPLITS if num_sequences <= most)
+    heads, splits, warps = next(fitting, MANY_SEQUENCES_SPLITS)
+    return power_of_two_factor(group_size, heads), splits, warps
 
 
 def rounded_down(number: int) -> int:
