@@ -71,7 +71,7 @@ class SharedExpertsCall:
         num_experts, d, f = down.shape
         sizes = {"D": d, "F": f, "T": num_tokens, "TOP_K": top_k}
         num_slots = min(num_tokens * top_k, num_experts)
-        slots = normed.new_empty(num_slots, 1 + num_tokens, dtype=torch.int32)
+        slots = normed.new_empty(num_slots + 1, 2 + num_tokens, dtype=torch.int32)  # one past the last pair may be read
         weights = normed.new_empty(num_tokens, top_k, dtype=torch.float32)
         self.activated = normed.new_empty(num_tokens, top_k, f)
         self.partial = normed.new_empty(num_tokens, top_k, d, dtype=torch.float32)

@@ -10,15 +10,15 @@ MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
 # (N, K): rows of a tile, tiles of a program, warps
 GEMV_TILES = {
     (5120, 2048): (4, 1, 4),
-    (2048, 4096): (2, 2, 8),
+    (2048, 4096): (4, 1, 8),
     (128, 2048): (1, 1, 8),
     (151936, 2048): (4, 2, 8),
 }
 # (F, D): rows, warps
-GATE_UP_TILES = {(768, 2048): (8, 4)}
-DOWN_TILES = {(768, 2048): (4, 2)}
+GATE_UP_TILES = {(768, 2048): (2, 4)}
+DOWN_TILES = {(768, 2048): (8, 4)}
 # the same where several tokens share experts: rows, warps
-SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
+SHARED_GATE_UP_TILES = {(768, 2048): (4, 2)}
 SHARED_DOWN_TILES = {(768, 2048): (16, 4)}
 ATTENTION_BLOCK = 64  # cached tokens of an iteration
 # sequences, query heads of a program, splits of the cache, warps
