@@ -41,7 +41,6 @@ class CudaOps(ReferenceOps):
         # (operation, id of a weight, tokens) -> what runs it, and that weight: while it lives nothing else has its id
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []
-        self.latest_attention: DecodeAttentionCall | None = None  # bound last, and not told yet which weight follows
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
 
     def add_norm(self, hidden_states, residual, norm_weight, eps):
@@ -82,11 +81,8 @@ class CudaOps(ReferenceOps):
         if call is None:
             if takes(hidden_states) and gemv_supports(hidden_states, weight.data):
                 call = LinearCall(hidden_states, weight.data, bias, self.pdl)
-                if self.latest_attention is not None:
-                    self.latest_attention.prefetch(weight.data)
             else:
                 call = partial(super().linear, weight=weight, bias=bias)
-            self.latest_attention = None
             self.bind(key, weight, call)
         return call(hidden_states)
 
@@ -116,7 +112,7 @@ class CudaOps(ReferenceOps):
             if step.is_prefill:
                 call = partial(self.run_prefill_attention, NormRotaryCacheCall(qkv, *norms, key_cache))
             else:
-                call = self.latest_attention = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
+                call = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
             self.bind(key, q_norm_weight, call)
         return call(qkv, cos_sin, key_cache, value_cache, step)
 

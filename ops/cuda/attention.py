@@ -6,11 +6,10 @@ import triton
 import triton.language as tl
 
 from ops import StepMetadata
-from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait, prefetch
+from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
 from ops.cuda.tiles import ATTENTION_BLOCK, attention_split
 
 PREFILL_HEADS = 8  # of a program
-MAX_PREFETCHED_BYTES = 16 << 20
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,7 +30,6 @@ def decode_attention_kernel(
     partial_stats,  # [B, H, SPLITS, 2] float32: running maximum and sum
     arrivals,  # [B, H] int32, zero before and after
     output,  # [B, H * C]
-    following,  # the matrix that is read next
     H: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
@@ -41,13 +39,11 @@ def decode_attention_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,  # cached tokens of an iteration; divides S
     EPS: tl.constexpr,
-    PREFETCHED: tl.constexpr,  # bytes of `following` that each of a program's 128 pieces has, or 0
     PDL: tl.constexpr,
 ):
     """Grid (H / HEADS, SPLITS, B): split-K flash decoding (Dao et al. 2023); the last split of a group combines all.
 
-    The new token's key and value come from `qkv` and belong to the last split. The cache of a few sequences keeps the
-    memory busy for a small part of the time this takes; meanwhile the next matrix is fetched into the L2 cache.
+    The new token's key and value come from `qkv` and belong to the last split.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -84,9 +80,6 @@ def decode_attention_kernel(
     q_address = token_qkv + (group * HEADS + h)[:, None] * C + half[None, :]
     q_1 = tl.load(q_address, mask=is_head[:, None], other=0.0).to(tl.float32)
     q_2 = tl.load(q_address + C // 2, mask=is_head[:, None], other=0.0).to(tl.float32)
-    if PREFETCHED > 0:
-        program = (b * SPLITS + split) * (H // HEADS) + group
-        prefetch(following, program, PREFETCHED)
     q_scale = tl.rsqrt(tl.sum(q_1 * q_1 + q_2 * q_2, axis=1) / C + EPS)[:, None]
     q_1 = q_1 * q_scale * q_gain_1[None, :]
     q_2 = q_2 * q_scale * q_gain_2[None, :]
@@ -247,36 +240,23 @@ class DecodeAttentionCall:
         partial_output = qkv.new_empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32)
         partial_stats = qkv.new_empty(num_sequences, num_heads, splits, 2, dtype=torch.float32)
         arrivals = qkv.new_zeros(num_sequences, num_heads, dtype=torch.int32)
-        self.grid = (num_heads // heads, splits, num_sequences)
-        self.warps = warps
-        self.fixed = (q_norm_weight, k_norm_weight, partial_output, partial_stats, arrivals, self.output)
-        self.constants = {
-            "H": num_heads,
-            "G": num_kv_heads,
-            "C": head_dim,
-            "S": block_size,
-            "HEADS": heads,
-            "PADDED_HEADS": max(16, triton.next_power_of_2(heads)),
-            "SPLITS": splits,
-            "BLOCK": ATTENTION_BLOCK,
-            "EPS": eps,
-            "PDL": pdl,
-        }
-        self.kernel = self.bind(self.output, 0)
-
-    def bind(self, following: torch.Tensor, prefetched: int) -> BoundKernel:
-        fixed = (*self.fixed, following)
-        pdl = self.constants["PDL"]
-        return BoundKernel(
-            decode_attention_kernel, self.grid, self.warps, pdl, fixed, **self.constants, PREFETCHED=prefetched
+        self.kernel = BoundKernel(
+            decode_attention_kernel,
+            (num_heads // heads, splits, num_sequences),
+            warps,
+            pdl,
+            (q_norm_weight, k_norm_weight, partial_output, partial_stats, arrivals, self.output),
+            H=num_heads,
+            G=num_kv_heads,
+            C=head_dim,
+            S=block_size,
+            HEADS=heads,
+            PADDED_HEADS=max(16, triton.next_power_of_2(heads)),
+            SPLITS=splits,
+            BLOCK=ATTENTION_BLOCK,
+            EPS=eps,
+            PDL=pdl,
         )
-
-    def prefetch(self, following: torch.Tensor) -> None:
-        """From the next call on, `following` is fetched into the L2 cache, as it is what will be read next."""
-        pieces = 128 * self.grid[0] * self.grid[1] * self.grid[2]
-        prefetched = min(following.nbytes, MAX_PREFETCHED_BYTES) // pieces // 16 * 16
-        if self.constants["PDL"] and prefetched:
-            self.kernel = self.bind(following, prefetched)
 
     def __call__(
         self,

@@ -40,20 +40,6 @@ def pdl_wait(PDL: tl.constexpr):
         gdc_wait()
 
 
-@triton.jit
-def prefetch(start, part, BYTES: tl.constexpr):
-    """Fetches part number `part` of a matrix into the L2 cache: 128 pieces of BYTES, a multiple of 16."""
-    pieces = start.to(tl.uint64) + (part * 128 + tl.arange(0, 128)).to(tl.uint64) * BYTES
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pieces, tl.full([128], BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 class BoundKernel:
     """A kernel with its grid, its constants and those of its tensors that stay the same.
 

@@ -18,8 +18,8 @@ GEMV_TILES = {
 GATE_UP_TILES = {(768, 2048): (2, 4)}
 DOWN_TILES = {(768, 2048): (8, 4)}
 # the same where several tokens share experts: rows, warps
-SHARED_GATE_UP_TILES = {(768, 2048): (4, 2)}
-SHARED_DOWN_TILES = {(768, 2048): (16, 4)}
+SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
+SHARED_DOWN_TILES = {(768, 2048): (16, 2)}
 ATTENTION_BLOCK = 64  # cached tokens of an iteration
 # sequences, query heads of a program, splits of the cache, warps
 ATTENTION_SPLITS = ((1, 4, 32, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))

@@ -3,6 +3,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def poison(ops: CudaOps) -> None:
     """NaN in every buffer for results, so that an element nobody writes is seen."""
     for call in ops.calls.values():
-        for name in ("output", "residual", "normed", "activated"):
+        for name in ("output", "residual", "normed", "activated", "partial"):
             buffer = getattr(call, name, None)
             if buffer is not None and buffer.dtype.is_floating_point:
                 buffer.fill_(float("nan"))
@@ -53,7 +54,7 @@ def poison(ops: CudaOps) -> None:
 def run_twice(ops: CudaOps, run):
     """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit."""
     first = [tensor.clone() for tensor in run()]
-    assert ops.calls, "the call went to the reference"
+    assert not any(isinstance(call, partial) for call in ops.calls.values()), "the call went to the reference"
     poison(ops)
     second = run()
     for one, other in zip(first, second, strict=True):
@@ -232,16 +233,16 @@ def test_equal_logits_choose_the_lower_expert():
     assert relative_error(output, expected) < TOLERANCE
 
 
-@pytest.mark.skipif(not ON_GPU, reason="torch has grouped matrix products on GPUs only")
-@pytest.mark.parametrize("num_tokens", [1, 9, 200, 4080])
+@pytest.mark.parametrize("num_tokens", [1, 9, 200, 4080] if ON_GPU else [1, 9])
 @pytest.mark.parametrize("has_elsewhere", [False, True])
 def test_experts_sorted(num_tokens, has_elsewhere):
-    num_experts, d, f, top_k = 128, 2048, 768, 8
-    ops, x = CudaOps(), random(num_tokens, d)
-    gate_up, down = expert_weights(num_experts, d, f)
-    routing = RouterLogits(random(num_tokens, num_experts - 5, std=2, dtype=torch.float32), top_k, True).chosen()
+    num_experts, d, f, top_k = (128, 2048, 768, 8) if ON_GPU else (10, 64, 48, 3)
+    ops, x = CudaOps(), random(num_tokens, d, dtype=torch.bfloat16)
+    gate_up, down = (DenseWeight(weight.data.bfloat16()) for weight in expert_weights(num_experts, d, f))
+    routing = RouterLogits(random(num_tokens, num_experts - 2, std=2, dtype=torch.float32), top_k, True).chosen()
     if has_elsewhere:
         elsewhere = torch.rand(num_tokens, top_k, device=DEVICE) < 0.3
+        elsewhere[0, 0] = False
         routing = replace(routing, topk_ids=routing.topk_ids.masked_fill(elsewhere, num_experts), has_elsewhere=True)
     output = ops.experts(x, routing, gate_up, down)
     expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
