@@ -5,12 +5,12 @@ import dataclasses
 
 import torch
 
-from executor.kv_cache import NULL_BLOCK, blocks_for
-from executor.model_runner import Batches, ModelRunner
+from executor.kv_cache import blocks_for
+from executor.model_runner import Batches, DecodeInputs, ModelRunner
+from executor.scheduler import Sequence
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
-from ops import StepMetadata
 from ops.comm import ParallelContext, Traffic
 
 WARMUP_STEPS = 2  # run before capture, so that one-time work of libraries is not recorded
@@ -44,37 +44,27 @@ class GraphRunner(ModelRunner):
 
     def capture(self, batch_size: int) -> "DecodeGraph":
         """Records a decode step of `batch_size` padding rows."""
-        token_ids = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        step = StepMetadata(
-            is_prefill=False,
-            positions=torch.zeros_like(token_ids),
-            slot_mapping=torch.zeros_like(token_ids),
-            block_table=torch.full((batch_size, self.max_blocks), NULL_BLOCK, device=self.device),
-            seq_lens=torch.ones_like(token_ids),
-            query_lens_list=[1] * batch_size,
-            seq_lens_list=[1] * batch_size,
-            dp_num_tokens=[batch_size] * self.dp_size,
-        )
+        inputs = DecodeInputs(batch_size, self.max_blocks, [batch_size] * self.dp_size, self.device)
+        inputs.fill([])
         side_stream = torch.cuda.Stream()
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
             for _ in range(WARMUP_STEPS):
-                self.decode_step(token_ids, step)
+                self.decode_step(inputs.token_ids, inputs.step)
         torch.cuda.current_stream().wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
         before = dict(self.traffic.sent_bytes)
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = super().decode_step(token_ids, step)
-        return DecodeGraph(graph, token_ids, step, logits, self.traffic, self.traffic.since(before))
+            logits = super().decode_step(inputs.token_ids, inputs.step)
+        return DecodeGraph(graph, inputs, logits, self.traffic, self.traffic.since(before))
 
     def decode(self, batches: Batches) -> ShardedLogits:
         longest = max(len(sequence) for batch in batches for sequence in batch)
         if blocks_for(longest) > self.max_blocks:
             return super().decode(batches)
-        token_ids = self.tensor([sequence.token_ids[-1] for sequence in batches[self.dp_index]])
-        step = self.step_metadata(batches, [[1] * len(batch) for batch in batches], is_prefill=False)
         size = min(size for size in self.graphs if size >= max(map(len, batches)))
-        return self.graphs[size].replay(token_ids, step)
+        self.tokens_run += len(batches[self.dp_index])
+        return self.graphs[size].replay(batches[self.dp_index])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,24 +72,15 @@ class DecodeGraph:
     """A recorded step with the tensors it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
-    token_ids: torch.Tensor
-    step: StepMetadata
+    inputs: DecodeInputs
     logits: ShardedLogits
     traffic: Traffic
     sent_bytes: dict[str, float]  # by one replay, which the groups do not see
 
-    def replay(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
-        """Runs the recorded step on other rows; rows beyond them write to the null block."""
-        rows = len(token_ids)
-        self.token_ids[:rows] = token_ids
-        self.step.positions[:rows] = step.positions
-        self.step.slot_mapping.fill_(NULL_BLOCK)
-        self.step.slot_mapping[:rows] = step.slot_mapping
-        self.step.block_table.fill_(NULL_BLOCK)
-        self.step.block_table[:rows, : step.block_table.shape[-1]] = step.block_table
-        self.step.seq_lens.fill_(1)
-        self.step.seq_lens[:rows] = step.seq_lens
+    def replay(self, sequences: list[Sequence]) -> ShardedLogits:
+        """Runs the recorded step on these sequences; rows beyond them are padding."""
+        self.inputs.fill(sequences)
         self.graph.replay()
         for name, count in self.sent_bytes.items():
             self.traffic.add(name, count)
-        return dataclasses.replace(self.logits, num_rows=rows)
+        return dataclasses.replace(self.logits, num_rows=len(sequences))

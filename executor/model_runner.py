@@ -6,8 +6,9 @@ every step together; one whose group has nothing to do still takes part in the e
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from executor.kv_cache import NULL_BLOCK, blocks_for
+from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK, blocks_for
 from executor.scheduler import Sequence
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
@@ -15,6 +16,7 @@ from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
 
 Batches = list[list[Sequence]]
+ROW_FIELDS = 4  # numbers a row of a decode step has beside its cache blocks
 
 
 class ModelRunner:
@@ -29,53 +31,96 @@ class ModelRunner:
         self.sequence_parallel = sequence_parallel
         self.device = device
         self.tokens_run = 0  # by this rank's group, since the start
+        self.inputs: DecodeInputs | None = None  # of the last step, for the next one of the same shape
 
     def prefill(self, batches: Batches, all_positions: bool = False) -> ShardedLogits:
         """Runs whole prompts, packed. Logits of each last token, or of `all_positions`."""
-        query_lens = [[len(sequence) for sequence in batch] for batch in batches]
-        own = query_lens[self.dp_index]
         token_ids = [token_id for sequence in batches[self.dp_index] for token_id in sequence.prompt_token_ids]
-        step = self.step_metadata(batches, query_lens, is_prefill=True)
+        step = self.prefill_metadata(batches)
         hidden_states, residual = self.model.forward(self.tensor(token_ids), step, self.kv_caches)
         if all_positions:
             return self.model.logits(hidden_states, residual, step.max_dp_tokens)
-        last = self.tensor(own).cumsum(0) - 1
+        last = step.seq_lens.cumsum(0) - 1
         return self.model.logits(hidden_states[last], residual[last], max(map(len, batches)))
 
     def decode(self, batches: Batches) -> ShardedLogits:
         """One step of each sequence from its latest token. Logits of each."""
-        token_ids = self.tensor([sequence.token_ids[-1] for sequence in batches[self.dp_index]])
-        step = self.step_metadata(batches, [[1] * len(batch) for batch in batches], is_prefill=False)
-        return self.decode_step(token_ids, step)
+        sequences = batches[self.dp_index]
+        self.tokens_run += len(sequences)
+        width = max((blocks_for(len(sequence)) for sequence in sequences), default=0)
+        shape = (len(sequences), width, [len(batch) for batch in batches])
+        if self.inputs is None or self.inputs.shape != shape:
+            self.inputs = DecodeInputs(*shape, self.device)
+        self.inputs.fill(sequences)
+        return self.decode_step(self.inputs.token_ids, self.inputs.step)
 
     def decode_step(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
         """token_ids [B] -> logits [B, V]."""
         return self.model.logits(*self.model.forward(token_ids, step, self.kv_caches), step.max_dp_tokens)
 
-    def step_metadata(self, batches: Batches, query_lens: list[list[int]], is_prefill: bool) -> StepMetadata:
-        """Positions and cache places of the last `query_lens` tokens of each sequence."""
-        sequences, own = batches[self.dp_index], query_lens[self.dp_index]
-        self.tokens_run += sum(own)
-        positions = [range(len(s) - n, len(s)) for s, n in zip(sequences, own, strict=True)]
-        slots = [s.slot(p) for s, row in zip(sequences, positions, strict=True) for p in row]
-        seq_lens = [len(sequence) for sequence in sequences]
+    def prefill_metadata(self, batches: Batches) -> StepMetadata:
+        """Positions and cache places of whole prompts."""
+        sequences = batches[self.dp_index]
+        self.tokens_run += sum(map(len, sequences))
+        positions = [torch.arange(len(sequence)) for sequence in sequences]
+        slots = [
+            torch.tensor(sequence.blocks)[own // BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE
+            for sequence, own in zip(sequences, positions, strict=True)
+        ]
+        lens = [len(sequence) for sequence in sequences]
+        used = [torch.tensor(sequence.blocks[: blocks_for(len(sequence))]) for sequence in sequences]
+        none = torch.empty(0, dtype=torch.int64)
+        table = pad_sequence(used, batch_first=True, padding_value=NULL_BLOCK) if used else none.view(0, 0)
         return StepMetadata(
-            is_prefill=is_prefill,
-            positions=self.tensor([p for row in positions for p in row]),
-            slot_mapping=self.tensor(slots),
-            block_table=self.tensor(self.block_table(sequences)),
-            seq_lens=self.tensor(seq_lens),
-            query_lens_list=own,
-            seq_lens_list=seq_lens,
-            dp_num_tokens=[sum(lens) for lens in query_lens],
-            sequence_parallel=is_prefill and self.sequence_parallel,
+            is_prefill=True,
+            positions=torch.cat([none, *positions]).to(self.device),
+            slot_mapping=torch.cat([none, *slots]).to(self.device),
+            block_table=table.to(self.device),
+            seq_lens=self.tensor(lens),
+            query_lens_list=lens,
+            seq_lens_list=lens,
+            dp_num_tokens=[sum(map(len, batch)) for batch in batches],
+            sequence_parallel=self.sequence_parallel,
         )
-
-    def block_table(self, sequences: list[Sequence]) -> list[list[int]]:
-        """The blocks each sequence uses by now, rows filled up with the null block."""
-        used = [sequence.blocks[: blocks_for(len(sequence))] for sequence in sequences]
-        width = max(map(len, used), default=0)
-        return [blocks + [NULL_BLOCK] * (width - len(blocks)) for blocks in used]
 
     def tensor(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+class DecodeInputs:
+    """Token ids and metadata of decode steps in one tensor of the device, so that a step needs one copy to it."""
+
+    def __init__(self, num_rows: int, width: int, dp_num_tokens: list[int], device: torch.device):
+        """`width`: cache blocks of the longest sequence."""
+        self.shape = (num_rows, width, dp_num_tokens)
+        self.num_rows = num_rows
+        self.width = width
+        self.data = torch.empty(num_rows * (ROW_FIELDS + width), dtype=torch.int64, device=device)
+        fields, table = self.data.split([num_rows * ROW_FIELDS, num_rows * width])
+        self.token_ids, positions, slot_mapping, seq_lens = fields.view(ROW_FIELDS, num_rows)
+        self.step = StepMetadata(
+            is_prefill=False,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            block_table=table.view(num_rows, width),
+            seq_lens=seq_lens,
+            query_lens_list=[1] * num_rows,
+            seq_lens_list=[1] * num_rows,
+            dp_num_tokens=dp_num_tokens,
+        )
+
+    def fill(self, sequences: list[Sequence]) -> None:
+        """Rows of the sequences' latest tokens, then rows of padding, which write to the null block."""
+        lens = [len(sequence) for sequence in sequences]
+        padding = self.num_rows - len(sequences)
+        values = [sequence.token_ids[-1] for sequence in sequences] + [0] * padding
+        values += [length - 1 for length in lens] + [0] * padding
+        values += [s.slot(n - 1) for s, n in zip(sequences, lens, strict=True)] + [NULL_BLOCK * BLOCK_SIZE] * padding
+        values += lens + [1] * padding
+        for sequence, length in zip(sequences, lens, strict=True):
+            blocks = sequence.blocks[: blocks_for(length)]
+            values += blocks + [NULL_BLOCK] * (self.width - len(blocks))
+        values += [NULL_BLOCK] * (padding * self.width)
+        # from ordinary memory CUDA copies a small tensor before it returns, so that nothing has to wait for the device
+        self.data.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=self.data.is_cuda)
+        self.step.seq_lens_list[:] = lens + [1] * padding

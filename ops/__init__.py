@@ -6,13 +6,16 @@ F expert width, N output width, L cache blocks, S cache block size.
 """
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from ops.weight import DenseWeight, Weight
 
-__all__ = ["DenseWeight", "Ops", "Routing", "StepMetadata", "Weight", "load_ops"]
+__all__ = ["DenseWeight", "Ops", "RouterLogits", "Routing", "StepMetadata", "Weight", "load_ops"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,25 @@ class Routing:
     topk_weights: torch.Tensor  # [T, K] float32
     topk_ids: torch.Tensor  # [T, K] int64
     has_elsewhere: bool = False  # whether ids may be E, for "on another rank": nothing is computed or added for these
+
+    def chosen(self) -> "Routing":
+        return self
+
+
+@dataclass(frozen=True)
+class RouterLogits:
+    """A routing not chosen yet: a backend may leave that to `experts`, an exchange between ranks needs it made."""
+
+    logits: torch.Tensor  # [T, E]
+    top_k: int
+    renormalize: bool  # whether a token's weights sum to 1
+
+    def chosen(self) -> Routing:
+        """Softmax over all experts, then the largest."""
+        topk_weights, topk_ids = self.logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        if self.renormalize:
+            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        return Routing(topk_weights, topk_ids)
 
 
 class Ops:
@@ -118,14 +140,16 @@ class Ops:
         router_weight: torch.Tensor,
         top_k: int,
         renormalize: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
         """`add_norm`, router [E, D], softmax over all experts, top-k; weights sum to 1 if `renormalize`.
 
-        Returns the normed hidden states [T, D], the residual [T, D] and the routing.
+        Returns the normed hidden states [T, D], the residual [T, D] and the routing, chosen or still to be.
         """
         raise NotImplementedError
 
-    def experts(self, hidden_states: torch.Tensor, routing: Routing, gate_up: Weight, down: Weight) -> torch.Tensor:
+    def experts(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D].
 
         Under expert parallelism E counts the experts of this rank.
@@ -148,4 +172,18 @@ def load_ops(device_type: str) -> Ops:
         raise ValueError("device: npu has no operations here yet; set device: cpu")
     from ops.reference import ReferenceOps
 
+    if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
+        from ops.cuda import CudaOps
+
+        return log_bindings(CudaOps())
     return ReferenceOps(grouped_mm=device_type != "cpu")
+
+
+def log_bindings(ops: Ops) -> Ops:
+    """Says once which operations are the backend's own; single calls it cannot take still go to the reference."""
+    names = [name for name in vars(Ops) if not name.startswith("_") and name != "name"]
+    lacking = [name for name in names if name not in vars(type(ops))]
+    logger.info(
+        "ops: %s %d/%d, reference: %s", ops.name, len(names) - len(lacking), len(names), ", ".join(lacking) or "none"
+    )
+    return ops

@@ -8,7 +8,7 @@ letters are explained in `ops/__init__.py`.
 import torch
 from torch.nn import functional as F
 
-from ops import Ops, Routing, StepMetadata
+from ops import Ops, RouterLogits, StepMetadata
 
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # torch 2.8 and 2.9 have the latter
 MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
@@ -83,13 +83,10 @@ class ReferenceOps(Ops):
 
     def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
         normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
-        probabilities = F.linear(normed, router_weight).softmax(dim=-1, dtype=torch.float32)
-        topk_weights, topk_ids = probabilities.topk(top_k, dim=-1)
-        if renormalize:
-            topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return normed, residual, Routing(topk_weights, topk_ids)
+        return normed, residual, RouterLogits(F.linear(normed, router_weight), top_k, renormalize).chosen()
 
     def experts(self, hidden_states, routing, gate_up, down):
+        routing = routing.chosen()
         num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
         expert_ids = routing.topk_ids.flatten()
         order = expert_ids.argsort(stable=True)  # rows of one expert next to each other

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from models.layers.padding import pad_rows, share_of
-from ops import Routing, StepMetadata
+from ops import RouterLogits, Routing, StepMetadata
 from ops.comm import ParallelContext
 
 NO_EXPERT = -(2**31)  # stands for a padding row's experts: elsewhere on every rank
@@ -23,14 +23,16 @@ class Dispatched:
     """What the experts of this rank work on, and what `combine` needs to remember."""
 
     rows: torch.Tensor  # [R, D]
-    routing: Routing  # over the EL experts of this rank
+    routing: Routing | RouterLogits  # over the EL experts of this rank
     memory: Any = None
 
 
 class ExpertExchange(Protocol):
     """A vendor's fused pair of operations fits behind these two as well."""
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         """[T, D] tokens of this rank: those of its attn_tp group or, in a sequence-parallel step, its share of them."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
@@ -48,20 +50,23 @@ class GatherExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         group, count = self.parallel.attn_dp, step.max_dp_tokens
         if step.sequence_parallel:
             group, count = self.parallel.world, share_of(step.max_dp_tokens, self.parallel.attn_tp.size)
+        if group.size == 1 and self.parallel.moe_ep.size == 1:
+            return Dispatched(hidden_states, routing)
+        routing = routing.chosen()
         weights, ids = routing.topk_weights, routing.topk_ids
         if group.size > 1:
             hidden_states = group.all_gather(pad_rows(hidden_states, count))
             weights = group.all_gather(pad_rows(weights, count))
             ids = group.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).long()
-        has_elsewhere = group.size > 1 or self.parallel.moe_ep.size > 1
-        if has_elsewhere:
-            ids = ids - self.parallel.moe_ep.index * self.num_local_experts
-            ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
-        return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere))
+        ids = ids - self.parallel.moe_ep.index * self.num_local_experts
+        ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
+        return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere=True))
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         if step.sequence_parallel:
@@ -82,8 +87,11 @@ class AllToAllExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(self, hidden_states: torch.Tensor, routing: Routing, step: StepMetadata) -> Dispatched:
+    def dispatch(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
+    ) -> Dispatched:
         attn_tp, moe_tp = self.parallel.attn_tp, self.parallel.moe_tp
+        routing = routing.chosen()
         ids, weights = routing.topk_ids, routing.topk_weights
         share = share_of(step.num_tokens, attn_tp.size)
         if not step.sequence_parallel:

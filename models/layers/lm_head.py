@@ -34,9 +34,9 @@ class ShardedLogits:
         """
         part_size = self.local.shape[1]
         values, ids = self.local.topk(min(count, part_size), dim=-1) if count > 1 else self.local.max(-1, keepdim=True)
-        values, ids = self.own(values), self.own(ids + self.group.index * part_size)
         if self.group.size == 1:
-            return values, ids
+            return values[: self.num_rows], ids[: self.num_rows]
+        values, ids = self.own(values), self.own(ids + self.group.index * part_size)
         values, order = values.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], ids.gather(1, order)[:, :count]
 

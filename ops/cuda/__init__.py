@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton kernels behind the interface of operations: NVIDIA GPUs.
+
+Steps of up to MAX_TOKENS tokens take one or two kernels an operation, bound at an operation's first call for every
+weight and number of tokens: the choice between kernel and reference is made there and buffers for the results are
+allocated there, so that a result is valid until the same weight meets as many tokens again. Larger steps take
+elementwise kernels around torch's matrix products and attention.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch.nn import functional as F
+
+from ops import RouterLogits, Routing, StepMetadata
+from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
+from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
+from ops.cuda.launch import BoundKernel, fits, has_pdl
+from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
+from ops.cuda.moe import choose_experts_kernel, combine_kernel
+from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
+from ops.cuda.tiles import MAX_TOKENS
+from ops.reference import ReferenceOps, grouped_mm
+
+MAX_NORM_WIDTH = 16384
+ELEMENTWISE_BLOCK = 1024
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+class CudaOps(ReferenceOps):
+    """Binds kernels to the operations; what they do not support goes to the reference."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        super().__init__(grouped_mm=True)
+        self.pdl = has_pdl()
+        # (operation, id of a weight, tokens) -> what runs it, and that weight: while it lives nothing else has its id
+        self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
+        self.weights: list[Any] = []
+        self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
+
+    def add_norm(self, hidden_states, residual, norm_weight, eps):
+        num_tokens, d = hidden_states.shape
+        if num_tokens == 0 or not takes(hidden_states, residual) or d > MAX_NORM_WIDTH:
+            return super().add_norm(hidden_states, residual, norm_weight, eps)
+        kernel = self.elementwise_kernel(
+            add_norm_kernel,
+            hidden_states.dtype,
+            D=d,
+            BLOCK=triton.next_power_of_2(d),
+            EPS=eps,
+            HAS_RESIDUAL=residual is not None,
+            PDL=self.pdl,
+        )
+        normed, summed = torch.empty_like(hidden_states), torch.empty_like(hidden_states, dtype=torch.float32)
+        first = hidden_states if residual is None else residual
+        kernel.grid = (num_tokens, 1, 1)
+        kernel(hidden_states, first, norm_weight, normed, summed)
+        return normed, summed
+
+    def silu_and_mul(self, gate_up):
+        num_tokens, f = gate_up.shape[0], gate_up.shape[1] // 2
+        if num_tokens == 0 or not takes(gate_up):
+            return super().silu_and_mul(gate_up)
+        block = min(ELEMENTWISE_BLOCK, triton.next_power_of_2(f))
+        kernel = self.elementwise_kernel(silu_and_mul_kernel, gate_up.dtype, F=f, BLOCK=block)
+        output = gate_up.new_empty(num_tokens, f)
+        kernel.grid = (num_tokens, triton.cdiv(f, block), 1)
+        kernel(gate_up, output)
+        return output
+
+    def linear(self, hidden_states, weight, bias=None):
+        if not 0 < hidden_states.shape[0] <= MAX_TOKENS:
+            return super().linear(hidden_states, weight, bias)
+        key = ("linear", id(weight), hidden_states.shape[0])
+        call = self.calls.get(key)
+        if call is None:
+            if takes(hidden_states) and gemv_supports(hidden_states, weight.data):
+                call = LinearCall(hidden_states, weight.data, bias, self.pdl)
+            else:
+                call = partial(super().linear, weight=weight, bias=bias)
+            self.bind(key, weight, call)
+        return call(hidden_states)
+
+    def norm_linear(self, hidden_states, residual, norm_weight, eps, weight, bias=None):
+        num_tokens = hidden_states.shape[0]
+        if not 0 < num_tokens <= MAX_TOKENS:
+            return super().norm_linear(hidden_states, residual, norm_weight, eps, weight, bias)
+        key = ("norm_linear" if residual is None else "add_norm_linear", id(weight), num_tokens)
+        call = self.calls.get(key)
+        if call is None:
+            if takes(hidden_states, residual) and gemv_supports(hidden_states, weight.data):
+                norm = (norm_weight, eps)
+                call = NormLinearCall(hidden_states, weight.data, bias, self.pdl, norm, residual is not None)
+            else:
+                call = partial(super().norm_linear, norm_weight=norm_weight, eps=eps, weight=weight, bias=bias)
+            self.bind(key, weight, call)
+        return call(hidden_states, residual)
+
+    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # a prefill's call fits any number of tokens
+        key = ("attention", id(q_norm_weight), num_tokens)
+        call = self.calls.get(key)
+        if call is None:
+            norms = (q_norm_weight, k_norm_weight, eps)
+            if qkv.shape[0] == 0 or not takes(qkv) or not attention_supports(qkv, cos_sin, key_cache):
+                return super().attention(qkv, *norms, cos_sin, key_cache, value_cache, step)
+            if step.is_prefill:
+                call = partial(self.run_prefill_attention, NormRotaryCacheCall(qkv, *norms, key_cache))
+            else:
+                call = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
+            self.bind(key, q_norm_weight, call)
+        return call(qkv, cos_sin, key_cache, value_cache, step)
+
+    def run_prefill_attention(
+        self,
+        norm_rotary_cache: NormRotaryCacheCall,
+        qkv: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        step: StepMetadata,
+    ) -> torch.Tensor:
+        if step.num_tokens == 0:
+            return qkv[:, : norm_rotary_cache.num_heads * norm_rotary_cache.head_dim]
+        query_key = norm_rotary_cache(qkv, cos_sin, key_cache, value_cache, step.slot_mapping)
+        num_heads, num_kv_heads = norm_rotary_cache.num_heads, norm_rotary_cache.num_kv_heads
+        query, key = query_key.split([num_heads, num_kv_heads], dim=1)
+        value = qkv.unflatten(1, (-1, norm_rotary_cache.head_dim))[:, num_heads + num_kv_heads :]
+        return self.prefill_attention(query, key, value, step).flatten(1)
+
+    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+        num_tokens = hidden_states.shape[0]
+        if not 0 < num_tokens <= MAX_TOKENS:
+            return self.route_many(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
+        key = ("route" if residual is None else "add_route", id(router_weight), num_tokens)
+        call = self.calls.get(key)
+        if call is None:
+            norm = (norm_weight, eps)
+            if takes(hidden_states, residual) and gemv_supports(hidden_states, router_weight):
+                has_residual = residual is not None
+                call = RouteCall(hidden_states, router_weight, self.pdl, norm, has_residual, top_k, renormalize)
+            else:
+                call = partial(
+                    super().route,
+                    norm_weight=norm_weight,
+                    eps=eps,
+                    router_weight=router_weight,
+                    top_k=top_k,
+                    renormalize=renormalize,
+                )
+            self.bind(key, router_weight, call)
+        return call(hidden_states, residual)
+
+    def route_many(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+        """`route` for any number of tokens; the experts are chosen at once."""
+        num_tokens, num_experts = hidden_states.shape[0], router_weight.shape[0]
+        if num_tokens == 0 or not takes(hidden_states, residual):
+            return super().route(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
+        normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
+        logits = F.linear(normed, router_weight)
+        topk_weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
+        topk_ids = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
+        kernel = self.elementwise_kernel(
+            choose_experts_kernel,
+            logits.dtype,
+            E=num_experts,
+            BLOCK_E=triton.next_power_of_2(num_experts),
+            TOP_K=top_k,
+            RENORMALIZE=renormalize,
+        )
+        kernel.grid = (num_tokens, 1, 1)
+        kernel(logits, topk_weights, topk_ids)
+        return normed, residual, Routing(topk_weights, topk_ids)
+
+    def experts(self, hidden_states, routing, gate_up, down):
+        num_tokens = hidden_states.shape[0]
+        if not isinstance(routing, RouterLogits) or not 0 < num_tokens <= MAX_TOKENS:
+            return self.experts_sorted(hidden_states, routing, gate_up, down)
+        key = ("experts", id(gate_up), num_tokens)
+        call = self.calls.get(key)
+        if call is None:
+            if takes(hidden_states) and experts_support(hidden_states, routing, gate_up.data, down.data):
+                kind = ExpertsCall if num_tokens == 1 else SharedExpertsCall
+                call = kind(hidden_states, routing, gate_up.data, down.data, self.pdl)
+            else:
+                call = partial(self.experts_sorted, gate_up=gate_up, down=down)
+            self.bind(key, gate_up, call)
+        return call(hidden_states, routing)
+
+    def experts_sorted(self, hidden_states, routing, gate_up, down):
+        """`experts` with the tokens sorted by expert: torch's grouped matrix products, own kernels around them."""
+        routing = routing.chosen()
+        num_tokens, d = hidden_states.shape
+        if num_tokens == 0 or hidden_states.dtype is not torch.bfloat16 or not takes(hidden_states):
+            return super().experts(hidden_states, routing, gate_up, down)
+        num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
+        short_ids = routing.topk_ids.flatten().to(torch.int16)  # few bytes make a fast sort
+        sorted_ids, order = short_ids.sort(stable=True)
+        experts = torch.arange(num_experts, dtype=torch.int16, device=order.device)
+        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
+        rows = hidden_states[order // top_k]
+        gate_up_output = grouped_mm(rows, gate_up.data.transpose(1, 2), offs=ends)
+        expert_output = grouped_mm(self.silu_and_mul(gate_up_output), down.data.transpose(1, 2), offs=ends)
+        rows_of = torch.empty_like(order)
+        rows_of[order] = torch.arange(len(order), device=order.device)
+        kernel = self.elementwise_kernel(
+            combine_kernel,
+            hidden_states.dtype,
+            D=d,
+            NUM_EXPERTS=num_experts,
+            TOP_K=top_k,
+            BLOCK=min(ELEMENTWISE_BLOCK, triton.next_power_of_2(d)),
+        )
+        output = torch.empty_like(hidden_states)
+        kernel.grid = (num_tokens, triton.cdiv(d, kernel.constants["BLOCK"]), 1)
+        kernel(expert_output, rows_of, routing.topk_weights, routing.topk_ids, output)
+        return output
+
+    def bind(self, key: tuple[str, int, int], weight: Any, call: Callable[..., Any]) -> None:
+        self.calls[key] = call
+        self.weights.append(weight)
+
+    def elementwise_kernel(self, kernel: Any, dtype: torch.dtype, **constants: Any) -> BoundKernel:
+        """A kernel for any number of programs; the caller sets the grid."""
+        key = (kernel, dtype, *constants.values())
+        if key not in self.elementwise:
+            self.elementwise[key] = BoundKernel(kernel, (1,), 4, constants.get("PDL", False), **constants)
+        return self.elementwise[key]
+
+
+def takes(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
+    """Whether kernels take these activations."""
+    right_type = hidden_states.dtype in DTYPES and (residual is None or residual.dtype is torch.float32)
+    return right_type and fits(hidden_states, residual)

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over the paged cache for decode steps, and what comes before attention in prefill steps."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ops import StepMetadata
+from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
+from ops.cuda.tiles import ATTENTION_BLOCK, attention_split
+
+PREFILL_HEADS = 8  # of a program
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["max_blocks"])
+def decode_attention_kernel(
+    qkv,  # [B, (H + 2G) * C]
+    cos,  # [B, C] float32, of which the second half repeats the first
+    sin,  # [B, C] float32
+    key_cache,  # [L, S, G, C]
+    value_cache,  # [L, S, G, C]
+    slot_mapping,  # [B] int64
+    block_table,  # [B, max_blocks] int64
+    seq_lens,  # [B] int64
+    max_blocks,
+    q_norm_weight,  # [C]
+    k_norm_weight,  # [C]
+    partial_output,  # [B, H, SPLITS, C] float32
+    partial_stats,  # [B, H, SPLITS, 2] float32: running maximum and sum
+    arrivals,  # [B, H] int32, zero before and after
+    output,  # [B, H * C]
+    H: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    HEADS: tl.constexpr,  # query heads of a program, all of one kv head
+    PADDED_HEADS: tl.constexpr,  # at least 16, as the tensor cores want
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # cached tokens of an iteration; divides S
+    EPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (H / HEADS, SPLITS, B): split-K flash decoding (Dao et al. 2023); the last split of a group combines all.
+
+    The new token's key and value come from `qkv` and belong to the last split.
+    """
+    group = tl.program_id(0)
+    split = tl.program_id(1)
+    b = tl.program_id(2)
+    kv_head = group * HEADS // (H // G)
+    pdl_trigger(PDL)
+    half = tl.arange(0, C // 2)
+    c = tl.arange(0, C)
+    j = tl.arange(0, BLOCK)
+    num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
+    per_split = tl.cdiv(tl.cdiv(num_cached, BLOCK), SPLITS) * BLOCK
+    start = split * per_split
+    end = tl.minimum(start + per_split, num_cached)
+    table = block_table + b * max_blocks
+    # the first tile is requested before the query is there
+    first_block = tl.load(table + start // S, mask=start < end, other=0)
+    tokens = first_block * S + start % S + j
+    rows = (tokens * G + kv_head) * C
+    inside = (start + j) < end
+    key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
+    key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
+    value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+    cos_half = tl.load(cos + b * C + half)
+    sin_half = tl.load(sin + b * C + half)
+    q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)
+    q_gain_2 = tl.load(q_norm_weight + C // 2 + half).to(tl.float32)
+    k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)
+    k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)
+    pdl_wait(PDL)
+
+    token_qkv = qkv + b * ((H + 2 * G) * C)
+    h = tl.arange(0, PADDED_HEADS)
+    is_head = h < HEADS
+    q_address = token_qkv + (group * HEADS + h)[:, None] * C + half[None, :]
+    q_1 = tl.load(q_address, mask=is_head[:, None], other=0.0).to(tl.float32)
+    q_2 = tl.load(q_address + C // 2, mask=is_head[:, None], other=0.0).to(tl.float32)
+    q_scale = tl.rsqrt(tl.sum(q_1 * q_1 + q_2 * q_2, axis=1) / C + EPS)[:, None]
+    q_1 = q_1 * q_scale * q_gain_1[None, :]
+    q_2 = q_2 * q_scale * q_gain_2[None, :]
+    softmax_scale = LOG2_E / tl.sqrt(C * 1.0)
+    rotated_1 = (q_1 * cos_half[None, :] - q_2 * sin_half[None, :]) * softmax_scale
+    rotated_2 = (q_2 * cos_half[None, :] + q_1 * sin_half[None, :]) * softmax_scale
+    query_1 = rotated_1.to(key_cache.dtype.element_ty)
+    query_2 = rotated_2.to(key_cache.dtype.element_ty)
+
+    maximum = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_HEADS], tl.float32)
+    accumulated = tl.zeros([PADDED_HEADS, C], tl.float32)
+    if split == SPLITS - 1:
+        new_key = token_qkv + (H + kv_head) * C + half
+        k_1 = tl.load(new_key).to(tl.float32)
+        k_2 = tl.load(new_key + C // 2).to(tl.float32)
+        new_value = tl.load(token_qkv + (H + G + kv_head) * C + c)
+        k_scale = tl.rsqrt(tl.sum(k_1 * k_1 + k_2 * k_2, axis=0) / C + EPS)
+        k_1 = k_1 * k_scale * k_gain_1
+        k_2 = k_2 * k_scale * k_gain_2
+        stored_1 = (k_1 * cos_half - k_2 * sin_half).to(key_cache.dtype.element_ty)
+        stored_2 = (k_2 * cos_half + k_1 * sin_half).to(key_cache.dtype.element_ty)
+        if group * HEADS % (H // G) == 0:
+            new_row = (tl.load(slot_mapping + b) * G + kv_head) * C
+            tl.store(key_cache + new_row + half, stored_1)
+            tl.store(key_cache + new_row + C // 2 + half, stored_2)
+            tl.store(value_cache + new_row + c, new_value)
+        products = rotated_1 * stored_1.to(tl.float32)[None, :] + rotated_2 * stored_2.to(tl.float32)[None, :]
+        maximum = tl.sum(products, axis=1)
+        total += 1.0
+        accumulated += new_value.to(tl.float32)[None, :]
+
+    for position in range(start, end, BLOCK):
+        scores = tl.dot(query_1, tl.trans(key_1))
+        scores = tl.dot(query_2, tl.trans(key_2), scores)
+        scores = tl.where(((position + j) < end)[None, :], scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_maximum[:, None])
+        decay = tl.exp2(maximum - new_maximum)
+        total = total * decay + tl.sum(weights, axis=1)
+        accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
+        maximum = new_maximum
+        next_position = position + BLOCK
+        block = tl.load(table + next_position // S, mask=next_position < end, other=0)
+        rows = ((block * S + next_position % S + j) * G + kv_head) * C
+        inside = (next_position + j) < end
+        key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
+        key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
+        value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+
+    first_head = b * H + group * HEADS
+    part = ((first_head + h) * SPLITS + split).to(tl.int64)
+    tl.store(partial_output + part[:, None] * C + c[None, :], accumulated, mask=is_head[:, None])
+    tl.store(partial_stats + part * 2, maximum, mask=is_head)
+    tl.store(partial_stats + part * 2 + 1, total, mask=is_head)
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals + first_head, 1, sem="acq_rel")
+    if arrived == SPLITS - 1:
+        tl.store(arrivals + first_head, 0)
+        s = tl.arange(0, SPLITS)
+        own = tl.arange(0, HEADS)
+        parts = ((first_head + own)[None, :] * SPLITS + s[:, None]).to(tl.int64)  # [SPLITS, HEADS]
+        outputs = tl.load(partial_output + parts[:, :, None] * C + c[None, None, :], cache_modifier=".cg")
+        maxima = tl.load(partial_stats + parts * 2, cache_modifier=".cg")
+        totals = tl.load(partial_stats + parts * 2 + 1, cache_modifier=".cg")
+        factors = tl.exp2(maxima - tl.max(maxima, axis=0)[None, :])
+        factors = factors / tl.sum(factors * totals, axis=0)[None, :]
+        combined = tl.sum(outputs * factors[:, :, None], axis=0)
+        addresses = output + (first_head + own)[:, None] * C + c[None, :]
+        tl.store(addresses, combined.to(output.dtype.element_ty))
+
+
+@triton.jit
+def norm_rotary_cache_kernel(
+    qkv,  # [T, (H + 2G) * C]
+    cos,  # [T, C] float32
+    sin,  # [T, C] float32
+    key_cache,  # [L, S, G, C]
+    value_cache,  # [L, S, G, C]
+    slot_mapping,  # [T] int64
+    query_key_output,  # [T, H + G, C]
+    q_norm_weight,  # [C]
+    k_norm_weight,  # [C]
+    H: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
+    EPS: tl.constexpr,
+):
+    """Grid (T, ceil((H + 2G) / HEADS)): q and k are normalised and rotated; k and v are written to the cache."""
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    half = tl.arange(0, C // 2)
+    is_value = (h >= H + G) & (h < H + 2 * G)
+    is_key = (h >= H) & (h < H + G)
+    is_rotated = h < H + G
+    source = qkv + token * ((H + 2 * G) * C) + h[:, None] * C + half[None, :]
+    in_qkv = (h < H + 2 * G)[:, None]
+    x_1 = tl.load(source, mask=in_qkv, other=0.0)
+    x_2 = tl.load(source + C // 2, mask=in_qkv, other=0.0)
+    cache_row = tl.load(slot_mapping + token) * (G * C)
+    value_address = value_cache + cache_row + (h - H - G)[:, None] * C + half[None, :]
+    tl.store(value_address, x_1, mask=is_value[:, None])
+    tl.store(value_address + C // 2, x_2, mask=is_value[:, None])
+    y_1 = x_1.to(tl.float32)
+    y_2 = x_2.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(y_1 * y_1 + y_2 * y_2, axis=1) / C + EPS)[:, None]
+    is_query = (h < H)[:, None]
+    q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)[None, :]
+    q_gain_2 = tl.load(q_norm_weight + C // 2 + half).to(tl.float32)[None, :]
+    k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)[None, :]
+    k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)[None, :]
+    y_1 = y_1 * scale * tl.where(is_query, q_gain_1, k_gain_1)
+    y_2 = y_2 * scale * tl.where(is_query, q_gain_2, k_gain_2)
+    cos_half = tl.load(cos + token * C + half)[None, :]
+    sin_half = tl.load(sin + token * C + half)[None, :]
+    z_1 = (y_1 * cos_half - y_2 * sin_half).to(qkv.dtype.element_ty)
+    z_2 = (y_2 * cos_half + y_1 * sin_half).to(qkv.dtype.element_ty)
+    target = query_key_output + token * ((H + G) * C) + h[:, None] * C + half[None, :]
+    tl.store(target, z_1, mask=is_rotated[:, None])
+    tl.store(target + C // 2, z_2, mask=is_rotated[:, None])
+    key_address = key_cache + cache_row + (h - H)[:, None] * C + half[None, :]
+    tl.store(key_address, z_1, mask=is_key[:, None])
+    tl.store(key_address + C // 2, z_2, mask=is_key[:, None])
+
+
+def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key_cache: torch.Tensor) -> bool:
+    """Whether the kernels of this file take these tensors."""
+    cos, sin = cos_sin
+    block_size, _, head_dim = key_cache.shape[1:]
+    sizes_fit = is_power_of_two(head_dim) and 32 <= head_dim <= 256 and block_size % ATTENTION_BLOCK == 0
+    return (
+        sizes_fit
+        and qkv.dtype == key_cache.dtype
+        and cos.dtype == torch.float32
+        and fits(qkv, cos, sin, key_cache)
+        and key_cache.numel() < 2**31  # offsets are 32 bits wide
+    )
+
+
+class DecodeAttentionCall:
+    """`Ops.attention` of a decode step, bound to the norms of a layer."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        q_norm_weight: torch.Tensor,
+        k_norm_weight: torch.Tensor,
+        eps: float,
+        key_cache: torch.Tensor,
+        pdl: bool,
+    ):
+        num_sequences = qkv.shape[0]
+        block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        heads, splits, warps = attention_split(num_sequences, num_heads // num_kv_heads)
+        self.output = qkv.new_empty(num_sequences, num_heads * head_dim)
+        partial_output = qkv.new_empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32)
+        partial_stats = qkv.new_empty(num_sequences, num_heads, splits, 2, dtype=torch.float32)
+        arrivals = qkv.new_zeros(num_sequences, num_heads, dtype=torch.int32)
+        self.kernel = BoundKernel(
+            decode_attention_kernel,
+            (num_heads // heads, splits, num_sequences),
+            warps,
+            pdl,
+            (q_norm_weight, k_norm_weight, partial_output, partial_stats, arrivals, self.output),
+            H=num_heads,
+            G=num_kv_heads,
+            C=head_dim,
+            S=block_size,
+            HEADS=heads,
+            PADDED_HEADS=max(16, triton.next_power_of_2(heads)),
+            SPLITS=splits,
+            BLOCK=ATTENTION_BLOCK,
+            EPS=eps,
+            PDL=pdl,
+        )
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        step: StepMetadata,
+    ) -> torch.Tensor:
+        table = step.block_table
+        self.kernel(qkv, *cos_sin, key_cache, value_cache, step.slot_mapping, table, step.seq_lens, table.shape[1])
+        return self.output
+
+
+class NormRotaryCacheCall:
+    """q/k norm, rotary embedding and cache write of a prefill step, bound to the norms of a layer."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        q_norm_weight: torch.Tensor,
+        k_norm_weight: torch.Tensor,
+        eps: float,
+        key_cache: torch.Tensor,
+    ):
+        _, num_kv_heads, head_dim = key_cache.shape[1:]
+        all_heads = qkv.shape[1] // head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = all_heads - 2 * num_kv_heads, num_kv_heads, head_dim
+        self.kernel = BoundKernel(
+            norm_rotary_cache_kernel,
+            (1,),
+            4,
+            False,
+            (q_norm_weight, k_norm_weight),
+            H=self.num_heads,
+            G=num_kv_heads,
+            C=head_dim,
+            HEADS=PREFILL_HEADS,
+            EPS=eps,
+        )
+        self.programs_per_token = triton.cdiv(all_heads, PREFILL_HEADS)
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """-> queries and keys [T, H + G, C]."""
+        output = qkv.new_empty(qkv.shape[0], self.num_heads + self.num_kv_heads, self.head_dim)
+        self.kernel.grid = (qkv.shape[0], self.programs_per_token, 1)
+        self.kernel(qkv, *cos_sin, key_cache, value_cache, slot_mapping, output)
+        return output

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products of a decode step: a few tokens times a matrix that is read once.
+
+Each program holds some whole rows of the matrix in registers, requested before the previous kernel has finished, and
+then goes through the tokens. Add and RMSNorm of the input are repeated in every program: they read far less than the
+program's share of the matrix.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ops import RouterLogits
+from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
+from ops.cuda.tiles import MAX_TOKENS, gemv_tile
+
+MAX_TOKENS_OF_LARGE = 2  # with more, the matrix units of torch's product win
+MAX_K = 8192  # a row lies in the registers of one program
+STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
+SMALL_BYTES = 1 << 20
+
+
+@triton.jit
+def gemv_kernel(
+    hidden,  # [T, K]
+    residual,  # [T, K] float32, or anything where there is none
+    norm_weight,  # [K]
+    weight,  # [N, K]
+    bias,  # [N]
+    output,  # [T, N]
+    residual_output,  # [T, K] float32
+    normed_output,  # [T, K]
+    NUM_TOKENS: tl.constexpr,  # of a program
+    K: tl.constexpr,
+    ROWS: tl.constexpr,  # of a tile
+    TILES: tl.constexpr,  # of a program
+    EPS: tl.constexpr,
+    NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_NORMED: tl.constexpr,
+    STREAMED: tl.constexpr,  # whether the matrix is too large to be found in the L2 cache by the next step
+    FIRST: tl.constexpr,  # of a step
+    PDL: tl.constexpr,
+):
+    """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias.
+
+    Grid (N / (ROWS * TILES), T / NUM_TOKENS).
+    """
+    program = tl.program_id(0)
+    k = tl.arange(0, K)
+    n = program * (ROWS * TILES) + tl.arange(0, ROWS)
+    pdl_trigger(PDL and not FIRST)
+    tiles = ()
+    for i in tl.static_range(TILES):
+        addresses = weight + (n + i * ROWS)[:, None] * K + k[None, :]
+        if STREAMED:
+            tiles = tiles + (tl.load(addresses, eviction_policy="evict_first"),)
+        else:
+            tiles = tiles + (tl.load(addresses),)
+    if NORM:
+        gain = tl.load(norm_weight + k).to(tl.float32)
+    pdl_wait(PDL)
+    pdl_trigger(PDL and FIRST)
+    for i in tl.static_range(NUM_TOKENS):
+        t = tl.program_id(1) * NUM_TOKENS + i
+        x = tl.load(hidden + t * K + k).to(tl.float32)
+        scale = 1.0
+        if NORM:
+            if HAS_RESIDUAL:
+                x += tl.load(residual + t * K + k)
+            if program == t % tl.num_programs(0):
+                tl.store(residual_output + t * K + k, x)
+            scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + EPS)
+            x = x * gain
+            if STORE_NORMED and program == t % tl.num_programs(0):
+                tl.store(normed_output + t * K + k, (x * scale).to(normed_output.dtype.element_ty))
+        for j in tl.static_range(TILES):
+            y = tl.sum(tiles[j].to(tl.float32) * x[None, :], axis=1) * scale
+            if HAS_BIAS:
+                y += tl.load(bias + n + j * ROWS).to(tl.float32)
+            tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + j * ROWS, y.to(output.dtype.element_ty))
+
+
+def gemv_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
+    k = weight.shape[1]
+    few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else MAX_TOKENS_OF_LARGE)
+    return few_enough and is_power_of_two(k) and 16 <= k <= MAX_K and x.dtype == weight.dtype and fits(x, weight)
+
+
+class GemvCall:
+    """One matrix product of a decode step, bound to its weights and results; see `gemv_kernel` for the variants."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        pdl: bool,
+        norm: tuple[torch.Tensor, float] | None = None,
+        has_residual: bool = False,
+        store_normed: bool = False,
+        output_dtype: torch.dtype | None = None,
+    ):
+        (num_tokens, k), n = x.shape, weight.shape[0]
+        tile = gemv_tile(n, k)
+        # a small matrix may well be read again for every token: what takes time is one program's way through them
+        tokens_per_program = num_tokens if weight.nbytes > SMALL_BYTES else 1
+        self.output = x.new_empty(num_tokens, n, dtype=output_dtype or x.dtype)
+        self.residual = torch.empty_like(x, dtype=torch.float32) if norm else self.output
+        self.normed = torch.empty_like(x) if store_normed else self.output
+        norm_weight, eps = norm or (weight, 0.0)
+        fixed = (norm_weight, weight, weight if bias is None else bias, self.output, self.residual, self.normed)
+        self.kernel = BoundKernel(
+            gemv_kernel,
+            (n // (tile.rows * tile.tiles), num_tokens // tokens_per_program),
+            tile.warps,
+            pdl,
+            fixed,
+            NUM_TOKENS=tokens_per_program,
+            K=k,
+            ROWS=tile.rows,
+            TILES=tile.tiles,
+            EPS=eps,
+            NORM=norm is not None,
+            HAS_RESIDUAL=has_residual,
+            HAS_BIAS=bias is not None,
+            STORE_NORMED=store_normed,
+            STREAMED=weight.nbytes >= STREAMED_BYTES,
+            FIRST=norm is not None and not has_residual,
+            PDL=pdl,
+        )
+
+
+class LinearCall(GemvCall):
+    """`Ops.linear`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.kernel(x, x)
+        return self.output
+
+
+class NormLinearCall(GemvCall):
+    """`Ops.norm_linear`."""
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.kernel(x, x if residual is None else residual)
+        return self.output, self.residual
+
+
+class RouteCall(GemvCall):
+    """`Ops.route`; the choice is left to the experts."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        router_weight: torch.Tensor,
+        pdl: bool,
+        norm: tuple[torch.Tensor, float],
+        has_residual: bool,
+        top_k: int,
+        renormalize: bool,
+    ):
+        super().__init__(x, router_weight, None, pdl, norm, has_residual, store_normed=True, output_dtype=torch.float32)
+        self.results = self.normed, self.residual, RouterLogits(self.output, top_k, renormalize)
+
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, RouterLogits]:
+        self.kernel(x, x if residual is None else residual)
+        return self.results

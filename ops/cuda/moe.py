@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of a decode step, and what stands around the grouped matrix products of a prefill step.
+
+In a decode step nobody waits for a routing kernel: every program finds its experts from the router logits itself.
+"""
+
+import triton
+import triton.language as tl
+
+from ops.cuda.launch import pdl_trigger, pdl_wait
+
+LOWEST = tl.constexpr(-6.0e4)  # stands for a logit that is not there; finite in every dtype, lest it become NaN
+TAKEN = tl.constexpr(-(2**31))  # no key is below
+
+
+@triton.jit
+def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys int32 in the order of a token's logits at addresses `logits` + `i`, 0 <= i < BLOCK.
+
+    The lowest bits hold the expert instead, so that a maximum is one instruction and its place is known: logits count
+    as equal if they differ by less than 2^-23 * BLOCK of themselves, and then the lower expert has the larger key.
+    Read past the L1 cache, which may hold an older layer's.
+    """
+    values = tl.load(logits + i, mask=i < E, other=LOWEST, cache_modifier=".cg").to(tl.float32)
+    bits = values.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ordered & -BLOCK) | (BLOCK - 1 - i)
+
+
+@triton.jit
+def key_at(keys, place):
+    """The key at a place of the descending order, 0 for the largest."""
+    best = tl.max(keys, axis=0)
+    for _ in range(place):
+        keys = tl.where(keys == best, TAKEN, keys)
+        best = tl.max(keys, axis=0)
+    return best
+
+
+@triton.jit
+def expert_of(key, BLOCK: tl.constexpr):
+    return (BLOCK - 1 - (key & (BLOCK - 1))).to(tl.int64)
+
+
+@triton.jit
+def logit_of(key, BLOCK: tl.constexpr):
+    ordered = key & -BLOCK
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def gate_up_kernel(
+    normed,  # [T, D]
+    logits,  # [T, E] float32
+    weight,  # [E, 2F, D]
+    output,  # [T, TOP_K, F]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up of one token and one of its experts."""
+    pair = tl.program_id(1)
+    token = pair // TOP_K
+    d = tl.arange(0, D)
+    f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    pdl_wait(PDL)
+    pdl_trigger(PDL)
+    best = key_at(sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E), pair % TOP_K)
+    rows = weight + expert_of(best, BLOCK_E) * (2 * F * D) + f[:, None] * D + d[None, :]
+    gate_weight = tl.load(rows, eviction_policy="evict_first")
+    up_weight = tl.load(rows + F * D, eviction_policy="evict_first")
+    x = tl.load(normed + token * D + d).to(tl.float32)
+    gate = tl.sum(gate_weight.to(tl.float32) * x[None, :], axis=1)
+    up = tl.sum(up_weight.to(tl.float32) * x[None, :], axis=1)
+    tl.store(output + pair * F + f, (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty))
+
+
+@triton.jit
+def down_kernel(
+    logits,  # [T, E] float32
+    activated,  # [T, TOP_K, F]
+    weight,  # [E, D, F]
+    output,  # [T, D]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,  # a power of two that divides F
+    PDL: tl.constexpr,
+):
+    """Grid (D / ROWS, T): a token's experts, weighted and summed. All their rows are requested before the wait."""
+    token = tl.program_id(1)
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, CHUNK)
+    pdl_trigger(PDL)
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # complete: gate_up has waited for them
+    highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
+    total = 0.0
+    if not RENORMALIZE:
+        total = tl.sum(tl.exp(logit_of(keys, BLOCK_E) - highest), axis=0)
+    tiles = ()
+    factors = ()
+    for _ in tl.static_range(TOP_K):
+        best = tl.max(keys, axis=0)
+        keys = tl.where(keys == best, TAKEN, keys)
+        factor = tl.exp(logit_of(best, BLOCK_E) - highest)
+        factors = factors + (factor,)
+        if RENORMALIZE:
+            total += factor
+        rows = weight + expert_of(best, BLOCK_E) * (D * F) + n[:, None] * F + k[None, :]
+        for i in tl.static_range(F // CHUNK):
+            tiles = tiles + (tl.load(rows + i * CHUNK, eviction_policy="evict_first"),)
+    pdl_wait(PDL)
+    accumulated = tl.zeros([ROWS, CHUNK], tl.float32)
+    for e in tl.static_range(TOP_K):
+        for i in tl.static_range(F // CHUNK):
+            x = tl.load(activated + (token * TOP_K + e) * F + i * CHUNK + k).to(tl.float32) * factors[e]
+            accumulated += tiles[e * (F // CHUNK) + i].to(tl.float32) * x[None, :]
+    y = tl.sum(accumulated, axis=1) / total
+    tl.store(output + token * D + n, y.to(output.dtype.element_ty))
+
+
+@triton.jit
+def choose_experts_kernel(
+    logits,  # [T, E] float32
+    topk_weights,  # [T, TOP_K] float32
+    topk_ids,  # [T, TOP_K] int64
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """One program a token."""
+    token = tl.program_id(0).to(tl.int64)
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)
+    highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
+    probabilities = tl.exp(logit_of(keys, BLOCK_E) - highest)
+    chosen = keys != keys
+    for i in tl.static_range(TOP_K):
+        best = tl.max(tl.where(chosen, TAKEN, keys), axis=0)
+        chosen = chosen | (keys == best)
+        tl.store(topk_ids + token * TOP_K + i, expert_of(best, BLOCK_E))
+        tl.store(topk_weights + token * TOP_K + i, tl.exp(logit_of(best, BLOCK_E) - highest))
+    tl.debug_barrier()
+    total = tl.sum(tl.where(chosen | (not RENORMALIZE), probabilities, 0.0), axis=0)
+    for i in tl.static_range(TOP_K):
+        address = topk_weights + token * TOP_K + i
+        tl.store(address, tl.load(address) / total)
+
+
+@triton.jit
+def combine_kernel(
+    expert_output,  # [T * TOP_K, D], rows in any order
+    rows_of,  # [T, TOP_K] int64: where each choice's row stands
+    topk_weights,  # [T, TOP_K] float32
+    topk_ids,  # [T, TOP_K] int64
+    output,  # [T, D]
+    D: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,  # an id of that many stands for "elsewhere": the row holds anything
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (T, ceil(D / BLOCK)): the weighted sum of a token's rows."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        here = tl.load(topk_ids + token * TOP_K + i) < NUM_EXPERTS
+        row = tl.load(rows_of + token * TOP_K + i)
+        part = tl.load(expert_output + row * D + d, mask=(d < D) & here, other=0.0).to(tl.float32)
+        total += part * tl.load(topk_weights + token * TOP_K + i)
+    tl.store(output + token * D + d, total.to(output.dtype.element_ty), mask=d < D)

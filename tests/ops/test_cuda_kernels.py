@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels against the reference in float32: small shapes in Triton's interpreter, real ones on a GPU."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from ops import DenseWeight, RouterLogits, Routing, StepMetadata  # noqa: E402
+from ops.cuda import CudaOps  # noqa: E402
+from ops.reference import ReferenceOps  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter multiplies bfloat16 matrices as integers
+EPS = 1e-6
+TOLERANCE = 1e-2
+BLOCK = 128
+TOKEN_COUNTS = [1, 2, 5, 8] if ON_GPU else [1, 3]
+SIZES = [(2048, 5120), (4096, 2048), (2048, 128), (128, 1024)] if ON_GPU else [(64, 48), (32, 7)]
+REFERENCE = ReferenceOps()
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+def random(*shape, std=1.0, dtype=DTYPE):
+    return (torch.randn(shape, device=DEVICE) * std).to(dtype)
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+def poison(ops: CudaOps) -> None:
+    """NaN in every buffer for results, so that an element nobody writes is seen."""
+    for call in ops.calls.values():
+        for name in ("output", "residual", "normed", "activated", "partial"):
+            buffer = getattr(call, name, None)
+            if buffer is not None and buffer.dtype.is_floating_point:
+                buffer.fill_(float("nan"))
+
+
+def run_twice(ops: CudaOps, run):
+    """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit."""
+    first = [tensor.clone() for tensor in run()]
+    assert not any(isinstance(call, partial) for call in ops.calls.values()), "the call went to the reference"
+    poison(ops)
+    second = run()
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    return second
+
+
+def float_weight(weight: DenseWeight) -> DenseWeight:
+    return DenseWeight(weight.data.float())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_tokens", TOKEN_COUNTS)
+@pytest.mark.parametrize("k, n", SIZES)
+def test_linear(k, n, num_tokens, has_bias):
+    ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
+    bias = random(n) if has_bias else None
+    [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)])
+    expected = REFERENCE.linear(x.float(), float_weight(weight), None if bias is None else bias.float())
+    assert relative_error(y, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("num_tokens", TOKEN_COUNTS)
+@pytest.mark.parametrize("k, n", SIZES)
+def test_norm_linear(k, n, num_tokens, has_residual):
+    ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
+    residual = random(num_tokens, k, std=3, dtype=torch.float32) if has_residual else None
+    gain = 1 + random(k, std=0.2)
+    y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight))
+    expected = REFERENCE.norm_linear(x.float(), residual, gain.float(), EPS, float_weight(weight))
+    assert relative_error(y, expected[0]) < TOLERANCE
+    assert relative_error(summed, expected[1]) < 1e-6
+
+
+@pytest.mark.parametrize("d", [2048, 1536] if ON_GPU else [64, 48])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_add_norm_of_many_tokens(d, has_residual):
+    x = random(19, d)
+    residual = random(19, d, dtype=torch.float32) if has_residual else None
+    gain = 1 + random(d, std=0.2)
+    normed, summed = CudaOps().add_norm(x, residual, gain, EPS)
+    expected = REFERENCE.add_norm(x.float(), residual, gain.float(), EPS)
+    assert relative_error(normed, expected[0]) < TOLERANCE
+    assert relative_error(summed, expected[1]) < 1e-6
+
+
+def test_silu_and_mul():
+    gate_up = random(21, 1536 if ON_GPU else 80)
+    assert relative_error(CudaOps().silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up.float())) < TOLERANCE
+
+
+def attention_inputs(seq_lens: list[int], is_prefill: bool, num_heads: int, num_kv_heads: int, head_dim: int):
+    """Sequences in shuffled cache blocks, with NaN in every cache entry that no token may see."""
+    query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
+    blocks_of = [-(-length // BLOCK) for length in seq_lens]
+    order = (torch.randperm(sum(blocks_of)) + 1).split(blocks_of)
+    block_table = torch.zeros(len(seq_lens), max(blocks_of), dtype=torch.int64)
+    positions, slots = [], []
+    caches = [torch.full((sum(blocks_of) + 1, BLOCK, num_kv_heads, head_dim), float("nan")) for _ in range(2)]
+    for row, (length, query_len, blocks) in enumerate(zip(seq_lens, query_lens, order, strict=True)):
+        block_table[row, : len(blocks)] = blocks
+        for position in range(length):
+            slot = int(blocks[position // BLOCK]) * BLOCK + position % BLOCK
+            if position >= length - query_len:
+                positions.append(position)
+                slots.append(slot)
+            else:
+                for cache in caches:
+                    cache.flatten(0, 1)[slot] = torch.randn(num_kv_heads, head_dim)
+    step = StepMetadata(
+        is_prefill=is_prefill,
+        positions=torch.tensor(positions, device=DEVICE),
+        slot_mapping=torch.tensor(slots, device=DEVICE),
+        block_table=block_table.to(DEVICE),
+        seq_lens=torch.tensor(seq_lens, device=DEVICE),
+        query_lens_list=query_lens,
+        seq_lens_list=seq_lens,
+        dp_num_tokens=[len(positions)],
+    )
+    angles = step.positions[:, None] * 1e4 ** (-torch.arange(head_dim // 2, device=DEVICE) / (head_dim // 2))
+    angles = torch.cat((angles, angles), dim=-1)
+    qkv = random(len(positions), (num_heads + 2 * num_kv_heads) * head_dim)
+    norms = (1 + random(head_dim, std=0.2), 1 + random(head_dim, std=0.2))
+    return qkv, norms, (angles.cos().float(), angles.sin().float()), [cache.to(DEVICE, DTYPE) for cache in caches], step
+
+
+HEADS = [(32, 4, 128), (8, 8, 64), (6, 2, 128)] if ON_GPU else [(4, 2, 32), (3, 1, 32)]
+LENGTHS = (
+    [[1], [129], [1, 300, 64]]
+    if not ON_GPU
+    else [
+        *([1], [2], [64], [65], [128], [129], [1024], [4081], [1, 4000]),
+        *([3, 500, 128, 1000], [700, 1, 64, 65, 128, 129, 2000, 31], [40] * 13),
+    ]
+)
+
+
+@pytest.mark.parametrize("seq_lens", LENGTHS, ids=str)
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", HEADS)
+def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
+    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, False, num_heads, num_kv_heads, head_dim)
+    # the reference gathers whole blocks: weight 0 times NaN is NaN
+    expected_caches = [cache.float().nan_to_num() for cache in caches]
+    expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
+    ops = CudaOps()
+    [output] = run_twice(ops, lambda: [ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)])
+    assert relative_error(output, expected) < TOLERANCE
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
+
+
+@pytest.mark.parametrize("seq_lens", [[1], [130, 3], [64] * 3] + ([[4080], [1000, 3000]] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", HEADS)
+def test_prefill_attention(num_heads, num_kv_heads, head_dim, seq_lens):
+    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, True, num_heads, num_kv_heads, head_dim)
+    expected_caches = [cache.float().nan_to_num() for cache in caches]
+    expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
+    output = CudaOps().attention(qkv, *norms, EPS, cos_sin, *caches, step)
+    assert relative_error(output, expected) < TOLERANCE
+    for cache, expected_cache in zip(caches, expected_caches, strict=True):
+        assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("num_tokens", [*TOKEN_COUNTS, 9, 33])
+def test_route(num_tokens, renormalize):
+    num_experts, d, top_k = (128, 2048, 8) if ON_GPU else (10, 64, 3)
+    ops, x, gain = CudaOps(), random(num_tokens, d), 1 + random(d, std=0.2)
+    residual = random(num_tokens, d, dtype=torch.float32)
+    router = random(num_experts, d, std=d**-0.5)
+    normed, summed, routing = ops.route(x, residual, gain, EPS, router, top_k, renormalize)
+    expected = REFERENCE.route(x.float(), residual, gain.float(), EPS, router.float(), top_k, renormalize)
+    assert relative_error(normed, expected[0]) < TOLERANCE
+    assert relative_error(summed, expected[1]) < 1e-6
+    chosen = routing.chosen()
+    # experts of nearly equal logits may change places: their weights then hardly differ
+    assert relative_error(chosen.topk_weights, expected[2].topk_weights) < 2 * TOLERANCE
+    assert all(len(set(ids)) == top_k and max(ids) < num_experts for ids in chosen.topk_ids.tolist())
+    assert isinstance(routing, RouterLogits if num_tokens <= 8 else Routing)
+
+
+def expert_weights(num_experts: int, d: int, f: int) -> tuple[DenseWeight, DenseWeight]:
+    return (
+        DenseWeight(random(num_experts, 2 * f, d, std=d**-0.5)),
+        DenseWeight(random(num_experts, d, f, std=f**-0.5)),
+    )
+
+
+if ON_GPU:
+    EXPERT_SIZES = [(128, 2048, 768, 8), (16, 128, 128, 4), (6, 512, 96, 1)]
+else:
+    EXPERT_SIZES = [(10, 64, 48, 3), (5, 32, 16, 1)]
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("num_tokens", TOKEN_COUNTS)
+@pytest.mark.parametrize("num_experts, d, f, top_k", EXPERT_SIZES)
+def test_experts_of_few_tokens(num_experts, d, f, top_k, num_tokens, renormalize):
+    ops, x = CudaOps(), random(num_tokens, d)
+    gate_up, down = expert_weights(num_experts, d, f)
+    routing = RouterLogits(random(num_tokens, num_experts, std=2, dtype=torch.float32), top_k, renormalize)
+    [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
+    expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
+    assert relative_error(output, expected) < TOLERANCE
+
+
+def test_equal_logits_choose_the_lower_expert():
+    ops, x = CudaOps(), random(2, 32)
+    gate_up, down = expert_weights(8, 32, 16)
+    logits = torch.tensor([[1.0, -1, 1, 0, 1, -0.0, 1, 0], [-3.0] * 8], device=DEVICE)
+    weights = torch.full((2, 3), 1 / 3, device=DEVICE)
+    expected_routing = Routing(weights, torch.tensor([[0, 2, 4], [0, 1, 2]], device=DEVICE))
+    output = ops.experts(x, RouterLogits(logits, 3, True), gate_up, down)
+    expected = REFERENCE.experts(x.float(), expected_routing, float_weight(gate_up), float_weight(down))
+    assert relative_error(output, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9, 200, 4080] if ON_GPU else [1, 9])
+@pytest.mark.parametrize("has_elsewhere", [False, True])
+def test_experts_sorted(num_tokens, has_elsewhere):
+    num_experts, d, f, top_k = (128, 2048, 768, 8) if ON_GPU else (10, 64, 48, 3)
+    ops, x = CudaOps(), random(num_tokens, d, dtype=torch.bfloat16)
+    gate_up, down = (DenseWeight(weight.data.bfloat16()) for weight in expert_weights(num_experts, d, f))
+    routing = RouterLogits(random(num_tokens, num_experts - 2, std=2, dtype=torch.float32), top_k, True).chosen()
+    if has_elsewhere:
+        elsewhere = torch.rand(num_tokens, top_k, device=DEVICE) < 0.3
+        elsewhere[0, 0] = False
+        routing = replace(routing, topk_ids=routing.topk_ids.masked_fill(elsewhere, num_experts), has_elsewhere=True)
+    output = ops.experts(x, routing, gate_up, down)
+    expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
+    assert relative_error(output, expected) < TOLERANCE
+
+
+def test_what_kernels_do_not_take_goes_to_the_reference():
+    ops, x = CudaOps(), random(2, 48)
+    weight = DenseWeight(random(10, 48))
+    assert torch.equal(ops.linear(x, weight), REFERENCE.linear(x, weight))
+    exact = DenseWeight(weight.data.float())
+    assert torch.equal(ops.linear(x.float(), exact), REFERENCE.linear(x.float(), exact))
