@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels behind the interface of operations: NVIDIA GPUs.
 
-Steps of up to MAX_TOKENS tokens take one or two kernels an operation, bound at an operation's first call for every
+Steps of up to MAX_TOKENS tokens take one to four kernels an operation, bound at an operation's first call for every
 weight and number of tokens: the choice between kernel and reference is made there and buffers for the results are
 allocated there, so that a result is valid until the same weight meets as many tokens again. Larger steps take
 elementwise kernels around torch's matrix products and attention.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from ops import RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
-from ops.cuda.launch import BoundKernel, fits, has_pdl
+from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.moe import choose_experts_kernel, combine_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.tiles import MAX_TOKENS
 from ops.reference import ReferenceOps, grouped_mm
+
+logger = logging.getLogger(__name__)
 
 MAX_NORM_WIDTH = 16384
 ELEMENTWISE_BLOCK = 1024
@@ -38,6 +41,8 @@ class CudaOps(ReferenceOps):
     def __init__(self) -> None:
         super().__init__(grouped_mm=True)
         self.pdl = has_pdl()
+        if not KNOWS_LAUNCHER:
+            logger.warning("triton %s: kernels start the slow way, eager steps take longer", triton.__version__)
         # (operation, id of a weight, tokens) -> what runs it, and that weight: while it lives nothing else has its id
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []

@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = triton.knobs.runtime.interpret
+KNOWS_LAUNCHER = triton.__version__.startswith("3.6.")  # whose launcher takes the arguments that BoundKernel gives it
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
 
 
@@ -73,8 +74,8 @@ class BoundKernel:
     def first_call(self, varying: tuple[torch.Tensor | int, ...]) -> None:
         """Compiles where need be, runs, and keeps what Triton's launcher is to be called with from now on."""
         compiled = self.kernel[self.grid](*varying, *self.fixed, **self.constants, **self.options)
-        if INTERPRETED:
-            return
+        if INTERPRETED or not KNOWS_LAUNCHER:
+            return  # every call is a first call
         run = compiled.run
         assert not run.global_scratch_size and not run.profile_scratch_size, "the launcher would have to allocate"
         self.device_index = torch.cuda.current_device()
