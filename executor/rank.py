@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a rank does for the launcher that started it. A process without one does nothing here."""
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -73,7 +74,8 @@ def fail(exit_code: int, error: Exception) -> int:
     if consequence:  # the rank that caused it is to end first
         time.sleep(CONSEQUENCE_DELAY_S)
     report = {"message": message, "timestamp": int(time.time()), "exit_code": exit_code, "is_consequence": consequence}
-    Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
+    with contextlib.suppress(FileNotFoundError):  # its folder is gone when the launcher has said why and ended
+        Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
     sys.stdout.flush()
     os._exit(exit_code)  # the regular way would wait for the other ranks
 

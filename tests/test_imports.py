@@ -77,12 +77,13 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_using_the_package_loads_nothing_rare():
+def test_using_the_package_needs_nothing_rare():
+    hidden = "".join(f"sys.modules[{module!r}] = None\n" for module in (*VENDORS, *OPTIONAL))  # importing these fails
     loaded = loaded_by(
-        "import executor\nfrom executor import LLM, RequestOutput, SamplingParams\nimport executor.infer"
+        f"import sys\n{hidden}import executor\nfrom executor import LLM, RequestOutput, SamplingParams\n"
+        "import executor.infer"
     )
     assert {"executor", "models", "ops", "torch", "transformers"} <= loaded
-    assert not loaded & {*VENDORS, *OPTIONAL}
 
 
 def test_bad_input_is_refused_before_torch_is_loaded():
