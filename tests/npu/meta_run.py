@@ -37,6 +37,7 @@ LAYOUTS |= {f"{ep}ep": (ep, 1, 1) for ep in (8, 16, 128)}
 STEPS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9)), "idle": []}
 META = torch.device("meta")
 NUM_BLOCKS = 32
+EPS = 1e-5  # not the operations' default, so that one left out is seen
 
 
 class MetaGroup(Group):
@@ -114,6 +115,7 @@ class Case:
         self.ops = ops
         self.config = load_config(ROOT / "models/qwen3_moe/shapes" / MODELS[model], None)
         self.config.num_hidden_layers = 2
+        self.config.rms_norm_eps = EPS
         self.parallel = parallel_context(layout)
         specs = parameter_specs(self.config, Layout.of(self.parallel))
         values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
