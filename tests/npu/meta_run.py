@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the model on the NPU backend with meta tensors under a wheel's schemas, and writes down every call.
 
-    python tests/npu/meta_run.py WHEEL      prints one JSON object: case -> calls, or the error
+    python tests/npu/meta_run.py WHEEL              prints one JSON object: case -> calls, or the error
+    python tests/npu/meta_run.py WHEEL MUTANTS      the same of a few cases for each changed source in a JSON list
 
 A process of its own, because tests.npu.schemas.load takes over torch.ops.npu.
 """
@@ -29,7 +30,7 @@ from models.qwen3_moe.sharding import Layout  # noqa: E402
 from models.qwen3_moe.weights import parameter_specs  # noqa: E402
 from ops import Routing, StepMetadata  # noqa: E402
 from ops.comm import Group, ParallelContext, group_members  # noqa: E402
-from tests.npu.schemas import load  # noqa: E402
+from tests.npu.schemas import load, module  # noqa: E402
 
 MODELS = {"30b": "qwen3_30b_a3b", "235b": "qwen3_235b_a22b"}
 LAYOUTS = {f"{tp}tp": (tp, tp, tp) for tp in (1, 2, 4, 8, 16)}  # world size, attn_tp, moe_tp
@@ -182,6 +183,23 @@ def run_all(wheel: Path) -> dict[str, Any]:
     return results
 
 
+def run_mutants(wheel: Path, sources: list[str]) -> list[dict[str, Any]]:
+    """A few cases on each changed source of ops/npu.py, or the error where no backend can be built on it."""
+    load(wheel)
+    results = []
+    for source in sources:
+        backend = module("mutated_backend")
+        try:
+            exec(compile(source, "ops/npu.py", "exec"), backend.__dict__)
+            ops = backend.NpuOps("meta")
+            with torch.no_grad():
+                layouts = [run_case(f"30b-{layout}", Case("30b", layout, ops)) for layout in ("1tp", "128ep")]
+                results.append(layouts[0] | layouts[1])
+        except Exception:
+            results.append({"30b-1tp-decode8": traceback.format_exc()})
+    return results
+
+
 def without_first(variants: dict[str, Any]) -> dict[str, Any]:
     """The same variants, the first that works but not the only one now failing as an unsupported operation does."""
 
@@ -206,4 +224,8 @@ def run_case(prefix: str, case: Case) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    json.dump(run_all(Path(sys.argv[1])), sys.stdout)
+    if len(sys.argv) > 2:
+        found: Any = run_mutants(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+    else:
+        found = run_all(Path(sys.argv[1]))
+    json.dump(found, sys.stdout)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 VERSIONS = ("2.13.0", "2.8.0.post5")
 PLATFORM = ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:")
+PATIENCE = ("--retries", "1", "--timeout", "20")  # of each connection, where there is no network
 TIMEOUT_S = 600
 
 
@@ -24,7 +25,7 @@ def wheel(version: str) -> Path | None:
     folder = cache_folder()
     if not list(folder.glob(f"torch_npu-{version}-*.whl")):
         folder.mkdir(parents=True, exist_ok=True)
-        download = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *PLATFORM)
+        download = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *PLATFORM, *PATIENCE)
         try:
             subprocess.run([*download, f"torch-npu=={version}"], capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
