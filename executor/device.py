@@ -16,6 +16,10 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cpu":
         return torch.device("cpu")
     if name in ("auto", "npu") and npu_available():
+        count = torch.npu.device_count()
+        if local_rank >= count:
+            raise ValueError(f"device: rank {local_rank} of this node needs an NPU, there are {count}")
+        torch.npu.set_device(local_rank)
         return torch.device("npu", local_rank)
     if name in ("auto", "cuda") and torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

@@ -61,7 +61,7 @@ def launch(settings: Settings, command: list[str]) -> NoReturn:
     processes = processes_per_node(settings.world_size, nodes.addresses)
     check_before_launch(settings)
     check_devices(settings, processes)
-    set_environment(interface, processes)
+    set_environment(interface, nodes.addresses[nodes.index], processes)
 
     store = open_store(nodes, port, timeout_s)
     first = nodes.index * processes
@@ -160,11 +160,14 @@ def check_devices(settings: Settings, processes: int) -> None:
         )
 
 
-def set_environment(interface: str, processes: int) -> None:
-    """What the ranks inherit; what the user has set stays."""
+def set_environment(interface: str, address: str, processes: int) -> None:
+    """What the ranks inherit; what the user has set stays. `address` is this node's, on `interface`."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("TP_SOCKET_IFNAME", interface)
     if interface != "lo":  # within one machine these two need no hint
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : this one, not all that begin so
+        if "HCCL_SOCKET_IFNAME" not in os.environ:  # to HCCL, an address says more than an interface
+            os.environ.setdefault("HCCL_IF_IP", address)
         os.environ.setdefault("HCCL_SOCKET_IFNAME", f"={interface}")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())

@@ -120,10 +120,12 @@ class LLM:
             )
         self.dtype = getattr(torch, model.dtype)
         self.ops = load_ops(self.device.type)
+        self.ops.check_model(self.dtype, self.config.head_dim)
         self.parallel = init_parallel(
             self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
         )
         self.parameters = self._load_parameters(model_path)
+        self.parameters.prepare(self.ops)
         self.num_blocks, self.kv_caches = self._build_cache()
         self.model = self._build_model()
         self.runner = self._build_runner()

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ops.weight import DenseWeight, Weight
+from ops.weight import DenseWeight, TransposedWeight, Weight
 
-__all__ = ["DenseWeight", "Ops", "RouterLogits", "Routing", "StepMetadata", "Weight", "load_ops"]
+__all__ = ["DenseWeight", "Ops", "RouterLogits", "Routing", "StepMetadata", "TransposedWeight", "Weight", "load_ops"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ class StepMetadata:
 class Routing:
     """Which experts each token goes to."""
 
-    topk_weights: torch.Tensor  # [T, K] float32
-    topk_ids: torch.Tensor  # [T, K] int64
+    topk_weights: torch.Tensor  # [T, K] float32, or the model's dtype where a backend's kernels want that
+    topk_ids: torch.Tensor  # [T, K] int64, or int32 where a backend's kernels want that
     has_elsewhere: bool = False  # whether ids may be E, for "on another rank": nothing is computed or added for these
 
     def chosen(self) -> "Routing":
@@ -81,6 +81,20 @@ class Ops:
     """
 
     name = "abstract"
+
+    def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
+        """ValueError naming the setting if the backend cannot run a model of this dtype and head size."""
+
+    def prepare_weight(self, weight: Weight) -> Weight:
+        """A loaded weight in the form that the backend's matrix products want; the given one may be freed."""
+        return weight
+
+    def prepare_attention(
+        self, cos_sin: tuple[torch.Tensor, torch.Tensor], step: StepMetadata, dtype: torch.dtype
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], StepMetadata]:
+        """What `attention` of every layer takes, made once a step: cos and sin [T, C] float32 and the step, in the
+        form the backend's kernels want for a model of `dtype`."""
+        return cos_sin, step
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""
@@ -126,8 +140,9 @@ class Ops:
         """Per-head RMSNorm of q and k, rotary embedding, cache write, causal attention over the paged cache.
 
         qkv [T, (H + 2G) * C] holds all query heads, then all key heads, then all value heads; the norm weights are [C];
-        cos and sin [T, C] float32 repeat their first half; the caches are [L, S, G, C] and written in place. A prefill
-        step starts its sequences (no token of theirs is cached yet). Returns [T, H * C].
+        cos and sin, whose first half is repeated, and the step are what `prepare_attention` returned; the caches are
+        [L, S, G, C] and written in place. A prefill step starts its sequences (no token of theirs is cached yet).
+        Returns [T, H * C].
         """
         raise NotImplementedError
 
@@ -169,7 +184,9 @@ def npu_available() -> bool:
 def load_ops(device_type: str) -> Ops:
     """The operations of a device type ("cpu", "cuda", "npu"); what its backend lacks is the plain torch reference."""
     if device_type == "npu":
-        raise ValueError("device: npu has no operations here yet; set device: cpu")
+        from ops.npu import NpuOps
+
+        return NpuOps()
     from ops.reference import ReferenceOps
 
     if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
@@ -181,7 +198,7 @@ def load_ops(device_type: str) -> Ops:
 
 def log_bindings(ops: Ops) -> Ops:
     """Says once which operations are the backend's own; single calls it cannot take still go to the reference."""
-    names = [name for name in vars(Ops) if not name.startswith("_") and name != "name"]
+    names = [name for name in vars(Ops) if not name.startswith(("_", "check_", "prepare_")) and name != "name"]
     lacking = [name for name in names if name not in vars(type(ops))]
     logger.info(
         "ops: %s %d/%d, reference: %s", ops.name, len(names) - len(lacking), len(names), ", ".join(lacking) or "none"

@@ -13,4 +13,11 @@ class DenseWeight:
     data: torch.Tensor
 
 
-Weight = DenseWeight
+@dataclass(frozen=True)
+class TransposedWeight:
+    """A matrix [K, N], or a stack of them [E, K, N], possibly in a tiled format of the device: not to be sliced."""
+
+    data: torch.Tensor
+
+
+Weight = DenseWeight | TransposedWeight

@@ -4,6 +4,7 @@
 # Environment they read:
 #   PYTHON           the Python to use (default: python, or python3 where there is no python)
 #   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci[0-9]*)
+#   JEMALLOC         on an NPU machine: the memory allocator to preload (default: libjemalloc.so.2 where there is one)
 #   NODE_IPS, MASTER_PORT, RENDEZVOUS_TIMEOUT_S   each in place of what set_env.sh says
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -151,6 +152,29 @@ source_cann() {
     done
 }
 
+# On an NPU machine: what HCCL, torch_npu and the allocator read, each unless it is set already, and a line that says
+# what is in force. JEMALLOC is the library to preload; it is looked for, and JEMALLOC= means none.
+export_npu_settings() {
+    npu_visible || return 0
+    local setting name found=() line='NPU environment:'
+    for setting in HCCL_CONNECT_TIMEOUT=1200 HCCL_EXEC_TIMEOUT=3604 HCCL_OP_EXPANSION_MODE=AIV \
+        PYTORCH_NPU_ALLOC_CONF=expandable_segments:True TASK_QUEUE_ENABLE=1; do
+        name="${setting%%=*}"
+        [[ -n "${!name+set}" ]] || export "${setting?}"
+        line+=" $name=${!name}"
+    done
+    if [[ -z "${JEMALLOC+set}" ]]; then
+        mapfile -t found < <(compgen -G '/usr/lib*/libjemalloc.so.2'; compgen -G '/usr/lib/*/libjemalloc.so.2')
+    fi
+    JEMALLOC="${JEMALLOC-${found[0]:-}}"
+    if [[ -n "$JEMALLOC" ]]; then
+        [[ -f "$JEMALLOC" ]] || die "JEMALLOC: no such file: '$JEMALLOC'"
+        export LD_PRELOAD="$JEMALLOC${LD_PRELOAD:+:$LD_PRELOAD}"
+        line+=" LD_PRELOAD=$LD_PRELOAD"
+    fi
+    echo "$line" >&2
+}
+
 # launch ARGUMENT...: executor.launch takes this process's place, so its exit code and signals are its own. What
 # set_env.sh says goes into its environment, unless it is there already.
 # PYTHONSAFEPATH keeps an `executor` folder in the caller's directory from being taken for this one.
@@ -158,5 +182,6 @@ launch() {
     export PYTHONSAFEPATH=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     export NODE_IPS="${NODE_IPS:-${IPs[*]}}" MASTER_PORT="${MASTER_PORT:-$master_port}"
     export RENDEZVOUS_TIMEOUT_S="${RENDEZVOUS_TIMEOUT_S:-$rendezvous_timeout_s}"
+    export_npu_settings
     exec "$PYTHON" -m executor.launch "$@"
 }

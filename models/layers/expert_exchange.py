@@ -63,7 +63,7 @@ class GatherExchange:
         if group.size > 1:
             hidden_states = group.all_gather(pad_rows(hidden_states, count))
             weights = group.all_gather(pad_rows(weights, count))
-            ids = group.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).long()
+            ids = group.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).to(ids.dtype)
         ids = ids - self.parallel.moe_ep.index * self.num_local_experts
         ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
         return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere=True))
@@ -109,14 +109,14 @@ class AllToAllExchange:
         rows = self.parallel.world.all_to_all(hidden_states[choices // top_k], *counts)
         local_ids = self.parallel.world.all_to_all((ids.flatten() % self.num_local_experts)[choices].int(), *counts)
         ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
-        return Dispatched(rows, Routing(ones, local_ids.long()[:, None]), (choices, weights, counts, share))
+        return Dispatched(rows, Routing(ones, local_ids.to(ids.dtype)[:, None]), (choices, weights, counts, share))
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         choices, weights, (send, receive), share = dispatched.memory
         returned = self.parallel.world.all_to_all(output, receive, send)
         top_k = weights.shape[1]
         tokens = output.new_zeros(weights.shape[0], output.shape[1], dtype=torch.float32)
-        tokens.index_add_(0, choices // top_k, returned * weights.flatten()[choices, None])
+        tokens.index_add_(0, choices // top_k, returned * weights.flatten()[choices, None].float())
         tokens = tokens.to(output.dtype)
         if step.sequence_parallel:
             return tokens

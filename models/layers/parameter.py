@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model says of its parameters (name, shape, where in the checkpoint they come from), and how it gets them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from ops import Weight
+from ops import Ops, Weight
 
 
 class Role(Enum):
@@ -42,12 +41,18 @@ class ParameterSpec:
 class Parameters:
     """Loaded parameters by name; `within` narrows the view to a part of the model."""
 
-    def __init__(self, values: Mapping[str, torch.Tensor | Weight], prefix: str = ""):
+    def __init__(self, values: dict[str, torch.Tensor | Weight], prefix: str = ""):
         self.values = values
         self.prefix = prefix
 
     def __getitem__(self, name: str) -> torch.Tensor | Weight:
         return self.values[self.prefix + name]
+
+    def prepare(self, ops: Ops) -> None:
+        """Brings the weights into the form `ops` wants, one after the other: memory holds only one of them twice."""
+        for name, value in self.values.items():
+            if not isinstance(value, torch.Tensor):
+                self.values[name] = ops.prepare_weight(value)
 
     def within(self, part: str) -> "Parameters":
         return Parameters(self.values, f"{self.prefix}{part}.")

@@ -88,13 +88,14 @@ class Qwen3Moe:
             parameters["norm.weight"], config.rms_norm_eps, head, parallel.lmhead_tp, same_tokens, ops
         )
         self.attn_tp = parallel.attn_tp
+        self.ops = ops
 
     def forward(
         self, token_ids: torch.Tensor, step: StepMetadata, kv_caches: list[KVCache]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """token_ids [T] int64 -> the last layer's output and residual [T, D]; `logits` adds and normalises them."""
         hidden_states, residual = self.embed_tokens(token_ids, step), None
-        cos_sin = self.rotary(step)
+        cos_sin, step = self.ops.prepare_attention(self.rotary(step), step, hidden_states.dtype)
         if step.sequence_parallel:
             share = share_of(step.num_tokens, self.attn_tp.size)
             hidden_states = pad_rows(hidden_states, share * self.attn_tp.size)

@@ -79,9 +79,16 @@ def test_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
 def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(10))
-    launch.set_environment("eth0", 4)
+    launch.set_environment("eth0", "10.0.0.2", 4)
     expected = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "HCCL_SOCKET_IFNAME": "=eth0"}
+    expected |= {"HCCL_IF_IP": "10.0.0.2", "TP_SOCKET_IFNAME": "eth0"}
     assert {name: os.environ[name] for name in expected} == expected and os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def test_hccl_address_does_not_overrule_the_users_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"HCCL_SOCKET_IFNAME": "ib0"})
+    launch.set_environment("eth0", "10.0.0.2", 4)
+    assert os.environ["HCCL_SOCKET_IFNAME"] == "ib0" and "HCCL_IF_IP" not in os.environ
 
 
 def test_every_core_has_one_rank() -> None:

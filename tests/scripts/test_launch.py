@@ -196,6 +196,32 @@ def test_npu_machine_gets_cann_environment(repo: Path, tmp_path: Path) -> None:
     assert infer(repo).returncode == 0
 
 
+def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "davinci0").touch()
+    npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*"), "JEMALLOC": ""}
+    (repo / "executor/launch.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    result = infer(repo, HCCL_OP_EXPANSION_MODE="HOST", TASK_QUEUE_ENABLE="", **npu)
+    expected = {
+        "HCCL_CONNECT_TIMEOUT": "1200",
+        "HCCL_EXEC_TIMEOUT": "3604",
+        "HCCL_OP_EXPANSION_MODE": "HOST",
+        "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
+        "TASK_QUEUE_ENABLE": "",
+    }
+    assert started(result).items() >= expected.items()
+    line = " ".join(f"{name}={value}" for name, value in expected.items())
+    assert result.stderr == f"NPU environment: {line}\n"
+    assert not started(infer(repo)).keys() & expected.keys() and not infer(repo).stderr
+
+
+def test_npu_machine_preloads_jemalloc(repo: Path, tmp_path: Path) -> None:
+    (tmp_path / "davinci0").touch()
+    library = next(Path("/").glob("lib*/*/libm.so.6"), None) or next(Path("/").glob("lib*/libm.so.6"))
+    npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*")}
+    assert f" LD_PRELOAD={library}" in infer(repo, JEMALLOC=str(library), **npu).stderr
+    assert "no such file: '/nonexistent.so'" in refused(infer(repo, JEMALLOC="/nonexistent.so", **npu))
+
+
 def test_installed_torch_is_never_replaced(repo: Path, bare_python: Path) -> None:
     add_package(bare_python, "torch", "2.9.0a0+vendor")
     add_package(bare_python, "yaml")

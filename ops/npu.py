@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ascend NPUs (Atlas A2 and A3): the interface on torch_npu's fused operations, one vendor call wherever there is one.
+
+Every contract relied on is that of the operation's page in op-plugin (docs/zh/custom_APIs/torch_npu) and of its
+adapter (op_plugin/ops/opapi); docs/npu.md says which of them are checked how. torch_npu 2.8 to 2.13; where a stack
+lacks an operation, `bind` takes the next best. Letters as in ops/__init__.py, R = T * K rows of chosen experts.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+import torch_npu  # noqa: F401  registers torch.ops.npu
+from torch.nn import functional as F
+
+from ops import Routing, StepMetadata
+from ops.reference import ReferenceOps
+from ops.weight import DenseWeight, TransposedWeight, Weight
+
+logger = logging.getLogger(__name__)
+npu = torch.ops.npu
+
+FRACTAL_NZ = 29  # the tiled format that matrix units read without rearranging
+MAX_INNER_SIZE = 65535  # of a weight's rows and columns, in matmuls of that format
+HEAD_DIM = 128  # all that fused attention takes in the TND layout without separate rotary parts
+MAX_EXPERT_TOKENS = 8192  # at once: the rows of their experts need 8 times the memory and more
+REQUIRED = (
+    "npu_rms_norm",
+    "npu_add_rms_norm",
+    "npu_swiglu",
+    "npu_moe_init_routing_v2",
+    "npu_grouped_matmul",
+    "npu_format_cast",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NpuStep(StepMetadata):
+    """A step as fused attention wants it: block_table is int32, and TND counts queries up."""
+
+    query_ends: list[int]  # [B], tokens of this step up to the end of each sequence
+
+
+class NpuOps(ReferenceOps):
+    """The operations on torch_npu. The residual is in the model's dtype, as npu_add_rms_norm adds in it.
+
+    `device` is where the operations are tried out; anything but an NPU is for tests.
+    """
+
+    name = "npu"
+
+    def __init__(self, device: str = "npu"):
+        super().__init__(grouped_mm=True)
+        missing = [name for name in REQUIRED if not hasattr(npu, name)]
+        if missing:
+            raise ValueError(f"device: npu needs a newer torch_npu: {', '.join(missing)} is not in the installed one")
+        self.on_npu = torch.device(device).type == "npu"
+        if self.on_npu:
+            torch.npu.config.allow_internal_format = True  # else the cast to FRACTAL_NZ silently does nothing
+        # True means hidden; attention's causal modes want exactly this size, whatever the lengths
+        self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
+        self.bindings: dict[str, str] = {}  # which variant stands behind each of these
+        self.rotate = self.bind("rotary", ROTARY, device)
+        self.write_cache = self.bind("cache write", CACHE_WRITE, device)
+        self.attend = self.bind("attention", ATTENTION, device)
+        self.choose_experts = self.bind("gating", GATING, device)
+        self.combine = self.bind("combine", COMBINE, device)
+        logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
+
+    def bind(self, what: str, variants: dict[str, Callable], device: str) -> Callable:
+        """The first variant whose operation is installed and survives a small call on the device."""
+        errors = []
+        for name, variant in variants.items():
+            try:
+                TRIALS[what](variant, device)
+                if self.on_npu:
+                    torch.npu.synchronize()  # launches fail late
+            except (RuntimeError, AttributeError) as error:
+                errors.append(f"{name}: {str(error).splitlines()[0]}")
+                logger.info("ops: npu lacks %s", errors[-1])
+                continue
+            self.bindings[what] = name
+            return variant
+        raise RuntimeError(f"device: npu has no working operation for {what}: {'; '.join(errors)}")
+
+    def check_model(self, dtype, head_dim):
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"model_config.dtype: {str(dtype).removeprefix('torch.')} is not possible on device npu, whose fused "
+                "attention takes bfloat16 and float16"
+            )
+        if head_dim != HEAD_DIM:
+            raise ValueError(f"model_path: head_dim {head_dim} is not possible on device npu, only {HEAD_DIM}")
+
+    def prepare_weight(self, weight: Weight) -> Weight:
+        """To FRACTAL_NZ where no padding is needed: [N, K] -> [K, N], or [E, N, K] -> [E, K, N].
+
+        The format is for whole contiguous tensors: nothing may slice or view one afterwards.
+        """
+        if any(size % 16 or size > MAX_INNER_SIZE for size in weight.data.shape[-2:]):
+            return weight
+        data = npu.npu_format_cast(weight.data.transpose(-1, -2).contiguous(), FRACTAL_NZ)
+        if self.on_npu and npu.get_npu_format(data) != FRACTAL_NZ:
+            raise RuntimeError("npu_format_cast left a weight in its old format: is allow_internal_format forbidden?")
+        return TransposedWeight(data)
+
+    def prepare_attention(self, cos_sin, step, dtype):
+        cos, sin = (part.to(dtype)[:, None] for part in cos_sin)  # [T, 1, C]
+        fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(StepMetadata)}
+        fields["block_table"] = step.block_table.int()
+        return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
+
+    def add_norm(self, hidden_states, residual, norm_weight, eps):
+        if hidden_states.shape[0] == 0:
+            return hidden_states, hidden_states if residual is None else residual
+        if residual is None:
+            return npu.npu_rms_norm(hidden_states, norm_weight, eps)[0], hidden_states
+        normed, _, residual = npu.npu_add_rms_norm(residual, hidden_states, norm_weight, eps)
+        return normed, residual
+
+    def linear(self, hidden_states, weight, bias=None):
+        if isinstance(weight, DenseWeight):
+            return F.linear(hidden_states, weight.data, bias)
+        if hidden_states.shape[0] == 0:
+            return hidden_states.new_empty(0, weight.data.shape[1])
+        if bias is None:
+            return torch.mm(hidden_states, weight.data)
+        return torch.addmm(bias, hidden_states, weight.data)
+
+    def silu_and_mul(self, gate_up):
+        if gate_up.shape[0] == 0:
+            return gate_up[:, gate_up.shape[1] // 2 :]
+        return npu.npu_swiglu(gate_up, -1)
+
+    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+        block_size, num_kv_heads, head_dim = key_cache.shape[1:]
+        heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)  # [T, H + 2G, C]
+        query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
+        if step.num_tokens == 0:
+            return query.flatten(1)
+        query = npu.npu_rms_norm(query, q_norm_weight, eps)[0]
+        key = npu.npu_rms_norm(key, k_norm_weight, eps)[0]
+        value = value.contiguous()
+        query, key = self.rotate(query, key, *cos_sin)
+        self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
+        if step.is_prefill:  # lengths of unpaged keys are counted up like those of queries
+            lengths, paged = step.query_ends, (None, 0)
+        else:  # and of paged ones are not
+            key, value = key_cache.flatten(2), value_cache.flatten(2)
+            lengths, paged = step.seq_lens_list, (step.block_table, block_size)
+        output = self.attend(query, key, value, num_kv_heads, self.causal_mask, step.query_ends, lengths, *paged)
+        return output.flatten(1)
+
+    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+        normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
+        if normed.shape[0] == 0:
+            none = normed.new_empty(0, top_k)
+            return normed, residual, Routing(none, none.int())
+        logits = F.linear(normed, router_weight)
+        return normed, residual, Routing(*self.choose_experts(logits, top_k, renormalize))
+
+    def experts(self, hidden_states, routing, gate_up, down):
+        tokens = hidden_states.shape[0]
+        if tokens == 0:
+            return hidden_states
+        if tokens <= MAX_EXPERT_TOKENS:
+            return self.some_experts(hidden_states, routing, gate_up, down)
+        output = torch.empty_like(hidden_states)
+        for start in range(0, tokens, MAX_EXPERT_TOKENS):
+            part = slice(start, start + MAX_EXPERT_TOKENS)
+            share = Routing(routing.topk_weights[part], routing.topk_ids[part], routing.has_elsewhere)
+            output[part] = self.some_experts(hidden_states[part], share, gate_up, down)
+        return output
+
+    def some_experts(
+        self, hidden_states: torch.Tensor, routing: Routing, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
+        """`experts` of a bounded number of tokens.
+
+        "Elsewhere" is sorted as one more expert, the last, of which nothing is multiplied: its rows would otherwise
+        have the index -1, which the combining operations do not take. Its undefined output is made zero, as a weight
+        of zero would not undo NaN.
+        """
+        num_experts, num_rows = gate_up.data.shape[0], routing.topk_ids.numel()
+        num_groups = num_experts + routing.has_elsewhere
+        rows, row_index, counts, _ = npu.npu_moe_init_routing_v2(
+            hidden_states,
+            routing.topk_ids.int(),
+            active_num=num_rows,
+            expert_num=num_groups,
+            drop_pad_mode=0,
+            expert_tokens_num_type=1,  # counts
+            expert_tokens_num_flag=True,
+            quant_mode=-1,
+            active_expert_range=[0, num_groups],  # the default freezes at the first value a process sees
+            row_idx_type=0,  # row_index[t * K + k] is the row of choice k of token t
+        )
+        if routing.has_elsewhere:
+            counts = counts[:num_experts]
+        activated = self.silu_and_mul(grouped_matmul(rows, gate_up, counts))
+        output = grouped_matmul(activated, down, counts)
+        if routing.has_elsewhere:
+            undefined = torch.arange(num_rows, device=counts.device) >= counts.sum()
+            output.masked_fill_(undefined[:, None], 0)
+        return self.combine(output, row_index, routing.topk_weights.to(output.dtype))
+
+
+def grouped_matmul(rows: torch.Tensor, weight: Weight, counts: torch.Tensor) -> torch.Tensor:
+    """rows [R, K] sorted by expert, counts [E] int64 of each -> [R, N]; undefined beyond the sum of the counts."""
+    data = weight.data.transpose(1, 2) if isinstance(weight, DenseWeight) else weight.data  # [E, K, N]
+    return npu.npu_grouped_matmul(
+        [rows],
+        [data],
+        group_list=counts,
+        split_item=3,
+        group_type=0,
+        group_list_type=0 if counts.shape[0] == 1 else 1,  # one count may not be given as such; its running sum is it
+    )[0]
+
+
+# Variants, the best first. Each family has one signature.
+
+
+def rotate_tnd(query, key, cos, sin):
+    """[T, H, C], [T, G, C], cos and sin [T, 1, C], in place although the schema does not say so."""
+    return npu.npu_apply_rotary_pos_emb(query, key, cos, sin, layout="TND", rotary_mode="half")
+
+
+def rotate_bsnd(query, key, cos, sin):
+    parts = (query[None], key[None], cos[None], sin[None])
+    query, key = npu.npu_apply_rotary_pos_emb(*parts, layout="BSND", rotary_mode="half")
+    return query[0], key[0]
+
+
+def rotate_each(query, key, cos, sin):
+    return tuple(npu.npu_rotary_mul(part[None], cos[None], sin[None])[0] for part in (query, key))
+
+
+def write_cache_pa(key, value, key_cache, value_cache, slots):
+    """[T, G, C] each into [L, S, G, C] at slots [T]; "Norm" means caches of the plain format."""
+    npu.npu_scatter_pa_kv_cache(key, value, key_cache, value_cache, slots, cache_mode="Norm")
+
+
+def write_cache_nd(key, value, key_cache, value_cache, slots):
+    npu.npu_scatter_nd_update_(key_cache.flatten(0, 1), slots[:, None], key)
+    npu.npu_scatter_nd_update_(value_cache.flatten(0, 1), slots[:, None], value)
+
+
+def attend_v2(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, block_table, block_size):
+    """Causal from the end of each sequence (sparse_mode 3): query [T, H, C] -> [T, H, C].
+
+    key and value are [T, G, C], or [L, S, G * C] with a block_table [B, max_blocks] int32. Lengths are lists: a device
+    tensor would be read back.
+    """
+    return npu.npu_fused_infer_attention_score_v2(
+        query,
+        key,
+        value,
+        atten_mask=mask,
+        actual_seq_qlen=query_ends,
+        actual_seq_kvlen=kv_lengths,
+        block_table=block_table,
+        num_query_heads=query.shape[1],
+        num_key_value_heads=num_kv_heads,
+        softmax_scale=query.shape[2] ** -0.5,
+        input_layout="TND",
+        sparse_mode=3,
+        block_size=block_size,
+    )[0]
+
+
+def attend_v1(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, block_table, block_size):
+    return npu.npu_fused_infer_attention_score(
+        query,
+        key,
+        value,
+        atten_mask=mask,
+        actual_seq_lengths=query_ends,
+        actual_seq_lengths_kv=kv_lengths,
+        block_table=block_table,
+        num_heads=query.shape[1],
+        num_key_value_heads=num_kv_heads,
+        scale=query.shape[2] ** -0.5,
+        input_layout="TND",
+        sparse_mode=3,
+        block_size=block_size,
+    )[0]
+
+
+def choose_experts_v2(logits, top_k, renormalize):
+    """[T, E] -> weights [T, K] in the dtype of the logits, ids [T, K] int32. Softmax after top-k renormalises."""
+    weights, ids, _ = npu.npu_moe_gating_top_k_softmax_v2(logits, k=top_k, renorm=int(renormalize))
+    return weights, ids
+
+
+def choose_experts_v1(logits, top_k, renormalize):
+    weights, ids, _ = npu.npu_moe_gating_top_k_softmax(logits, None, top_k)
+    return (weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights), ids
+
+
+def combine_finalize(rows, row_index, weights):
+    """Weighted sum of each token's rows: [R, D], row_index [R] int32 token by token, weights [T, K] -> [T, D].
+
+    Mode 2 reads the index token by token; the default, 0, wants it choice by choice.
+    """
+    return npu.npu_moe_finalize_routing(rows, None, None, None, weights, row_index, None, drop_pad_mode=2)
+
+
+def combine_unpermute(rows, row_index, weights):
+    return npu.npu_moe_token_unpermute(rows, row_index, weights)
+
+
+ROTARY = {
+    "npu_apply_rotary_pos_emb TND": rotate_tnd,
+    "npu_apply_rotary_pos_emb BSND": rotate_bsnd,
+    "npu_rotary_mul": rotate_each,
+}
+CACHE_WRITE = {"npu_scatter_pa_kv_cache": write_cache_pa, "npu_scatter_nd_update_": write_cache_nd}
+ATTENTION = {"npu_fused_infer_attention_score_v2": attend_v2, "npu_fused_infer_attention_score": attend_v1}
+GATING = {"npu_moe_gating_top_k_softmax_v2": choose_experts_v2, "npu_moe_gating_top_k_softmax": choose_experts_v1}
+COMBINE = {"npu_moe_finalize_routing": combine_finalize, "npu_moe_token_unpermute": combine_unpermute}
+
+
+# Small calls that tell whether a variant works
+
+
+def zeros(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+def try_rotary(variant: Callable, device: str) -> None:
+    variant(zeros(device, 2, 4, HEAD_DIM), zeros(device, 2, 1, HEAD_DIM), *zeros(device, 2, 2, 1, HEAD_DIM))
+
+
+def try_cache_write(variant: Callable, device: str) -> None:
+    slots = torch.arange(2, device=device)
+    variant(*zeros(device, 2, 2, 1, HEAD_DIM), *zeros(device, 2, 2, 128, 1, HEAD_DIM), slots)
+
+
+def try_attention(variant: Callable, device: str) -> None:
+    mask, query = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device), zeros(device, 2, 4, HEAD_DIM)
+    variant(query, *zeros(device, 2, 2, 1, HEAD_DIM), 1, mask, [2], [2], None, 0)
+    cache, table = zeros(device, 2, 2, 128, HEAD_DIM), zeros(device, 2, 1, dtype=torch.int32)
+    variant(query, *cache, 1, mask, [1, 2], [1, 1], table, 128)
+
+
+def try_gating(variant: Callable, device: str) -> None:
+    variant(zeros(device, 2, 128), 8, True)
+
+
+def try_combine(variant: Callable, device: str) -> None:
+    variant(zeros(device, 4, 128), torch.arange(4, dtype=torch.int32, device=device), zeros(device, 2, 2))
+
+
+TRIALS = {
+    "rotary": try_rotary,
+    "cache write": try_cache_write,
+    "attention": try_attention,
+    "gating": try_gating,
+    "combine": try_combine,
+}

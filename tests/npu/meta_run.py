@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the model on the NPU backend with meta tensors under a wheel's schemas, and writes down every call.
+
+    python tests/npu/meta_run.py WHEEL              prints one JSON object: case -> calls, or the error
+    python tests/npu/meta_run.py WHEEL MUTANTS      the same of a few cases for each changed source in a JSON list
+
+A process of its own, because tests.npu.schemas.load takes over torch.ops.npu.
+"""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from executor.kv_cache import cache_tensors  # noqa: E402
+from executor.loader import as_parameters  # noqa: E402
+from models.layers.expert_exchange import GatherExchange  # noqa: E402
+from models.layers.parameter import Parameters  # noqa: E402
+from models.layers.rotary import RotaryEmbedding  # noqa: E402
+from models.qwen3_moe.architecture import load_config  # noqa: E402
+from models.qwen3_moe.model import Building, Qwen3Moe  # noqa: E402
+from models.qwen3_moe.sharding import Layout  # noqa: E402
+from models.qwen3_moe.weights import parameter_specs  # noqa: E402
+from ops import Routing, StepMetadata  # noqa: E402
+from ops.comm import Group, ParallelContext, group_members  # noqa: E402
+from tests.npu.schemas import load, module  # noqa: E402
+
+MODELS = {"30b": "qwen3_30b_a3b", "235b": "qwen3_235b_a22b"}
+LAYOUTS = {f"{tp}tp": (tp, tp, tp) for tp in (1, 2, 4, 8, 16)}  # world size, attn_tp, moe_tp
+LAYOUTS |= {f"{ep}ep": (ep, 1, 1) for ep in (8, 16, 128)}
+STEPS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9)), "idle": []}
+META = torch.device("meta")
+NUM_BLOCKS = 32
+EPS = 1e-5  # not the operations' default, so that one left out is seen
+
+
+class MetaGroup(Group):
+    """Exchanges nothing, with the shapes of what would be exchanged."""
+
+    def all_reduce(self, tensor):
+        return tensor
+
+    def all_gather(self, tensor):
+        return tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+
+    def reduce_scatter(self, tensor):
+        return tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+
+
+class Recorder(TorchDispatchMode):
+    """Every dispatcher call: the vendor's with their arguments by name, the others by operation only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        schema = operation._schema
+        call = {"name": schema.name, "launches": launches(schema)}
+        if schema.name.startswith("npu::"):
+            named = {argument.name: argument.default_value for argument in schema.arguments}  # not passed on if equal
+            named |= dict(zip(named, args, strict=False)) | kwargs
+            call["given"] = {name: described(value) for name, value in named.items()}
+        self.calls.append(call)
+        return operation(*args, **kwargs)
+
+
+def launches(schema: torch.FunctionSchema) -> bool:
+    """Whether a call gives the device work: not if it only views or allocates."""
+    views = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    return not views and schema.name not in ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::empty_like")
+
+
+def described(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"shape": list(value.shape), "dtype": dtype, "contiguous": value.is_contiguous()}
+    return [described(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def parallel_context(layout: str) -> ParallelContext:
+    world_size, attn_tp, moe_tp = LAYOUTS[layout]
+    members = group_members(world_size, attn_tp, moe_tp, attn_tp, attn_tp)
+    return ParallelContext(**{name: MetaGroup(name=name, ranks=groups[0]) for name, groups in members.items()})
+
+
+def make_step(name: str, parallel: ParallelContext) -> StepMetadata:
+    seq_lens, is_prefill = STEPS[name], name == "prefill"
+    query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
+    tokens = sum(query_lens)
+    integers = torch.empty(tokens, dtype=torch.int64, device=META)
+    return StepMetadata(
+        is_prefill=is_prefill,
+        positions=integers,
+        slot_mapping=integers.clone(),
+        block_table=torch.empty(len(seq_lens), 3, dtype=torch.int64, device=META),
+        seq_lens=torch.empty(len(seq_lens), dtype=torch.int64, device=META),
+        query_lens_list=query_lens,
+        seq_lens_list=seq_lens,
+        dp_num_tokens=[tokens] + [max(1, tokens)] * (parallel.attn_dp.size - 1),
+    )
+
+
+class Case:
+    """One rank's model of a shape in a layout, two layers of it, on meta tensors."""
+
+    def __init__(self, model: str, layout: str, ops: Any):
+        self.ops = ops
+        self.config = load_config(ROOT / "models/qwen3_moe/shapes" / MODELS[model], None)
+        self.config.num_hidden_layers = 2
+        self.config.rms_norm_eps = EPS
+        self.parallel = parallel_context(layout)
+        specs = parameter_specs(self.config, Layout.of(self.parallel))
+        values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
+        self.parameters: Parameters = as_parameters(specs, values)
+        self.parameters.prepare(ops)
+        exchange = GatherExchange(self.parallel, self.config.num_experts // self.parallel.moe_ep.size)
+        build = Building(
+            config=self.config, ops=ops, parallel=self.parallel, decode_exchange=exchange, prefill_exchange=exchange
+        )
+        self.model = Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, 512, META))
+        num_kv_heads = max(1, self.config.num_key_value_heads // self.parallel.attn_tp.size)
+        self.caches = cache_tensors(2, NUM_BLOCKS, num_kv_heads, self.config.head_dim, torch.bfloat16, META)
+
+    def run(self, name: str) -> list[dict[str, Any]]:
+        """A whole step, token ids to logits."""
+        step = make_step(name, self.parallel)
+        with Recorder() as recorder:
+            hidden_states, residual = self.model.forward(torch.empty_like(step.positions), step, self.caches)
+            logits = self.model.logits(hidden_states, residual, step.max_dp_tokens)
+        assert hidden_states.shape == residual.shape == (step.num_tokens, self.config.hidden_size)
+        assert hidden_states.dtype == residual.dtype == torch.bfloat16 and logits.local.dtype == torch.float32
+        return recorder.calls
+
+    def run_layer(self, name: str) -> list[dict[str, Any]]:
+        """One layer in the middle of a step."""
+        step = make_step(name, self.parallel)
+        hidden_states = torch.empty(step.num_tokens, self.config.hidden_size, dtype=torch.bfloat16, device=META)
+        cos_sin, step = self.ops.prepare_attention(self.model.rotary(step), step, hidden_states.dtype)
+        with Recorder() as recorder:
+            self.model.layers[1](hidden_states, hidden_states.clone(), cos_sin, self.caches[1], step)
+        return recorder.calls[1:]  # without the clone
+
+    def run_received(self) -> list[dict[str, Any]]:
+        """The experts of rows that came by all-to-all: each row is of one expert here."""
+        rows = torch.empty(37, self.config.hidden_size, dtype=torch.bfloat16, device=META)
+        ids = torch.empty(37, 1, dtype=torch.int32, device=META)
+        routing = Routing(torch.empty(37, 1, device=META), ids)
+        weights = (self.parameters[f"layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+        with Recorder() as recorder:
+            output = self.ops.experts(rows, routing, *weights)
+        assert output.shape == rows.shape and output.dtype == rows.dtype
+        return recorder.calls
+
+
+def run_all(wheel: Path) -> dict[str, Any]:
+    load(wheel)
+    from ops import npu
+
+    ops = npu.NpuOps("meta")
+    results: dict[str, Any] = {"bindings": ops.bindings}
+    with torch.no_grad():  # as inference mode would hide what composite operations are made of
+        for model in MODELS:
+            for layout in LAYOUTS:
+                results |= run_case(f"{model}-{layout}", Case(model, layout, ops))
+        results["weights"] = {
+            name: type(value).__name__ for name, value in Case("30b", "1tp", ops).parameters.values.items()
+        }
+        for level in (1, 2):
+            for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE"):
+                setattr(npu, name, without_first(getattr(npu, name)))
+            ops = npu.NpuOps("meta")
+            results[f"bindings-fallback{level}"] = ops.bindings
+            results |= run_case(f"fallback{level}", Case("30b", "4tp", ops))
+    return results
+
+
+def run_mutants(wheel: Path, sources: list[str]) -> list[dict[str, Any]]:
+    """A few cases on each changed source of ops/npu.py, or the error where no backend can be built on it."""
+    load(wheel)
+    results = []
+    for source in sources:
+        backend = module("mutated_backend")
+        try:
+            exec(compile(source, "ops/npu.py", "exec"), backend.__dict__)
+            ops = backend.NpuOps("meta")
+            with torch.no_grad():
+                layouts = [run_case(f"30b-{layout}", Case("30b", layout, ops)) for layout in ("1tp", "128ep")]
+                results.append(layouts[0] | layouts[1])
+        except Exception:
+            results.append({"30b-1tp-decode8": traceback.format_exc()})
+    return results
+
+
+def without_first(variants: dict[str, Any]) -> dict[str, Any]:
+    """The same variants, the first that works but not the only one now failing as an unsupported operation does."""
+
+    def fails(*_):
+        raise RuntimeError("not supported")
+
+    names = [name for name, variant in variants.items() if variant.__name__ != "fails"]
+    return variants | ({names[0]: fails} if len(names) > 1 else {})
+
+
+def run_case(prefix: str, case: Case) -> dict[str, Any]:
+    runs = {name: (case.run, name) for name in STEPS if name != "idle" or case.parallel.attn_dp.size > 1}
+    runs |= {f"layer-{name}": (case.run_layer, name) for name in ("decode1", "decode8")}
+    runs |= {"received": (case.run_received,)}
+    results: dict[str, Any] = {}
+    for name, (function, *arguments) in runs.items():
+        try:
+            results[f"{prefix}-{name}"] = function(*arguments)
+        except Exception:  # reported by the test of this case
+            results[f"{prefix}-{name}"] = traceback.format_exc()
+    return results
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        found: Any = run_mutants(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+    else:
+        found = run_all(Path(sys.argv[1]))
+    json.dump(found, sys.stdout)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every call of the NPU backend at the real shapes, under the schemas and meta functions of real torch_npu wheels.
+
+The meta functions let much through that the vendor forbids, so `CONTRACTS` checks each recorded call again, after the
+operations' documentation; among them are the defaults that silently compute something else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.npu.wheels import VERSIONS, wheel
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
+TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
+LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
+SEQ_LENS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9))}
+RUNS = [*SEQ_LENS, "received"]
+CASES = [f"{model}-{layout}-{run}" for model in MODELS for layout in LAYOUTS for run in RUNS]
+CASES += [f"{model}-{size}ep-idle" for model in MODELS for size in EP]
+CASES += [f"fallback{level}-{run}" for level in (1, 2) for run in RUNS]
+READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal")
+
+
+def meta_run(version: str, *arguments: Path) -> Any:
+    """What meta_run.py writes down under a wheel."""
+    file = wheel(version)
+    if file is None:
+        pytest.skip(f"torch_npu {version}: no wheel in the cache and no package index")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/npu/meta_run.py"), str(file), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+recorded = cache(meta_run)
+
+
+@pytest.fixture(params=VERSIONS)
+def results(request) -> dict:
+    return recorded(request.param)
+
+
+def calls_of(results: dict, case: str) -> list[dict]:
+    assert isinstance(results[case], list), results[case]
+    return results[case]
+
+
+def is_tensor(value) -> bool:
+    return isinstance(value, dict)
+
+
+def tensors(value) -> list[dict]:
+    if isinstance(value, list):
+        return [tensor for item in value for tensor in tensors(item)]
+    return [value] if is_tensor(value) else []
+
+
+def check_rms_norm(given, run):
+    assert given["gamma"]["shape"] == given["input"]["shape"][-1:]
+    assert given["gamma"]["dtype"] == given["input"]["dtype"]
+    assert given["epsilon"] == 1e-5
+
+
+def check_add_rms_norm(given, run):
+    assert given["x1"] == given["x2"]
+    assert given["gamma"]["shape"] == given["x1"]["shape"][-1:] and given["gamma"]["dtype"] == given["x1"]["dtype"]
+    assert given["epsilon"] == 1e-5
+
+
+def check_rotary(given, run):
+    query, key, cos, sin = (given[name] for name in ("query", "key", "cos", "sin"))
+    assert given["layout"] in ("TND", "BSND") and given["rotary_mode"] == "half"
+    tokens = query["shape"][:-2]
+    assert len(query["shape"]) == (3 if given["layout"] == "TND" else 4)
+    assert key["shape"][:-2] == tokens and cos["shape"] == sin["shape"] == [*tokens, 1, 128]
+    assert query["shape"][-1] == key["shape"][-1] == 128
+    assert all(part["dtype"] == query["dtype"] and part["contiguous"] for part in (query, key, cos, sin))
+
+
+def check_rotary_mul(given, run):
+    assert len(given["input"]["shape"]) == 4
+    assert given["r1"]["shape"] == given["r2"]["shape"] == [1, given["input"]["shape"][1], 1, 128]
+    assert given["r1"]["dtype"] == given["r2"]["dtype"] == given["input"]["dtype"]
+
+
+def check_scatter_pa(given, run):
+    key, value, key_cache, value_cache = (given[name] for name in ("key", "value", "key_cache", "value_cache"))
+    slots = given["slot_mapping"]
+    assert given["cache_mode"] == "Norm"  # the default is for caches of the tiled format
+    assert key == value and key_cache == value_cache and key["dtype"] == key_cache["dtype"]
+    assert len(key_cache["shape"]) == 4 and key_cache["shape"][1] == 128 and key["shape"][1:] == key_cache["shape"][2:]
+    assert slots["shape"] == key["shape"][:1] and slots["dtype"] in ("int32", "int64")
+    assert key["contiguous"] and key_cache["contiguous"] and slots["contiguous"]
+
+
+def check_scatter_nd(given, run):
+    cache, slots, updates = given["input"], given["indices"], given["updates"]
+    assert slots["shape"] == [updates["shape"][0], 1] and slots["dtype"] in ("int32", "int64")
+    assert cache["shape"][1:] == updates["shape"][1:] and cache["dtype"] == updates["dtype"] and cache["contiguous"]
+
+
+def check_attention(given, run):
+    """Under the names of version 2."""
+    query, key, value, mask = given["query"], given["key"], given["value"], given["atten_mask"]
+    query_ends, kv_lengths = given["actual_seq_qlen"], given["actual_seq_kvlen"]
+    (tokens, heads, head_dim), kv_heads = query["shape"], given["num_key_value_heads"]
+    assert given["softmax_scale"] == pytest.approx(128**-0.5)  # the default is 1
+    assert given["input_layout"] == "TND" and head_dim == 128
+    assert given["num_query_heads"] == heads and kv_heads >= 1 and heads % kv_heads == 0 and heads // kv_heads <= 64
+    assert given["sparse_mode"] == 3 and mask["shape"] == [2048, 2048] and mask["dtype"] in ("int8", "uint8", "bool")
+    assert all(part["contiguous"] and part["dtype"] == query["dtype"] for part in (query, key, value))
+    assert all(type(length) is int for length in query_ends + kv_lengths)  # device tensors would be read back
+    assert key == value and query["dtype"] in ("bfloat16", "float16")
+    seq_lens = SEQ_LENS[run]
+    if run == "prefill":
+        assert given["block_table"] is None
+        assert query_ends == kv_lengths == list(accumulate(seq_lens)) and query_ends[-1] == tokens
+        assert key["shape"] == [tokens, kv_heads, 128]
+    else:
+        assert query_ends == list(range(1, len(seq_lens) + 1)) and tokens == len(seq_lens)
+        assert kv_lengths == seq_lens  # of each sequence, not summed up, where there is a block table
+        assert given["block_table"]["dtype"] == "int32" and given["block_table"]["shape"][0] == tokens
+        assert key["shape"][1:] == [128, kv_heads * 128] and given["block_size"] == 128
+
+
+def check_attention_v1(given, run):
+    names = {
+        "num_heads": "num_query_heads",
+        "scale": "softmax_scale",
+        "actual_seq_lengths": "actual_seq_qlen",
+        "actual_seq_lengths_kv": "actual_seq_kvlen",
+    }
+    check_attention({names.get(name, name): value for name, value in given.items()}, run)
+
+
+def check_gating_v2(given, run):
+    assert given["x"]["shape"][1] == 128 and given["k"] == 8
+    assert given["renorm"] == 1  # else the weights of the chosen experts do not sum to 1
+
+
+def check_gating(given, run):
+    assert given["x"]["shape"][1] == 128 and given["k"] == 8 and given["finished"] is None
+
+
+def check_init_routing(given, run):
+    rows, ids = given["x"], given["expert_idx"]
+    assert ids["dtype"] == "int32" and ids["shape"][0] == rows["shape"][0]
+    assert given["active_num"] == ids["shape"][0] * ids["shape"][1]
+    # explicit: the default is frozen at the first expert_num of the process
+    assert given["active_expert_range"] == [0, given["expert_num"]]
+    assert given["expert_tokens_num_type"] == 1 and given["expert_tokens_num_flag"] is True
+    assert given["quant_mode"] == -1 and given["drop_pad_mode"] == 0
+    assert given["row_idx_type"] == 0  # what the combining operations read
+
+
+def check_grouped_matmul(given, run):
+    [rows], [weight], counts = given["x"], given["weight"], given["group_list"]
+    experts, inner, _ = weight["shape"]
+    assert rows["shape"][1] == inner and rows["dtype"] == weight["dtype"] and rows["contiguous"]
+    assert counts["shape"] == [experts] and counts["dtype"] == "int64" and counts["contiguous"]
+    assert given["group_list_type"] == (0 if experts == 1 else 1)  # the default is running sums; one count is not taken
+    assert given["group_type"] == 0 and given["split_item"] in (2, 3)
+    assert max(weight["shape"][1:]) < 65536 and experts <= 1024
+
+
+def check_swiglu(given, run):
+    assert given["input"]["contiguous"] and given["input"]["shape"][-1] % 2 == 0 and given["dim"] == -1
+
+
+def check_finalize(given, run):
+    rows, weights, index = (given[name] for name in ("expanded_permuted_rows", "scales", "expanded_src_to_dst_row"))
+    assert given["drop_pad_mode"] == 2  # the default reads the index choice by choice
+    assert given["skip1"] is given["skip2"] is given["bias"] is given["export_for_source_row"] is None
+    assert weights["dtype"] == rows["dtype"] and index["dtype"] == "int32"
+    assert index["shape"] == rows["shape"][:1] == [weights["shape"][0] * weights["shape"][1]]
+
+
+def check_unpermute(given, run):
+    rows, weights, index = (given[name] for name in ("permuted_tokens", "probs", "sorted_indices"))
+    assert index["dtype"] == "int32" and weights["dtype"] == rows["dtype"]
+    assert index["shape"] == rows["shape"][:1] == [weights["shape"][0] * weights["shape"][1]]
+
+
+CONTRACTS = {
+    "npu_rms_norm": check_rms_norm,
+    "npu_add_rms_norm": check_add_rms_norm,
+    "npu_apply_rotary_pos_emb": check_rotary,
+    "npu_rotary_mul": check_rotary_mul,
+    "npu_scatter_pa_kv_cache": check_scatter_pa,
+    "npu_scatter_nd_update_": check_scatter_nd,
+    "npu_fused_infer_attention_score_v2": check_attention,
+    "npu_fused_infer_attention_score": check_attention_v1,
+    "npu_moe_gating_top_k_softmax_v2": check_gating_v2,
+    "npu_moe_gating_top_k_softmax": check_gating,
+    "npu_moe_init_routing_v2": check_init_routing,
+    "npu_grouped_matmul": check_grouped_matmul,
+    "npu_swiglu": check_swiglu,
+    "npu_moe_finalize_routing": check_finalize,
+    "npu_moe_token_unpermute": check_unpermute,
+}
+
+
+def check_case(results: dict, case: str) -> None:
+    run = case.rpartition("-")[2]
+    calls = calls_of(results, case)
+    vendor = [call for call in calls if "given" in call]
+    assert vendor
+    for call in vendor:
+        given = call["given"]
+        assert all(size > 0 for value in given.values() for tensor in tensors(value) for size in tensor["shape"])
+        CONTRACTS[call["name"].removeprefix("npu::")](given, run)
+    if run.startswith("decode"):
+        assert not [call["name"] for call in calls if call["name"].partition("::")[2] in READS_BACK]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_calls(results, case):
+    check_case(results, case)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_reach_the_products_whole(results, layout, model):
+    """[K, N] of every grouped product: the experts and columns of one rank."""
+    size = int(layout[:-2])
+    hidden, width = MODELS[model], {"30b": 768, "235b": 1536}[model]
+    experts = 128
+    if layout.endswith("tp"):
+        width //= size
+    else:
+        experts //= size
+    products = [call for call in calls_of(results, f"{model}-{layout}-decode8") if call["name"].endswith("d_matmul")]
+    shapes = [call["given"]["weight"][0]["shape"] for call in products]
+    assert shapes == [[experts, hidden, 2 * width], [experts, width, hidden]] * 2
+
+
+LAYER = """add_rms_norm mm rms_norm rms_norm apply_rotary_pos_emb scatter_pa_kv_cache fused_infer_attention_score_v2 mm
+    add_rms_norm mm moe_gating_top_k_softmax_v2 moe_init_routing_v2 grouped_matmul swiglu grouped_matmul
+    moe_finalize_routing""".split()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", [f"{size}tp" for size in TP])
+def test_launches_of_a_decode_layer(results, layout, model):
+    """The calls that give the device work, copies and casts included, collectives not."""
+    for batch_size, extra in ((1, []), (8, ["clone"])):  # v is a strided view of the merged q, k, v
+        calls = calls_of(results, f"{model}-{layout}-layer-decode{batch_size}")
+        names = [call["name"].partition("::")[2].removeprefix("npu_") for call in calls if call["launches"]]
+        assert names == LAYER[:4] + extra + LAYER[4:]
+        assert len(names) == {1: 16, 8: 17}[batch_size]
+
+
+def test_bindings(results):
+    """Nothing falls back where everything is there, and the next best is taken where something fails."""
+    best = {
+        "rotary": "npu_apply_rotary_pos_emb TND",
+        "cache write": "npu_scatter_pa_kv_cache",
+        "attention": "npu_fused_infer_attention_score_v2",
+        "gating": "npu_moe_gating_top_k_softmax_v2",
+        "combine": "npu_moe_finalize_routing",
+    }
+    assert results["bindings"] == best
+    second = {
+        "rotary": "npu_apply_rotary_pos_emb BSND",
+        "cache write": "npu_scatter_nd_update_",
+        "attention": "npu_fused_infer_attention_score",
+        "gating": "npu_moe_gating_top_k_softmax",
+        "combine": "npu_moe_token_unpermute",
+    }
+    assert results["bindings-fallback1"] == second
+    assert results["bindings-fallback2"] == second | {"rotary": "npu_rotary_mul"}
+
+
+def test_weights_are_tiled(results):
+    """All that is multiplied, but for a vocabulary too long for the format."""
+    matrices = {name: kind for name, kind in results["weights"].items() if kind.endswith("Weight")}
+    assert [name for name, kind in matrices.items() if kind != "TransposedWeight"] == ["lm_head.weight"]
+    assert len(matrices) == 2 * 4 + 1

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch_npu wheels that tests read. They are downloaded and unzipped, never installed: import torch would break."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+VERSIONS = ("2.13.0", "2.8.0.post5")
+PLATFORM = ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:")
+PATIENCE = ("--retries", "1", "--timeout", "20")  # of each connection, where there is no network
+TIMEOUT_S = 600
+
+
+def cache_folder() -> Path:
+    """TORCH_NPU_WHEELS, or a folder of the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_npu_wheels"
+    return Path(os.environ.get("TORCH_NPU_WHEELS", default))
+
+
+@cache
+def wheel(version: str) -> Path | None:
+    """The wheel file of a version, downloaded if it is not in the cache; None where no index can be reached."""
+    folder = cache_folder()
+    if not list(folder.glob(f"torch_npu-{version}-*.whl")):
+        folder.mkdir(parents=True, exist_ok=True)
+        download = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *PLATFORM, *PATIENCE)
+        try:
+            subprocess.run([*download, f"torch-npu=={version}"], capture_output=True, timeout=TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return None
+    return next(iter(folder.glob(f"torch_npu-{version}-*.whl")), None)
