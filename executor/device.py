@@ -36,7 +36,7 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
     ):
         if glob.glob(pattern):
             raise ValueError(
-                f"device: auto sees an {kind} ({glob.glob(pattern)[0]}) that torch {torch.__version__} cannot use; "
+                f"device: auto sees the {kind} {glob.glob(pattern)[0]}, which torch {torch.__version__} cannot use; "
                 f"install {need}, or set device: cpu"
             )
     return torch.device("cpu")

@@ -32,16 +32,23 @@ class Engine:
 
     def run(self, sequences: list[Sequence]) -> Iterator[Sequence]:
         """Yields every sequence when it has finished. The groups get sequences in turn."""
-        if any(scheduler.waiting or scheduler.running for scheduler in self.schedulers):
-            raise RuntimeError("another run is under way: finish or close it first")
+        self.check_idle()
         for number, sequence in enumerate(sequences):
             self.schedulers[number % len(self.schedulers)].add(sequence)
         try:
-            while any(scheduler.waiting or scheduler.running for scheduler in self.schedulers):
+            while self.busy():
                 yield from self.step()
         finally:  # an abandoned or failed run leaves no sequence behind for the next one
             for scheduler in self.schedulers:
                 scheduler.clear()
+
+    def busy(self) -> bool:
+        return any(scheduler.waiting or scheduler.running for scheduler in self.schedulers)
+
+    def check_idle(self) -> None:
+        """RuntimeError while a run is under way: two would get each other's sequences."""
+        if self.busy():
+            raise RuntimeError("another run is under way: finish or close it first")
 
     def step(self) -> list[Sequence]:
         """One prefill if something can start, else one decode step; returns the sequences it finished."""

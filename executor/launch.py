@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
 from executor import infer
@@ -153,6 +154,8 @@ def check_devices(settings: Settings, processes: int) -> None:
 
     kind = select_device(settings.device).type
     count = torch.accelerator.device_count()
+    if settings.exe_mode == "graph" and kind != "cuda":
+        raise ValueError(f"exe_mode: graph is not possible on device {kind}, only eager")
     if kind != "cpu" and count < processes:
         raise ValueError(
             f"world_size: {settings.world_size} needs {processes} {kind} devices on {socket.gethostname()}, "
@@ -177,13 +180,13 @@ def job_facts(settings: Settings) -> dict[str, str]:
     """What must be the same on every node: software, settings, prompts and checkpoint."""
     import torch
 
-    facts = {"the version of torch": torch.__version__}
+    facts = {"the version of torch": torch.__version__, "the version of transformers": version("transformers")}
     for key, value in dataclasses.asdict(settings).items():
         entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
         facts |= {name: str(entry) for name, entry in entries.items()}
     facts["sha256 of the prompts"] = sha256(json.dumps(load_prompts(settings.data_config)).encode())
     folder = resolve_path(settings.model_path)
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(file for pattern in ("*.json", "*.jinja", "*.txt") for file in folder.glob(pattern)):
         facts[f"sha256 of the checkpoint's {file.name}"] = sha256(file.read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         facts[f"size of the checkpoint's {file.name}"] = f"{file.stat().st_size} bytes"

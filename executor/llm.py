@@ -27,7 +27,7 @@ from executor.loader import load_parameters, parameter_bytes, random_parameters
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
-from executor.tokenizer import Messages, Tokenizer, has_tokenizer, read_generation_config
+from executor.tokenizer import Messages, Tokenizer, check_messages, has_tokenizer, read_generation_config
 from models.layers.attention import KVCache
 from models.layers.expert_exchange import (
     AllToAllExchange,
@@ -69,14 +69,15 @@ class RequestOutput:
 
 
 class LLM:
-    """A loaded model on one device.
+    """A loaded model, or this rank's part of it.
 
     model_path: folder of the checkpoint. settings: any key of the YAML's sections by its own name (input_max_len,
     exe_mode, cache_tokens, ...; docs/configuration.md). Raises ValueError naming what is wrong and what would be right.
     """
 
     def __init__(self, model_path: str | Path, device: str = "auto", dtype: str = "bfloat16", **settings: Any):
-        raw: dict[str, Any] = {"model_name": Path(model_path).name, "model_path": str(model_path), "device": device}
+        name = Path(model_path).resolve().name or "model"
+        raw: dict[str, Any] = {"model_name": name, "model_path": str(model_path), "device": device}
         for key, value in {"dtype": dtype, **settings}.items():
             place(raw, key, value)
         self._load(settings_from_dict(raw, "LLM"))
@@ -244,6 +245,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or several."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        for conversation in conversations:
+            check_messages(conversation)
         encoded = [(messages[-1]["content"], self.tokenizer.encode_chat(messages)) for messages in conversations]
         return self._run_in_order(encoded, sampling_params)
 
@@ -257,7 +260,9 @@ class LLM:
         self, encoded: list[tuple[str, list[int]]], sampling_params: SamplingParams | None = None
     ) -> list[Sequence]:
         """Sequences for `stream` from prompts (text, token ids). ValueError for one that can never run."""
-        sampling = sampling_params or self.default_sampling
+        sampling = self.default_sampling if sampling_params is None else sampling_params
+        if not isinstance(sampling, SamplingParams):
+            raise ValueError(f"sampling_params: expected one SamplingParams for all prompts, got {sampling!r}")
         if sampling.stop and not self.tokenizer.can_decode:
             raise ValueError("stop: this checkpoint has no tokenizer, so that no text can be searched for it")
         sequences = [
@@ -318,6 +323,7 @@ class LLM:
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """Logits [T, V] float32 after every token of one sequence, on the CPU; the same on every rank."""
+        self.engine.check_idle()
         batches = []
         try:
             for scheduler in self.engine.schedulers:  # every group of attention ranks runs the sequence

@@ -39,11 +39,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < math.inf, "at least 0"),
+            "temperature": (self.temperature == 0 or 1e-5 <= self.temperature < math.inf, "0, or at least 0.00001"),
             "top_k": (self.top_k >= 0, "at least 0 (0 keeps all)"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "at least 0 and below 2**63"),
             "stop": (all(self.stop), "not the empty string"),
         }

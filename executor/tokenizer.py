@@ -97,6 +97,16 @@ def whole_characters(text: str) -> str:
     return text.strip("\N{REPLACEMENT CHARACTER}")
 
 
+def check_messages(messages: Messages) -> None:
+    """ValueError unless it is a list of messages with a role and a text."""
+    valid = isinstance(messages, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in messages
+    )
+    if not valid or not messages:
+        raise ValueError(f'messages: expected [{{"role": "user", "content": "..."}}, ...], got {messages!r}')
+
+
 def has_tokenizer(model_path: Path) -> bool:
     return any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
@@ -113,6 +123,8 @@ def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -
     """Every token that ends a text according to generation_config.json or the tokenizer."""
     stated = read_generation_config(model_path).get("eos_token_id")
     stated = stated if isinstance(stated, list) else [stated]
+    if not all(token_id is None or type(token_id) is int for token_id in stated):
+        raise ValueError(f"{model_path}/generation_config.json: eos_token_id: expected whole numbers, got {stated!r}")
     tokenizers_own = None if tokenizer is None else tokenizer.eos_token_id
     return frozenset(token_id for token_id in (*stated, tokenizers_own) if token_id is not None)
 

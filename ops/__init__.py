@@ -186,14 +186,14 @@ def load_ops(device_type: str) -> Ops:
     if device_type == "npu":
         from ops.npu import NpuOps
 
-        return NpuOps()
+        return log_bindings(NpuOps())
     from ops.reference import ReferenceOps
 
     if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
         from ops.cuda import CudaOps
 
         return log_bindings(CudaOps())
-    return ReferenceOps(grouped_mm=device_type != "cpu")
+    return log_bindings(ReferenceOps(grouped_mm=device_type != "cpu"))
 
 
 def log_bindings(ops: Ops) -> Ops:

@@ -30,7 +30,7 @@ class ShardedLogits:
     def topk(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `count` largest logits of each row and their token ids: [num_rows, count], in descending order.
 
-        Each rank sends its own candidates, never its logits. Of equal logits the lower token id comes first.
+        Each rank sends its own candidates, never its logits. For count 1, of equal logits the lower token id is taken.
         """
         part_size = self.local.shape[1]
         values, ids = self.local.topk(min(count, part_size), dim=-1) if count > 1 else self.local.max(-1, keepdim=True)

@@ -39,11 +39,15 @@ class RotaryEmbedding:
         self.config = config
         self.device = device
         self.length_dependent = config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES
-        # transformers rescales only beyond the trained length, which is one of these two
-        rescaled_from = min(config.rope_parameters.get("original_max_position_embeddings", max_len), max_len)
-        rescaled_from = min(config.max_position_embeddings, rescaled_from) if self.length_dependent else max_len
-        parts = [self.cos_sin(torch.arange(rescaled_from), seq_len=rescaled_from)]
-        parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(rescaled_from, max_len)]
+        parts = [self.cos_sin(torch.arange(max_len), seq_len=max_len)]
+        if config.rope_parameters["rope_type"] == "longrope":  # one set of frequencies for all longer sequences
+            trained = min(max_len, config.rope_parameters["original_max_position_embeddings"])
+            parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
+            parts.append(self.cos_sin(torch.arange(trained, max_len), seq_len=max_len))
+        elif self.length_dependent:  # others for every length beyond the trained one
+            trained = min(max_len, config.max_position_embeddings)
+            parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
+            parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(trained, max_len)]
         self.cos_table, self.sin_table = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def cos_sin(self, positions: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,7 +65,7 @@ def refuse_foreign(file: Path, raw: dict[str, Any]) -> None:
 
 def override_rope(raw: dict[str, Any], rope_scaling: dict[str, Any]) -> dict[str, Any]:
     """The config with other rope parameters; the base (rope_theta) stays the checkpoint's unless overridden."""
-    unknown = sorted(set(rope_scaling) - ROPE_KEYS)
+    unknown = sorted(map(str, set(rope_scaling) - ROPE_KEYS))
     if unknown:
         raise ValueError(
             f"model_config.rope_scaling: {unknown[0]}: unknown key, possible are {', '.join(sorted(ROPE_KEYS))}"

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step's inputs: rows of padding, as captured steps have them, change nothing for the others."""
+
+import torch
+
+from executor import LLM, SamplingParams
+from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK
+from executor.model_runner import DecodeInputs
+from tests.checkpoints import make_checkpoint
+
+
+@torch.inference_mode()
+def test_padding_rows_change_nothing(tmp_path):
+    make_checkpoint(tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype="float32", batch_size=3)
+    [scheduler] = llm.engine.schedulers
+    prompts = [torch.randint(0, 211, (length,)).tolist() for length in (130, 7, 128)]
+    for sequence in llm.requests([("", prompt) for prompt in prompts], SamplingParams(max_new_tokens=5)):
+        scheduler.add(sequence)
+    sequences = scheduler.start_waiting()
+    llm.runner.prefill([sequences])
+    for sequence in sequences:
+        sequence.token_ids.append(3)
+    before = [keys.clone() for keys, _ in llm.kv_caches]
+    expected = llm.runner.decode([sequences]).local.clone()
+    after = [keys.clone() for keys, _ in llm.kv_caches]
+    for (keys, _), old in zip(llm.kv_caches, before, strict=True):
+        keys.copy_(old)
+
+    inputs = DecodeInputs(5, 4, [5], llm.device)  # two rows and two cache blocks more than needed
+    inputs.fill(sequences)
+    logits = llm.runner.decode_step(inputs.token_ids, inputs.step).local
+    torch.testing.assert_close(logits[:3], expected, atol=1e-5, rtol=0)
+    for (keys, _), new in zip(llm.kv_caches, after, strict=True):
+        torch.testing.assert_close(keys[NULL_BLOCK + 1 :], new[NULL_BLOCK + 1 :], atol=1e-5, rtol=0)
+    assert inputs.step.slot_mapping[3:].tolist() == [NULL_BLOCK * BLOCK_SIZE] * 2
+    assert inputs.step.seq_lens.tolist() == [131, 8, 129, 1, 1]
+
+    inputs.fill(sequences[:1])  # fewer rows the next time: none of the old ones is left
+    logits = llm.runner.decode_step(inputs.token_ids, inputs.step).local
+    torch.testing.assert_close(logits[:1], expected[:1], atol=1e-5, rtol=0)
+    assert not inputs.step.block_table[1:].any()
