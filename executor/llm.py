@@ -195,7 +195,7 @@ class LLM:
         else:
             affordable = int(free * model.cache_memory_fraction) // bytes_per_block - 1
             num_blocks = min(affordable, data.batch_size * blocks_for(self.max_len))
-        num_blocks = int(self.parallel.control.all_gather(torch.tensor([num_blocks], device=self.device)).min())
+        num_blocks = min(self.parallel.control.all_gather(torch.tensor([num_blocks], device=self.device)).tolist())
         if num_blocks < 1:
             raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
         logger.info("cache: %d tokens, %.2f GB", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9)
