@@ -6,7 +6,8 @@ import zipfile
 from pathlib import Path
 
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
-_SCHEMA = re.compile(rb"(?<=\0)([A-Za-z_]\w*(?:\.\w+)?\([^\0]{0,8000}?\) -> [^\0]{1,300})(?=\0)")
+_ARROW = re.compile(rb"\) -> ")
+_SCHEMA = re.compile(rb"[A-Za-z_]\w*(?:\.\w+)?\([^\0]{0,8000}?\) -> [^\0]{1,300}")
 _VERSION = re.compile(r"torch_npu-([^-/]+)\.dist-info(?:/|$)")
 
 
@@ -19,7 +20,12 @@ def _library(wheel: Path) -> bytes:
 
 def read_schemas(wheel: Path) -> list[str]:
     """The schemas of the namespace `npu`, in the order of the wheel's library (a wheel file or its unzipped folder)."""
-    found = (match.decode() for match in _SCHEMA.findall(_library(wheel)))
+    data = _library(wheel)
+    found = []
+    for arrow in _ARROW.finditer(data):  # strings of the library end with a zero byte
+        text = data[data.rfind(b"\0", 0, arrow.start()) + 1 : data.find(b"\0", arrow.end())]
+        if _SCHEMA.fullmatch(text):
+            found.append(text.decode())
     return list(dict.fromkeys(found))
 
 
