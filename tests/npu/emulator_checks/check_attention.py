@@ -165,7 +165,25 @@ def pages(q=(2, N, D), cache=(4, 128, G * D), table=((0, 1), (2, 3)), kv=(130, 5
     tnd(q, cache, (1, 2), kv, **settings, **more)
 
 
+def bsnd(q=(2, 4, N, D), k=(2, 4, G, D), layout="BSND", **settings):
+    tensors = [torch.ones(shape, dtype=BF16) for shape in (q, k, k)]
+    v2(*tensors, input_layout=layout, **settings)
+
+
+DECODE = {"layout": "BSND", "k": (4, 120, G * D), "block_table": torch.zeros(2, 1, dtype=torch.int32)}
 REFUSED = {
+    "three dimensions": (lambda: bsnd(q=(8, N, D)), "dimensions"),
+    "BSND query heads": (lambda: bsnd(q=(2, 4, N + 1, D)), "heads"),
+    "BSND too wide": (lambda: bsnd(q=(2, 4, 128, 512), k=(2, 4, 128, 512), num_query_heads=128), "65535"),
+    "65 heads to one": (lambda: tnd((4, 65, D), (4, 1, D), num_query_heads=65, num_key_value_heads=1), "at most 64"),
+    "257 heads": (lambda: tnd((4, 257, D), (4, 257, D), num_query_heads=257, num_key_value_heads=257), "256"),
+    "left-top mode in TND": (lambda: tnd(sparse_mode=2), "TND"),
+    "BNSD_BSND of one": (lambda: bsnd((2, N, 1, D), (2, G, 4, D), "BNSD_BSND"), "more than one"),
+    "4097 requests": (lambda: tnd(q_ends=(0,) * 4096 + (4,), kv_ends=(0,) * 4096 + (4,)), "4096"),
+    "too few lengths": (lambda: bsnd((3, 4, N, D), (3, 4, G, D), actual_seq_kvlen=[4, 4]), "lengths"),
+    "a length past the keys": (lambda: bsnd(actual_seq_kvlen=[5, 4]), "leave"),
+    "decode: block size": (lambda: bsnd((2, 1, N, D), **DECODE, block_size=120, actual_seq_kvlen=[3, 3]), "block_size"),
+    "chunk: block size": (lambda: bsnd(**DECODE, block_size=64, actual_seq_kvlen=[9, 9]), "128 to 512"),
     "pa: -1": (lambda: scatter([0, -1]), "slot_mapping leaves"),
     "pa: past the cache": (lambda: scatter([0, 32]), "slot_mapping leaves"),
     "pa: twice": (lambda: scatter([3, 3]), "twice"),
