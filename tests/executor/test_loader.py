@@ -2,6 +2,7 @@
 """Checkpoints are loaded whole or refused in one line, and never take much more memory than they hold."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -218,22 +219,36 @@ LOAD_AND_MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from executor.loader import MAPPED_BYTES, load_parameters, parameter_bytes
+from executor import loader
+from executor.loader import load_parameters, parameter_bytes
 from models.qwen3_moe.architecture import load_config
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 
+read_parts, read_bytes = loader.read_parts, 0
+
+def counted(file, sources):
+    global read_bytes
+    for name, part in read_parts(file, sources):
+        read_bytes += part.nbytes
+        yield name, part
+
+loader.read_parts = counted
+
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-folder, warm_up = map(Path, sys.argv[1:])
+folder, warm_up = map(Path, sys.argv[1:3])
+layout = Layout(**json.loads(sys.argv[3]))
 specs = parameter_specs(load_config(warm_up), Layout())
 load_parameters(warm_up, specs, specs, torch.bfloat16, torch.device("cpu"))
-specs = parameter_specs(load_config(folder), Layout())
+whole_model = parameter_specs(load_config(folder), Layout())
+specs = parameter_specs(load_config(folder), layout)
+read_bytes = 0
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # peak memory counts from here
-parameters = load_parameters(folder, specs, specs, torch.bfloat16, torch.device("cpu"))
-print(json.dumps([parameter_bytes(specs, torch.bfloat16), memory("VmHWM") - before]))
+parameters = load_parameters(folder, specs, whole_model, torch.bfloat16, torch.device("cpu"))
+print(json.dumps([parameter_bytes(specs, torch.bfloat16), memory("VmHWM") - before, read_bytes]))
 """
 
 
@@ -247,12 +262,27 @@ def write_large(folder: Path, num_layers: int) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def test_memory_while_loading(single, tmp_path):
-    write_large(tmp_path, num_layers=8)
-    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path), str(single)]
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """LOADER_TEST_LAYERS=52 makes it 2 GB."""
+    folder = tmp_path_factory.mktemp("large")
+    write_large(folder, num_layers=int(os.environ.get("LOADER_TEST_LAYERS", "8")))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"attn_tp": (1, 2), "moe_tp": (1, 2)}, {"attn_tp": (0, 2), "moe_ep": (1, 2)}],
+    ids=["one", "tp", "ep"],
+)
+def test_memory_while_loading(layout, large, single):
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(large), str(single), json.dumps(layout)]
     measured = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert measured.returncode == 0, measured.stderr
-    weights_bytes, growth_bytes = json.loads(measured.stdout)
+    weights_bytes, growth_bytes, read_bytes = json.loads(measured.stdout)
+    growth = growth_bytes / weights_bytes
+    print(f"{weights_bytes / 1e9:.3f} GB, peak growth {growth:.4f} of it, read {read_bytes / 1e9:.3f} GB")
+    assert read_bytes == weights_bytes  # nothing of other ranks' parts
     assert weights_bytes > 4 * MAPPED_BYTES
     # Beside the weights there is what is mapped of the file, which does not grow with them, and a little room.
     assert growth_bytes <= 1.1 * weights_bytes + MAPPED_BYTES, (growth_bytes, weights_bytes)

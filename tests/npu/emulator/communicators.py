@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names that stand for HCCL communicators, and what runs over them: torch.distributed groups of the CPU."""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from tests.npu.emulator.registry import require
+
+_groups: dict[str, dist.ProcessGroup] = {}
+_uses: dict[str, str] = {}  # what a communicator is used for: "exchange" or "matmul"
+
+
+def comm_name(group: dist.ProcessGroup | None, rank: int) -> str:
+    """The name that stands for the HCCL communicator of `group` (None: all ranks), of which global `rank` is a member.
+
+    It takes the place of `group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)`.
+    """
+    group = group or dist.group.WORLD
+    ranks = dist.get_process_group_ranks(group)
+    require(rank in ranks, f"rank {rank} is not of the group {ranks}")
+    name = f"emulated_hccl_{group.group_name}_of_{'_'.join(map(str, ranks))}"
+    _groups[name] = group
+    return name
+
+
+def group_of(name: str, use: str) -> dist.ProcessGroup:
+    """The group behind a communicator; ValueError for an unknown name, or one that has another use already."""
+    require(name in _groups, f"no communicator '{name}': comm_name(group, rank) gives its name")
+    used = _uses.get(name, use)
+    require(used == use, f"communicator '{name}' is used for {used}: dispatch and combine need a group of their own")
+    others = [other for other in _uses if _uses[other] == "matmul" and other != name]
+    require(use != "matmul" or not others, f"fused matmuls share one group: {others[:1]} or '{name}'")
+    _uses[name] = use
+    return _groups[name]
+
+
+def gather(group: dist.ProcessGroup, value: Any) -> list[Any]:
+    """Every rank's value, in the order of the group's ranks."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
