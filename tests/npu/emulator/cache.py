@@ -45,9 +45,7 @@ def npu_scatter_pa_kv_cache(
     require(key.shape[:2] == value.shape[:2], f"key {list(key.shape)} and value {list(value.shape)} differ")
     require(key_cache.dim() == 4 and value_cache.dim() == 4, "the caches have four dimensions")
     require_same_dtype(key=key, value=value, key_cache=key_cache, value_cache=value_cache)
-    require_contiguous(
-        key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping
-    )
+    require_contiguous(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
     require_dtype("slot_mapping", slot_mapping, INDEX_DTYPES)
     fits = slot_mapping.dim() == 1 and len(slot_mapping) == len(key)
     require(fits, f"slot_mapping {list(slot_mapping.shape)} for {len(key)} tokens")

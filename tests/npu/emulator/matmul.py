@@ -177,9 +177,7 @@ def npu_grouped_matmul(
     ends = _bounds(group_list, group_list_type, len(matrix), len(rows))
     bias_, scale_, token_scale = _only("bias", bias), _only("scale", scale), _only("per_token_scale", per_token_scale)
     if rows.dtype in HALVES and matrix.dtype in (torch.int8, torch.int32):
-        matrix = _antiquant(
-            matrix, _only("scales", antiquant_scale), _only("offsets", antiquant_offset), rows.dtype
-        )
+        matrix = _antiquant(matrix, _only("scales", antiquant_scale), _only("offsets", antiquant_offset), rows.dtype)
     else:
         require(antiquant_scale is None and antiquant_offset is None, "antiquant scales need an int weight")
     if rows.dtype == torch.int8:
