@@ -2,6 +2,7 @@
 """The device of this process. An accelerator that is visible but unusable is an error, not a reason for the CPU."""
 
 import glob
+import os
 
 import torch
 
@@ -49,7 +50,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device; on a CPU, what the system calls available."""
+    """Memory that can still be allocated on the device; on a CPU, this rank's share of what is available."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -57,7 +58,7 @@ def free_memory_bytes(device: torch.device) -> int:
         return torch.npu.mem_get_info(device)[0]
     with open("/proc/meminfo", encoding="ascii") as meminfo:
         sizes = dict(line.split(":") for line in meminfo)
-    return int(sizes["MemAvailable"].split()[0]) * 1024
+    return int(sizes["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device_name(device: torch.device) -> str:
