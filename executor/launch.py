@@ -54,7 +54,7 @@ def launch(settings: Settings, command: list[str]) -> NoReturn:
     # What torchrun and torch's C++ side would say about a failed rank is said once, by this launcher.
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from executor.llm import check_before_launch
+    from executor.before_loading import check_before_launch
     from ops.cluster import Watch, end_launcher, meet, open_store, run_ranks
 
     timeout_s, port = environment_number("RENDEZVOUS_TIMEOUT_S", 120), environment_number("MASTER_PORT", 29500)

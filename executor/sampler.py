@@ -67,3 +67,15 @@ def filter_logits(logits: torch.Tensor, sampling: SamplingParams) -> torch.Tenso
         probabilities = logits.softmax(dim=-1)
         logits = logits.masked_fill(probabilities < sampling.min_p * probabilities.max(), -torch.inf)
     return logits
+
+
+def make_generator(sampling: SamplingParams, device: torch.device) -> torch.Generator | None:
+    """Every request has its own random numbers, so that its text does not depend on its neighbours."""
+    if sampling.greedy:
+        return None
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    return generator

@@ -4,9 +4,9 @@
 import pytest
 import torch
 
+from executor.before_loading import check_before_launch
 from executor.bench import CONFIG_FOLDER
 from executor.config import load_settings
-from executor.llm import check_before_launch
 from executor.loader import load_parameters
 from models.qwen3_moe.sharding import Layout, check_layout
 from models.qwen3_moe.weights import parameter_specs
