@@ -200,7 +200,6 @@ def log_bindings(ops: Ops) -> Ops:
     """Says once which operations are the backend's own; single calls it cannot take still go to the reference."""
     names = [name for name in vars(Ops) if not name.startswith(("_", "check_", "prepare_")) and name != "name"]
     lacking = [name for name in names if name not in vars(type(ops))]
-    logger.info(
-        "ops: %s %d/%d, reference: %s", ops.name, len(names) - len(lacking), len(names), ", ".join(lacking) or "none"
-    )
+    others = f", reference: {', '.join(lacking)}" if lacking else ""
+    logger.info("ops: %s %d/%d%s", ops.name, len(names) - len(lacking), len(names), others)
     return ops
