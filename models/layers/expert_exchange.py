@@ -30,9 +30,7 @@ class Dispatched:
 class ExpertExchange(Protocol):
     """A vendor's fused pair of operations fits behind these two as well."""
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
-    ) -> Dispatched:
+    def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         """[T, D] tokens of this rank: those of its attn_tp group or, in a sequence-parallel step, its share of them."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
@@ -50,9 +48,7 @@ class GatherExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
-    ) -> Dispatched:
+    def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         group, count = self.parallel.attn_dp, step.max_dp_tokens
         if step.sequence_parallel:
             group, count = self.parallel.world, share_of(step.max_dp_tokens, self.parallel.attn_tp.size)
@@ -87,9 +83,7 @@ class AllToAllExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata
-    ) -> Dispatched:
+    def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         attn_tp, moe_tp = self.parallel.attn_tp, self.parallel.moe_tp
         routing = routing.chosen()
         ids, weights = routing.topk_ids, routing.topk_weights

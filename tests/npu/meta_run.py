@@ -183,15 +183,22 @@ def run_all(wheel: Path) -> dict[str, Any]:
     return results
 
 
-def run_mutants(wheel: Path, sources: list[str]) -> list[dict[str, Any]]:
-    """A few cases on each changed source of ops/npu.py, or the error where no backend can be built on it."""
+def backend_of(sources: dict[str, str]) -> Any:
+    """The package ops.npu made of these sources, by the name of each module."""
+    package = module("ops.npu")
+    for name in sorted(sources, key=lambda name: name == "__init__"):  # which imports the others
+        made = package if name == "__init__" else module(f"ops.npu.{name}")
+        exec(compile(sources[name], f"ops/npu/{name}.py", "exec"), made.__dict__)
+    return package
+
+
+def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """A few cases on each changed source of ops/npu, or the error where no backend can be built on it."""
     load(wheel)
     results = []
-    for source in sources:
-        backend = module("mutated_backend")
+    for changed in sources:
         try:
-            exec(compile(source, "ops/npu.py", "exec"), backend.__dict__)
-            ops = backend.NpuOps("meta")
+            ops = backend_of(changed).NpuOps("meta")
             with torch.no_grad():
                 layouts = [run_case(f"30b-{layout}", Case("30b", layout, ops)) for layout in ("1tp", "128ep")]
                 results.append(layouts[0] | layouts[1])

@@ -4,7 +4,7 @@
 The schema strings stand as text in libtorch_npu.so; the meta functions are Python and run against a stand-in module.
 `load` takes over torch.ops.npu and sys.modules["torch_npu"], so it needs a process of its own.
 
-    python tests/npu/schemas.py     writes the schemas of the operations ops/npu.py uses into tests/npu/schemas/
+    python tests/npu/schemas.py     writes the schemas of the operations ops/npu uses into tests/npu/schemas/
 """
 
 import ast
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKEND = ROOT / "ops/npu.py"
+BACKEND = ROOT / "ops/npu"
 FILES = Path(__file__).with_suffix("")
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
 META_FILES = ("torch_npu/op_plugin/meta/_meta_registrations.py", "torch_npu/op_plugin/meta/_fake_registrations.py")
@@ -56,7 +56,8 @@ def backend_calls() -> list[ast.Call]:
     """Every call npu.<operation>(...) in the backend's source."""
     return [
         node
-        for node in ast.walk(ast.parse(BACKEND.read_text(encoding="utf-8")))
+        for file in sorted(BACKEND.glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
         and isinstance(node.func.value, ast.Name)
@@ -114,7 +115,7 @@ def write_committed() -> None:
 
     FILES.mkdir(exist_ok=True)
     for version in VERSIONS:
-        lines = [f"# SPDX-License-Identifier: Apache-2.0\n# torch_npu {version}: schemas of what ops/npu.py calls"]
+        lines = [f"# SPDX-License-Identifier: Apache-2.0\n# torch_npu {version}: schemas of what ops/npu calls"]
         lines += used_schemas(wheel(version)).values()
         (FILES / f"{version}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

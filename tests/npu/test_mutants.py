@@ -36,11 +36,13 @@ MUTANTS = [
 
 @pytest.fixture(scope="module")
 def mutants(tmp_path_factory) -> list[dict]:
-    source = BACKEND.read_text(encoding="utf-8")
-    assert all(old in source for old, _ in MUTANTS), [old for old, _ in MUTANTS if old not in source]
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in BACKEND.glob("*.py")}
+    mutated = [sources]
+    for old, new in MUTANTS:
+        [changed] = [name for name, source in sources.items() if old in source]
+        mutated.append(sources | {changed: sources[changed].replace(old, new, 1)})
     file = tmp_path_factory.mktemp("mutants") / "sources.json"
-    sources = [source, *(source.replace(old, new, 1) for old, new in MUTANTS)]
-    file.write_text(json.dumps(sources), encoding="utf-8")
+    file.write_text(json.dumps(mutated), encoding="utf-8")
     return meta_run(VERSIONS[0], file)
 
 
