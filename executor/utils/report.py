@@ -6,8 +6,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from executor.config import REPOSITORY
 
 
@@ -15,6 +13,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     """p50, p90 and p99 by linear interpolation; None where there are no values."""
     if not values:
         return {"p50": None, "p90": None, "p99": None}
+    import torch
+
     points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64))
     return dict(zip(("p50", "p90", "p99"), (round(point, 4) for point in points.tolist()), strict=True))
 

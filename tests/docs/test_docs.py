@@ -171,9 +171,14 @@ def files_in_commands(text: str) -> list[str]:
     return [
         *re.findall(r"bash ([\w./-]+\.sh)", commands),
         *re.findall(r"-r ([\w./-]+)", commands),
-        *(module.replace(".", "/") + ".py" for module in modules),
+        *(file_of_module(module) for module in modules),
         *(f"models/qwen3_moe/config/{name}.yaml" for name in yamls),
     ]
+
+
+def file_of_module(module: str) -> str:
+    path = module.replace(".", "/")
+    return f"{path}/__main__.py" if (REPOSITORY / path).is_dir() else f"{path}.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from executor import bench
+from executor.bench.__main__ import main
 
 
 def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["bench", "latency", "--yaml", "demo", "--set", "device=cpu", *arguments])
-    return bench.main()
+    return main()
 
 
 def test_report(monkeypatch, tmp_path, capsys):

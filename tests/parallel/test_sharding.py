@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from executor.before_loading import check_before_launch
-from executor.bench import CONFIG_FOLDER
+from executor.bench.common import CONFIG_FOLDER
 from executor.config import load_settings
 from executor.loader import load_parameters
 from models.qwen3_moe.sharding import Layout, check_layout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures speed: `python -m executor.bench latency --yaml X [--peer transformers]`.
+"""Time to the first token and time of each further one.
 
 A YAML with several ranks has them started here; rank 0 reports. Figures are medians over repeats that take turns with
 the peer's, so that a machine which changes its speed slows both. Times are in ms; absolute ones mean something
@@ -8,106 +8,56 @@ only on a machine that does nothing else.
 
 import argparse
 import gc
-import json
-import os
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
-from executor.config import load_settings
-from executor.rank import fail, join
-
-CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "models" / "qwen3_moe" / "config"
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    try:
-        rank = join()
-        yaml_file = Path(arguments.yaml)
-        if not yaml_file.is_file():
-            yaml_file = CONFIG_FOLDER / yaml_file.with_suffix(".yaml")
-        settings = [load_settings(yaml_file, [*arguments.set, f"exe_mode={mode}"]) for mode in arguments.exe_mode]
-        if arguments.new_tokens < 2:
-            raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
-        if settings[0].world_size > 1 and "WORLD_SIZE" not in os.environ:
-            from executor.launch import launch
-
-            launch(settings[0], ["executor.bench", *sys.argv[1:]])
-        report = latency(settings, arguments)
-    except ValueError as error:
-        return fail(2, error)
-    except Exception as error:
-        return fail(1, error)
-    if arguments.output and rank == 0:
-        Path(arguments.output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+from executor.bench.common import build_llm, command_parser, is_first_rank, settings_of, start_ranks, write_report
+from executor.sampling_params import SamplingParams
+from executor.utils.report import percentiles, table
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m executor.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("latency", help="time to the first token and time of each further one")
-    command.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
-    command.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    command.add_argument("--exe-mode", nargs="+", default=["eager"], metavar="MODE", help="eager and/or graph")
-    command.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
-    command.add_argument("--new-tokens", type=int, default=64)
-    command.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
-    command.add_argument("--repeats", type=int, default=3)
-    command.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
-    command.add_argument("--output", metavar="FILE", help="write the report there as JSON")
-    return parser.parse_args()
-
-
-def latency(settings: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs every combination, prints the table and returns the report."""
+def run(command_line: list[str]) -> None:
+    """Measures every combination, prints the table and writes the report."""
+    arguments = parse(command_line)
+    if arguments.new_tokens < 2:
+        raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
+    settings = [settings_of(arguments, f"exe_mode={mode}") for mode in arguments.exe_mode]
+    start_ranks(settings[0])
     from executor.device import device_name
-    from executor.utils.report import commit, versions
 
     results = []
     for one_mode in settings:
-        llm, peer = build(one_mode, arguments)
+        llm = build_llm(one_mode, max(arguments.prompt_tokens), arguments.new_tokens, max(arguments.batch_size))
+        peer = build_peer(llm, arguments.peer)
         for batch_size in arguments.batch_size:
             for prompt_tokens in arguments.prompt_tokens:
                 results += measure(llm, peer, batch_size, prompt_tokens, arguments)
         name = device_name(llm.device)
         del llm, peer
         gc.collect()  # the next mode needs the memory
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         print(result_table(results))
         if results[0]["world_size"] > 1:
             print(traffic_table(results))
-    return {
-        "device": name,
-        "commit": commit(),
-        "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
-        "versions": versions(),
-        "results": results,
-    }
+    write_report(arguments.output, name, results)
 
 
-def build(settings: Any, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Our model and the peer, large enough for what is to be measured."""
-    import dataclasses
+def parse(command_line: list[str]) -> argparse.Namespace:
+    parser = command_parser("latency", __doc__)
+    parser.add_argument("--exe-mode", nargs="+", default=["eager"], metavar="MODE", help="eager and/or graph")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
+    return parser.parse_args(command_line)
 
-    from executor.llm import LLM
 
-    data = dataclasses.replace(
-        settings.data_config,
-        input_max_len=max(arguments.prompt_tokens),
-        max_new_tokens=arguments.new_tokens,
-        batch_size=max(arguments.batch_size),
-    )
-    llm = LLM.from_settings(dataclasses.replace(settings, data_config=data))
-    if arguments.peer is None:
-        return llm, None
+def build_peer(llm: Any, name: str | None) -> Any:
+    if name is None:
+        return None
     from executor.peers import TransformersPeer
 
-    return llm, TransformersPeer(llm)
+    return TransformersPeer(llm)
 
 
 def measure(
@@ -164,15 +114,11 @@ def traffic(llm: Any, prompts: list[list[int]], new_tokens: int, runs: int) -> d
 
 def run_ours(llm: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, list[float]]:
     """Token ids, ttft in ms, and each decode step's time in ms (all prompts advance together)."""
-    from executor.sampling_params import SamplingParams
-
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     return [output.token_ids for output in outputs], outputs[0].ttft_ms, outputs[0].token_intervals_ms
 
 
 def row(llm: Any, system: str, runs: list[Any], prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    from executor.utils.report import percentiles
-
     tpot = percentiles([interval for _, _, intervals in runs for interval in intervals])
     means = sorted(sum(intervals) / len(intervals) for _, _, intervals in runs)
     return {
@@ -192,8 +138,6 @@ def row(llm: Any, system: str, runs: list[Any], prompts: list[list[int]], new_to
 
 
 def result_table(results: list[dict[str, Any]]) -> str:
-    from executor.utils.report import table
-
     header = ["system", "mode", "dtype", "batch", "prompt", "new", "ttft ms", "tpot p50", "p90", "p99", "tokens/s"]
     header += ["ours/this ttft", "tpot"]
     rows = []
@@ -209,8 +153,6 @@ def result_table(results: list[dict[str, Any]]) -> str:
 
 
 def traffic_table(results: list[dict[str, Any]]) -> str:
-    from executor.utils.report import table
-
     keys = ("tokens_of_job", "tokens_of_rank", "sent_bytes_per_token", "formula_bytes_per_token")
     header = ["mode", "batch", "prefill exchange", "decode exchange", "tokens", "of rank 0", "sent B/token", "formula"]
     rows = [
@@ -219,7 +161,3 @@ def traffic_table(results: list[dict[str, Any]]) -> str:
         if "exchanges" in result
     ]
     return table(header, rows)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

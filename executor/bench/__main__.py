@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures speed: `python -m executor.bench COMMAND --help` shows what a command takes."""
+
+import argparse
+import importlib
+import sys
+
+from executor.rank import fail, join
+
+COMMANDS = {"latency": "time to the first token and time of each further one"}
+
+
+def main() -> int:
+    """A command is a module beside this one; its `run` takes the rest of the command line."""
+    listed = "".join(f"\n  {name:12}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m executor.bench",
+        description=f"{__doc__}\n\ncommands:{listed}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    command = parser.parse_args(sys.argv[1:2]).command
+    try:
+        join()  # before a command imports torch
+        importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(sys.argv[2:])
+    except ValueError as error:
+        return fail(2, error)
+    except Exception as error:
+        return fail(1, error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: their common options, starting ranks, building the model, writing the report.
+
+Commands import torch only after `start_ranks`: the process that starts ranks sets what torch logs when it is imported.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor.config import REPOSITORY, Settings, load_settings
+from executor.launch import launch
+from executor.utils.report import commit, versions
+
+if TYPE_CHECKING:
+    from executor.llm import LLM
+
+CONFIG_FOLDER = REPOSITORY / "models" / "qwen3_moe" / "config"
+
+
+def command_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every command has which runs a model."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m executor.bench {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    return parser
+
+
+def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:
+    """What `--yaml` and `--set` say, and `overrides` over them."""
+    yaml_file = Path(arguments.yaml)
+    if not yaml_file.is_file():
+        yaml_file = CONFIG_FOLDER / yaml_file.with_suffix(".yaml")
+    return load_settings(yaml_file, [*arguments.set, *overrides])
+
+
+def start_ranks(settings: Settings) -> None:
+    """Ends this process with its ranks' exit code if the settings want several; returns in each of them."""
+    if settings.world_size > 1 and "WORLD_SIZE" not in os.environ:
+        launch(settings, ["executor.bench", *sys.argv[1:]])
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def build_llm(settings: Settings, prompt_tokens: int, new_tokens: int, batch_size: int) -> "LLM":
+    """The model, large enough for what is to be measured."""
+    from executor.llm import LLM
+
+    data = dataclasses.replace(
+        settings.data_config, input_max_len=prompt_tokens, max_new_tokens=new_tokens, batch_size=batch_size
+    )
+    return LLM.from_settings(dataclasses.replace(settings, data_config=data))
+
+
+def write_report(output: str | None, device: str, results: list[dict[str, Any]], **measured: Any) -> None:
+    """The results with all that identifies the run, from rank 0."""
+    report = {
+        "device": device,
+        "commit": commit(),
+        "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
+        "versions": versions(),
+        **measured,
+        "results": results,
+    }
+    if output and is_first_rank():
+        Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
