@@ -154,7 +154,7 @@ def check_devices(settings: Settings, processes: int) -> None:
 
     kind = select_device(settings.device).type
     count = torch.accelerator.device_count()
-    if settings.exe_mode == "graph" and kind != "cuda":
+    if settings.exe_mode == "graph" and kind == "cpu":
         raise ValueError(f"exe_mode: graph is not possible on device {kind}, only eager")
     if kind != "cpu" and count < processes:
         raise ValueError(

@@ -14,6 +14,7 @@ from executor.before_loading import check_before_launch, default_sampling, place
 from executor.config import Settings, load_settings, resolve_path, settings_from_dict
 from executor.device import free_memory_bytes, select_device, synchronize
 from executor.engine import Engine
+from executor.graph_runner import GraphRunner
 from executor.kv_cache import BLOCK_SIZE, BlockAllocator, block_bytes, blocks_for, cache_tensors
 from executor.loader import load_parameters, parameter_bytes, random_parameters
 from executor.model_runner import ModelRunner
@@ -98,8 +99,6 @@ class LLM:
                 "models/qwen3_moe/infer.sh starts them"
             )
         self.device = select_device(settings.device, local_rank())
-        if settings.exe_mode == "graph" and self.device.type != "cuda":
-            raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
         model_path, self.config = check_before_launch(settings)
         self.tokenizer = Tokenizer(
             self._tokenizer_path(model_path), data.input_max_len, data.long_prompt, data.enable_thinking
@@ -115,6 +114,8 @@ class LLM:
         self.dtype = getattr(torch, model.dtype)
         self.ops = load_ops(self.device.type)
         self.ops.check_model(self.dtype, self.config.head_dim)
+        if settings.exe_mode == "graph" and not self.ops.can_record:
+            raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
         self.parallel = init_parallel(
             self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
         )
@@ -203,21 +204,18 @@ class LLM:
 
     @torch.inference_mode()
     def _build_runner(self) -> ModelRunner:
-        dp_index, dp_size = self.parallel.attn_dp.index, self.parallel.attn_dp.size
-        sequence_parallel = self.settings.parallel_config.sequence_parallel and self.parallel.attn_tp.size > 1
+        parallel, data = self.parallel, self.settings.data_config
+        sequence_parallel = self.settings.parallel_config.sequence_parallel and parallel.attn_tp.size > 1
         if self.settings.exe_mode == "eager":
-            return ModelRunner(self.model, self.kv_caches, dp_index, sequence_parallel, self.device)
-        from executor.graph_runner import GraphRunner
-
-        data = self.settings.data_config
+            return ModelRunner(self.model, self.kv_caches, parallel, sequence_parallel, self.device)
         return GraphRunner(
             self.model,
             self.kv_caches,
-            dp_index,
+            parallel,
             sequence_parallel,
             self.device,
-            self.parallel,
-            batch_size=-(-data.batch_size // dp_size),
+            self.ops.graph_recorder(),
+            batch_size=-(-data.batch_size // parallel.attn_dp.size),
             max_len=data.input_max_len + data.max_new_tokens,
         )
 

@@ -14,6 +14,7 @@ from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
+from ops.comm import ParallelContext
 
 Batches = list[list[Sequence]]
 ROW_FIELDS = 4  # numbers a row of a decode step has beside its cache blocks
@@ -23,11 +24,17 @@ class ModelRunner:
     """Prefill and decode steps, eager. Sequence parallelism is for prefills: a decode step has too few tokens."""
 
     def __init__(
-        self, model: Qwen3Moe, kv_caches: list[KVCache], dp_index: int, sequence_parallel: bool, device: torch.device
+        self,
+        model: Qwen3Moe,
+        kv_caches: list[KVCache],
+        parallel: ParallelContext,
+        sequence_parallel: bool,
+        device: torch.device,
     ):
         self.model = model
         self.kv_caches = kv_caches
-        self.dp_index = dp_index
+        self.parallel = parallel
+        self.dp_index = parallel.attn_dp.index
         self.sequence_parallel = sequence_parallel
         self.device = device
         self.tokens_run = 0  # by this rank's group, since the start
@@ -110,12 +117,16 @@ class DecodeInputs:
         )
 
     def fill(self, sequences: list[Sequence]) -> None:
-        """Rows of the sequences' latest tokens, then rows of padding, which write to the null block."""
+        """Rows of the sequences' latest tokens, then rows of padding, which write to the null block.
+
+        Padding rows have one token; as long as the block has slots enough, each writes to one of its own.
+        """
         lens = [len(sequence) for sequence in sequences]
         padding = self.num_rows - len(sequences)
+        unused = [NULL_BLOCK * BLOCK_SIZE + row % BLOCK_SIZE for row in range(padding)]
         values = [sequence.token_ids[-1] for sequence in sequences] + [0] * padding
         values += [length - 1 for length in lens] + [0] * padding
-        values += [s.slot(n - 1) for s, n in zip(sequences, lens, strict=True)] + [NULL_BLOCK * BLOCK_SIZE] * padding
+        values += [s.slot(n - 1) for s, n in zip(sequences, lens, strict=True)] + unused
         values += lens + [1] * padding
         for sequence, length in zip(sequences, lens, strict=True):
             blocks = sequence.blocks[: blocks_for(length)]

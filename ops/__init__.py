@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ops.recorder import GraphRecorder
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 __all__ = ["DenseWeight", "Ops", "RouterLogits", "Routing", "StepMetadata", "TransposedWeight", "Weight", "load_ops"]
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 class StepMetadata:
     """Where the tokens of one step stand. Sequences are packed one after the other along T.
 
-    Tensors live on the device; the two lists repeat on the host what some kernels want as plain integers. In a
-    captured decode step the tensors are rewritten before each replay, and the lists hold what stood at capture.
+    Tensors live on the device; the two lists repeat on the host what some kernels want as plain integers. Before each
+    replay of a captured decode step the tensors are rewritten; what the step made of the lists, the replay renews.
     """
 
     is_prefill: bool
@@ -81,6 +82,7 @@ class Ops:
     """
 
     name = "abstract"
+    can_record = False  # whether a decode step never waits for the device, on a device that has graphs
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         """ValueError naming the setting if the backend cannot run a model of this dtype and head size."""
@@ -95,6 +97,10 @@ class Ops:
         """What `attention` of every layer takes, made once a step: cos and sin [T, C] float32 and the step, in the
         form the backend's kernels want for a model of `dtype`."""
         return cos_sin, step
+
+    def graph_recorder(self) -> GraphRecorder:
+        """Records decode steps where `can_record`."""
+        return GraphRecorder()
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""

@@ -25,7 +25,7 @@ class ReferenceOps(Ops):
     name = "reference"
 
     def __init__(self, grouped_mm: bool = False):
-        self.grouped_mm = grouped_mm
+        self.grouped_mm = self.can_record = grouped_mm
 
     def embedding(self, token_ids, weight):
         return F.embedding(token_ids, weight)

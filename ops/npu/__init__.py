@@ -16,7 +16,17 @@ import torch_npu  # noqa: F401  registers torch.ops.npu
 from torch.nn import functional as F
 
 from ops import Routing, StepMetadata
-from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, HEAD_DIM, ROTARY, TRIALS
+from ops.npu.recorder import NpuGraphRecorder
+from ops.npu.variants import (
+    ATTENTION,
+    CACHE_WRITE,
+    COMBINE,
+    GATING,
+    HEAD_DIM,
+    LENGTHS_ARGUMENT,
+    ROTARY,
+    TRIALS,
+)
 from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
@@ -111,6 +121,9 @@ class NpuOps(ReferenceOps):
         fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(StepMetadata)}
         fields["block_table"] = step.block_table.int()
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
+
+    def graph_recorder(self):
+        return NpuGraphRecorder(LENGTHS_ARGUMENT[self.attend])
 
     def add_norm(self, hidden_states, residual, norm_weight, eps):
         if hidden_states.shape[0] == 0:

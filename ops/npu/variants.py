@@ -110,6 +110,7 @@ ROTARY = {
 }
 CACHE_WRITE = {"npu_scatter_pa_kv_cache": write_cache_pa, "npu_scatter_nd_update_": write_cache_nd}
 ATTENTION = {"npu_fused_infer_attention_score_v2": attend_v2, "npu_fused_infer_attention_score": attend_v1}
+LENGTHS_ARGUMENT = {attend_v2: "actual_seq_kvlen", attend_v1: "actual_seq_lengths_kv"}  # of the keys
 GATING = {"npu_moe_gating_top_k_softmax_v2": choose_experts_v2, "npu_moe_gating_top_k_softmax": choose_experts_v1}
 COMBINE = {"npu_moe_finalize_routing": combine_finalize, "npu_moe_token_unpermute": combine_unpermute}
 

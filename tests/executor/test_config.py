@@ -300,9 +300,9 @@ def test_settings_are_frozen(yaml_file):
         ({"exe_mode": "graph", "device": "cpu"}, "exe_mode: graph is not possible on device cpu"),
     ],
 )
-def test_llm_refuses_settings(settings, named, tmp_path):
+def test_llm_refuses_settings(settings, named):
     with pytest.raises(ValueError, match="^" + named.replace("?", r"\?")) as error:
-        LLM(tmp_path, **settings)
+        LLM("models/qwen3_moe/demo", **settings)
     assert "did you mean model_config?" not in str(error.value)
 
 

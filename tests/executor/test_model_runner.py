@@ -33,7 +33,7 @@ def test_padding_rows_change_nothing(tmp_path):
     torch.testing.assert_close(logits[:3], expected, atol=1e-5, rtol=0)
     for (keys, _), new in zip(llm.kv_caches, after, strict=True):
         torch.testing.assert_close(keys[NULL_BLOCK + 1 :], new[NULL_BLOCK + 1 :], atol=1e-5, rtol=0)
-    assert inputs.step.slot_mapping[3:].tolist() == [NULL_BLOCK * BLOCK_SIZE] * 2
+    assert inputs.step.slot_mapping[3:].tolist() == [NULL_BLOCK * BLOCK_SIZE, NULL_BLOCK * BLOCK_SIZE + 1]
     assert inputs.step.seq_lens.tolist() == [131, 8, 129, 1, 1]
 
     inputs.fill(sequences[:1])  # fewer rows the next time: none of the old ones is left

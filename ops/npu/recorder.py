@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps as NPU graphs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.13)."""
+
+from collections.abc import Callable
+
+import torch
+
+from ops.recorder import GraphRecorder, Replay, T
+
+
+class NpuGraphRecorder(GraphRecorder):
+    """Fused attention keeps the lengths of its call in the graph: they are replaced before each replay.
+
+    `lengths_argument`: what attention's operation calls the lengths of the cached keys, which it must be given by name.
+    """
+
+    def __init__(self, lengths_argument: str):
+        super().__init__(torch.npu)
+        self.lengths_argument = lengths_argument
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph, pool=self.pool, auto_dispatch_capture=True):  # notes the calls of attention
+            result = work()
+
+        def replay(seq_lens: list[int]) -> None:
+            # the update runs on a stream of its own and sets an event that each recorded attention waits for and
+            # resets: set once more before the last replay has got there, one of the two would wait for ever
+            torch.npu.current_stream().synchronize()
+            graph.update(cpu_update_input=[{self.lengths_argument: seq_lens}])  # one entry is for all layers
+            graph.replay()
+
+        return result, replay
