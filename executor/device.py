@@ -3,6 +3,7 @@
 
 import glob
 import os
+import resource
 
 import torch
 
@@ -59,6 +60,15 @@ def free_memory_bytes(device: torch.device) -> int:
     with open("/proc/meminfo", encoding="ascii") as meminfo:
         sizes = dict(line.split(":") for line in meminfo)
     return int(sizes["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held at a time: by tensors on an accelerator, by this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "npu":
+        return torch.npu.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:

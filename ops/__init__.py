@@ -87,6 +87,10 @@ class Ops:
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         """ValueError naming the setting if the backend cannot run a model of this dtype and head size."""
 
+    def fallbacks(self, dtype: torch.dtype) -> list[str]:
+        """What this backend has no operation of its own for, with a model of `dtype`, and what it had to replace."""
+        return inherited_operations(self)
+
     def prepare_weight(self, weight: Weight) -> Weight:
         """A loaded weight in the form that the backend's matrix products want; the given one may be freed."""
         return weight
@@ -178,6 +182,14 @@ class Ops:
         raise NotImplementedError
 
 
+OPERATIONS = "embedding add_norm linear norm_linear silu_and_mul attention route experts".split()
+
+
+def inherited_operations(ops: Ops) -> list[str]:
+    """Operations that a backend does not define: the reference's."""
+    return [name for name in OPERATIONS if name not in vars(type(ops))]
+
+
 def npu_available() -> bool:
     """Whether torch_npu is installed and sees a device."""
     if importlib.util.find_spec("torch_npu") is None:
@@ -204,8 +216,7 @@ def load_ops(device_type: str) -> Ops:
 
 def log_bindings(ops: Ops) -> Ops:
     """Says once which operations are the backend's own; single calls it cannot take still go to the reference."""
-    names = [name for name in vars(Ops) if not name.startswith(("_", "check_", "prepare_")) and name != "name"]
-    lacking = [name for name in names if name not in vars(type(ops))]
-    others = f", reference: {', '.join(lacking)}" if lacking else ""
-    logger.info("ops: %s %d/%d%s", ops.name, len(names) - len(lacking), len(names), others)
+    inherited = inherited_operations(ops)
+    others = f", reference: {', '.join(inherited)}" if inherited else ""
+    logger.info("ops: %s %d/%d%s", ops.name, len(OPERATIONS) - len(inherited), len(OPERATIONS), others)
     return ops

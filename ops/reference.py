@@ -8,7 +8,7 @@ letters are explained in `ops/__init__.py`.
 import torch
 from torch.nn import functional as F
 
-from ops import Ops, RouterLogits, StepMetadata
+from ops import OPERATIONS, Ops, RouterLogits, StepMetadata
 
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # torch 2.8 and 2.9 have the latter
 MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
@@ -26,6 +26,11 @@ class ReferenceOps(Ops):
 
     def __init__(self, grouped_mm: bool = False):
         self.grouped_mm = self.can_record = grouped_mm
+
+    def fallbacks(self, dtype):
+        """All of them where this stands in for an accelerator's backend; for a CPU it is the backend."""
+        stands_in = type(self) is ReferenceOps and self.grouped_mm
+        return OPERATIONS if stands_in else super().fallbacks(dtype)
 
     def embedding(self, token_ids, weight):
         return F.embedding(token_ids, weight)

@@ -32,6 +32,7 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--allow-fallback", action="store_true", help="measure even where an operation is plain torch")
     parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
     return parser
 
@@ -54,24 +55,64 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def build_llm(settings: Settings, prompt_tokens: int, new_tokens: int, batch_size: int) -> "LLM":
-    """The model, large enough for what is to be measured."""
+def build_llm(settings: Settings, prompt_tokens: int, new_tokens: int, batch_size: int, allow_fallback: bool) -> "LLM":
+    """The model, large enough for what is to be measured.
+
+    ValueError, before anything is loaded, if an accelerator lacks operations of its own and that is not allowed.
+    """
     from executor.llm import LLM
 
+    if not allow_fallback:
+        refuse_fallbacks(settings)
     data = dataclasses.replace(
         settings.data_config, input_max_len=prompt_tokens, max_new_tokens=new_tokens, batch_size=batch_size
     )
     return LLM.from_settings(dataclasses.replace(settings, data_config=data))
 
 
-def write_report(output: str | None, device: str, results: list[dict[str, Any]], **measured: Any) -> None:
-    """The results with all that identifies the run, from rank 0."""
+def refuse_fallbacks(settings: Settings) -> None:
+    import torch
+
+    from executor.device import select_device
+    from ops import load_ops
+    from ops.comm import local_rank
+
+    device = select_device(settings.device, local_rank())
+    lacking = load_ops(device.type).fallbacks(getattr(torch, settings.model_config.dtype))
+    if lacking:
+        raise ValueError(
+            f"device: {device.type} has no operation of its own, or not the best one, for {', '.join(lacking)} with "
+            f"dtype {settings.model_config.dtype} (docs/gpu.md and docs/npu.md say what is needed); --allow-fallback "
+            "measures all the same"
+        )
+
+
+def random_prompts(llm: "LLM", batch_size: int, prompt_tokens: int) -> list[list[int]]:
+    """Distinct prompts, so that sequences choose different experts; the same in every run."""
+    import torch
+
+    generator = torch.Generator().manual_seed(batch_size * 100003 + prompt_tokens)
+    return torch.randint(0, llm.config.vocab_size, (batch_size, prompt_tokens), generator=generator).tolist()
+
+
+def describe_device(llm: "LLM") -> dict[str, Any]:
+    """What a report says of where it ran."""
+    from executor.device import device_name
+
+    return {
+        "device": device_name(llm.device),
+        "ops": llm.ops.name,
+        "fallbacks": [] if llm.device.type == "cpu" else llm.ops.fallbacks(llm.dtype),
+    }
+
+
+def write_report(output: str | None, results: list[dict[str, Any]], **circumstances: Any) -> None:
+    """Rank 0 writes the results with all that identifies the run."""
     report = {
-        "device": device,
         "commit": commit(),
         "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
         "versions": versions(),
-        **measured,
+        **circumstances,
         "results": results,
     }
     if output and is_first_rank():

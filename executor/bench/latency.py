@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to the first token and time of each further one.
+"""Time to the first token and time of each further one, beside the floor that the memory's read rate sets.
 
 A YAML with several ranks has them started here; rank 0 reports. Figures are medians over repeats that take turns with
 the peer's, so that a machine which changes its speed slows both. Times are in ms; absolute ones mean something
@@ -8,37 +8,52 @@ only on a machine that does nothing else.
 
 import argparse
 import gc
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from executor.bench.common import build_llm, command_parser, is_first_rank, settings_of, start_ranks, write_report
-from executor.sampling_params import SamplingParams
-from executor.utils.report import percentiles, table
+from executor.bench.common import (
+    build_llm,
+    command_parser,
+    describe_device,
+    is_first_rank,
+    random_prompts,
+    settings_of,
+    start_ranks,
+    write_report,
+)
+from executor.utils.report import table
+
+if TYPE_CHECKING:
+    from executor.llm import LLM
 
 
 def run(command_line: list[str]) -> None:
-    """Measures every combination, prints the table and writes the report."""
+    """Measures every combination, prints the tables and writes the report."""
     arguments = parse(command_line)
     if arguments.new_tokens < 2:
         raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
     settings = [settings_of(arguments, f"exe_mode={mode}") for mode in arguments.exe_mode]
     start_ranks(settings[0])
-    from executor.device import device_name
+    from executor.bench.measure import measure
+    from executor.bench.timing import read_ceiling
 
-    results = []
+    longest, largest = max(arguments.prompt_tokens), max(arguments.batch_size)
+    results: list[dict[str, Any]] = []
+    circumstances: dict[str, Any] = {}
     for one_mode in settings:
-        llm = build_llm(one_mode, max(arguments.prompt_tokens), arguments.new_tokens, max(arguments.batch_size))
+        llm = build_llm(one_mode, longest, arguments.new_tokens, largest, arguments.allow_fallback)
+        if not circumstances:
+            circumstances = describe_device(llm) | {"start_to_first_token_s": start_to_first_token_s(llm, arguments)}
+            circumstances["read_ceiling"] = read_ceiling(llm.device)
         peer = build_peer(llm, arguments.peer)
         for batch_size in arguments.batch_size:
             for prompt_tokens in arguments.prompt_tokens:
-                results += measure(llm, peer, batch_size, prompt_tokens, arguments)
-        name = device_name(llm.device)
+                prompts = random_prompts(llm, batch_size, prompt_tokens)
+                results += measure(llm, peer, prompts, arguments, circumstances["read_ceiling"]["gb_per_s"])
         del llm, peer
         gc.collect()  # the next mode needs the memory
     if is_first_rank():
-        print(result_table(results))
-        if results[0]["world_size"] > 1:
-            print(traffic_table(results))
-    write_report(arguments.output, name, results)
+        print(tables(results, circumstances))
+    write_report(arguments.output, results, **circumstances)
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
@@ -52,7 +67,17 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     return parser.parse_args(command_line)
 
 
-def build_peer(llm: Any, name: str | None) -> Any:
+def start_to_first_token_s(llm: "LLM", arguments: argparse.Namespace) -> float:
+    """From the start of this process to the first token of its first prompt."""
+    from executor.bench.measure import generate
+    from executor.bench.timing import process_age_s
+
+    age_s = process_age_s()
+    _, ttft_ms, _ = generate(llm, random_prompts(llm, 1, arguments.prompt_tokens[0]), 1)
+    return round(age_s + ttft_ms / 1e3, 2)
+
+
+def build_peer(llm: "LLM", name: str | None) -> Any:
     if name is None:
         return None
     from executor.peers import TransformersPeer
@@ -60,81 +85,17 @@ def build_peer(llm: Any, name: str | None) -> Any:
     return TransformersPeer(llm)
 
 
-def measure(
-    llm: Any, peer: Any, batch_size: int, prompt_tokens: int, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """One row for us and one for each way the peer can run, from interleaved repeats; the first round is warm-up."""
-    import torch
-
-    generator = torch.Generator().manual_seed(batch_size * 100003 + prompt_tokens)
-    prompts = torch.randint(0, llm.config.vocab_size, (batch_size, prompt_tokens), generator=generator).tolist()
-    rounds: dict[str, list[tuple[Any, float, list[float]]]] = {"ours": []}
-    peer_names = {}
-    if peer is not None:
-        from executor.peers import EXPERTS_IMPLEMENTATIONS
-
-        peer_names = {f"transformers {implementation}": implementation for implementation in EXPERTS_IMPLEMENTATIONS}
-        rounds |= {name: [] for name in peer_names}
-    llm.parallel.traffic.sent_bytes.clear()
-    llm.runner.tokens_run = 0
-    for _ in range(arguments.repeats + 1):
-        rounds["ours"].append(run_ours(llm, prompts, arguments.new_tokens))
-        for name, implementation in peer_names.items():
-            rounds[name].append(peer.generate(prompts, arguments.new_tokens, implementation))
-    rows = [row(llm, name, runs[1:], prompts, arguments.new_tokens) for name, runs in rounds.items()]
-    if llm.settings.world_size > 1:
-        rows[0] |= traffic(llm, prompts, arguments.new_tokens, arguments.repeats + 1)
-    for result in rows[1:]:
-        result["ours_over_this"] = {
-            "ttft": round(rows[0]["ttft_ms"]["p50"] / result["ttft_ms"]["p50"], 3),
-            "tpot": round(rows[0]["tpot_ms"]["p50"] / result["tpot_ms"]["p50"], 3),
-        }
-        same = rounds["ours"][-1][0] == rounds[result["system"]][-1][0]
-        result["same_tokens_as_ours"] = same
-    return rows
-
-
-def traffic(llm: Any, prompts: list[list[int]], new_tokens: int, runs: int) -> dict[str, Any]:
-    """What rank 0 sent and worked on in one run, as counted and as docs/parallelism.md's formulas say."""
-    from executor.traffic import expected_run_bytes
-
-    names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
-    sent = sum(count for name, count in llm.parallel.traffic.sent_bytes.items() if name != "control")
-    tokens = sum(map(len, prompts)) + len(prompts) * (new_tokens - 1)
-    expected = expected_run_bytes(llm, [len(prompt) for prompt in prompts], new_tokens)
-    return {
-        "layout": {name: getattr(llm.settings.parallel_config, name) for name in names},
-        "exchanges": {phase: type(llm.exchange(phase == "prefill")).__name__ for phase in ("prefill", "decode")},
-        "tokens_of_job": tokens,
-        "tokens_of_rank": llm.runner.tokens_run // runs,
-        "sent_bytes_per_token": round(sent / runs / tokens, 1),
-        "formula_bytes_per_token": round(expected / tokens, 1),
-    }
-
-
-def run_ours(llm: Any, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], float, list[float]]:
-    """Token ids, ttft in ms, and each decode step's time in ms (all prompts advance together)."""
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
-    return [output.token_ids for output in outputs], outputs[0].ttft_ms, outputs[0].token_intervals_ms
-
-
-def row(llm: Any, system: str, runs: list[Any], prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-    tpot = percentiles([interval for _, _, intervals in runs for interval in intervals])
-    means = sorted(sum(intervals) / len(intervals) for _, _, intervals in runs)
-    return {
-        "system": system,
-        "exe_mode": llm.settings.exe_mode if system == "ours" else "eager",
-        "dtype": llm.settings.model_config.dtype,
-        "quantization": None,
-        "world_size": llm.settings.world_size,
-        "batch_size": len(prompts),
-        "prompt_tokens": len(prompts[0]),
-        "new_tokens": new_tokens,
-        "repeats": len(runs),
-        "ttft_ms": percentiles([ttft for _, ttft, _ in runs]),
-        "tpot_ms": {**tpot, "mean": round(means[len(means) // 2], 4)},
-        "tok_per_s": round(1e3 * len(prompts) / means[len(means) // 2], 2),
-    }
+def tables(results: list[dict[str, Any]], circumstances: dict[str, Any]) -> str:
+    """All that is printed."""
+    ceiling = circumstances["read_ceiling"]
+    parts = [result_table(results), floor_table(results)]
+    if results[0]["world_size"] > 1:
+        parts.append(traffic_table(results))
+    parts.append(
+        f"read ceiling {ceiling['gb_per_s']} GB/s ({ceiling['measured_by']}), process start to first token "
+        f"{circumstances['start_to_first_token_s']} s, peak memory {results[0]['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    return "\n\n".join(parts)
 
 
 def result_table(results: list[dict[str, Any]]) -> str:
@@ -149,6 +110,19 @@ def result_table(results: list[dict[str, Any]]) -> str:
             [*(result[key] for key in keys), result["ttft_ms"]["p50"], tpot["p50"], tpot["p90"], tpot["p99"]]
             + [result["tok_per_s"], ratio.get("ttft"), ratio.get("tpot")]
         )
+    return table(header, rows)
+
+
+def floor_table(results: list[dict[str, Any]]) -> str:
+    """What a decode step of rank 0 reads, and how near its time comes to the time that reading alone takes."""
+    header = ["mode", "batch", "prompt", "experts a layer", "MB a step", "floor ms", "tpot p50", "GB/s", "of ceiling"]
+    before = ("exe_mode", "batch_size", "prompt_tokens", "distinct_experts_per_layer")
+    rows = []
+    for result in results:
+        if result["system"] == "ours":
+            megabytes, tpot_ms = sum(result["read_bytes_per_step"].values()) / 1e6, result["tpot_ms"]["p50"]
+            achieved = (result["achieved_gb_per_s"], result["fraction_of_ceiling"])
+            rows.append([*(result[key] for key in before), megabytes, result["floor_ms"], tpot_ms, *achieved])
     return table(header, rows)
 
 

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from ops import RouterLogits, Routing, StepMetadata
+from ops import OPERATIONS, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
 from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
@@ -37,6 +37,7 @@ class CudaOps(ReferenceOps):
     """Binds kernels to the operations; what they do not support goes to the reference."""
 
     name = "cuda"
+    embedding = ReferenceOps.embedding  # one kernel of torch's
 
     def __init__(self) -> None:
         super().__init__(grouped_mm=True)
@@ -47,6 +48,9 @@ class CudaOps(ReferenceOps):
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
+
+    def fallbacks(self, dtype):
+        return super().fallbacks(dtype) if dtype in DTYPES else OPERATIONS
 
     def add_norm(self, hidden_states, residual, norm_weight, eps):
         num_tokens, d = hidden_states.shape

@@ -60,6 +60,8 @@ class NpuOps(ReferenceOps):
     """
 
     name = "npu"
+    embedding = ReferenceOps.embedding  # one operation of torch's
+    norm_linear = ReferenceOps.norm_linear  # add_norm and linear
 
     def __init__(self, device: str = "npu"):
         super().__init__(grouped_mm=True)
@@ -72,6 +74,7 @@ class NpuOps(ReferenceOps):
         # True means hidden; attention's causal modes want exactly this size, whatever the lengths
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.bindings: dict[str, str] = {}  # which variant stands behind each of these
+        self.replaced: list[str] = []  # those that have a better one, which does not work here
         self.rotate = self.bind("rotary", ROTARY, device)
         self.write_cache = self.bind("cache write", CACHE_WRITE, device)
         self.attend = self.bind("attention", ATTENTION, device)
@@ -92,8 +95,13 @@ class NpuOps(ReferenceOps):
                 logger.info("ops: npu lacks %s", errors[-1])
                 continue
             self.bindings[what] = name
+            if errors:
+                self.replaced.append(f"{what} ({name})")
             return variant
         raise RuntimeError(f"device: npu has no working operation for {what}: {'; '.join(errors)}")
+
+    def fallbacks(self, dtype):
+        return super().fallbacks(dtype) + self.replaced
 
     def check_model(self, dtype, head_dim):
         if dtype not in (torch.bfloat16, torch.float16):

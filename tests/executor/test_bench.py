@@ -1,25 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bench command runs, and its report has what readers of docs/results expect."""
+"""The bench command runs, its report has what readers of docs/results expect, and its floor is counted right."""
 
 import json
 import sys
+import time
 
 import pytest
+import torch
 
+from executor import LLM
 from executor.bench.__main__ import main
+from executor.bench.floor import distinct_experts, step_bytes
+from executor.bench.timing import process_age_s, read_ceiling, time_ms
+from ops.reference import ReferenceOps
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench", "latency", "--yaml", "demo", "--set", "device=cpu", *arguments])
+def bench(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
     return main()
 
 
-def test_report(monkeypatch, tmp_path, capsys):
+def latency(monkeypatch, *arguments: str) -> int:
+    return bench(monkeypatch, "latency", "--yaml", "demo", "--set", "device=cpu", *arguments)
+
+
+def test_latency(monkeypatch, tmp_path, capsys):
     output = tmp_path / "report.json"
     sizes = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--batch-size", "1", "2")
-    assert run(monkeypatch, *sizes, "--peer", "transformers", "--output", str(output)) == 0
+    assert latency(monkeypatch, *sizes, "--peer", "transformers", "--output", str(output)) == 0
     report = json.loads(output.read_text())
     assert {"device", "commit", "command", "versions", "results"} <= set(report)
+    assert (report["ops"], report["fallbacks"]) == ("reference", [])
+    assert 0 < report["start_to_first_token_s"] < process_age_s()
+    ceiling = report["read_ceiling"]["gb_per_s"]
     systems = ["ours", "transformers grouped_mm", "transformers batched_mm"]
     assert [(result["system"], result["batch_size"]) for result in report["results"]] == [
         (system, batch_size) for batch_size in (1, 2) for system in systems
@@ -30,7 +43,14 @@ def test_report(monkeypatch, tmp_path, capsys):
         for times in (result["ttft_ms"], result["tpot_ms"]):
             assert 0 < times["p50"] <= times["p90"] <= times["p99"]
         assert result["tok_per_s"] > 0
-    assert "ours/this ttft" in capsys.readouterr().out
+        read = sum(result["read_bytes_per_step"].values())
+        assert result["read_bytes_per_token"] == pytest.approx(read / result["batch_size"], abs=1)
+        assert result["floor_ms"] == pytest.approx(read / ceiling / 1e6, rel=1e-2)
+        assert result["fraction_of_ceiling"] == pytest.approx(
+            result["floor_ms"] / result["tpot_ms"]["p50"], rel=1e-2, abs=1e-4
+        )
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("ours/this ttft", "of ceiling", "read ceiling"))
 
 
 @pytest.mark.parametrize(
@@ -38,5 +58,51 @@ def test_report(monkeypatch, tmp_path, capsys):
     [(("--new-tokens", "1"), "--new-tokens"), (("--set", "data_config.batchsize=2"), "data_config.batch_size")],
 )
 def test_bad_input(arguments, named, monkeypatch, capsys):
-    assert run(monkeypatch, *arguments) == 2
+    assert latency(monkeypatch, *arguments) == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("models/qwen3_moe/demo", device="cpu", batch_size=3, cache_tokens=1024)
+
+
+def test_distinct_experts(llm):
+    """One sequence, or several equal ones, read top-k experts a layer; others read more. Nothing stays changed."""
+    top_k = llm.config.num_experts_per_tok
+    before = llm.generate([[5, 6, 7]])
+    assert distinct_experts(llm, [[5, 6, 7]]) == distinct_experts(llm, [[5, 6, 7]] * 3) == top_k
+    assert top_k < distinct_experts(llm, [[5, 6, 7], [100, 3], [42]]) <= min(3 * top_k, llm.config.num_experts)
+    assert not {"experts", "decode"} & {*vars(llm.ops), *vars(llm.runner)}
+    assert llm.generate([[5, 6, 7]])[0].token_ids == before[0].token_ids
+
+
+def test_step_bytes(llm):
+    """Against the sizes that config.json gives."""
+    config = llm.config
+    hidden, layers, element = config.hidden_size, config.num_hidden_layers, llm.dtype.itemsize
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = 2 * hidden + 2 * config.head_dim
+    layer = (q + 2 * kv) * hidden + q * hidden + config.num_experts * hidden + norms
+    assert step_bytes(llm, sequences=3, cached_tokens=100, distinct_experts=5.5) == {
+        "weights": (layers * layer + hidden + config.vocab_size * hidden) * element,
+        "experts": layers * 5.5 * 3 * hidden * config.moe_intermediate_size * element,
+        "cache": 3 * 100 * layers * 2 * kv * element,
+    }
+
+
+def test_timing():
+    cpu = torch.device("cpu")
+    assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 100
+    ceiling = read_ceiling(cpu)
+    assert ceiling["gb_per_s"] > 0.1 and "of 0.27 GB" in ceiling["measured_by"]
+
+
+def test_fallbacks_are_refused(monkeypatch, capsys):
+    """An accelerator on which plain torch stands for operations is measured only if that is said."""
+    monkeypatch.setattr("ops.load_ops", lambda device_type: ReferenceOps(grouped_mm=True))
+    assert latency(monkeypatch, "--prompt-tokens", "8") == 2
+    refusal = capsys.readouterr().err
+    assert refusal.count("\n") == 1 and "attention" in refusal and "--allow-fallback" in refusal
+    sizes = ("--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1")
+    assert latency(monkeypatch, *sizes, "--allow-fallback") == 0

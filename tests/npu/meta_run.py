@@ -174,11 +174,13 @@ def run_all(wheel: Path) -> dict[str, Any]:
         results["weights"] = {
             name: type(value).__name__ for name, value in Case("30b", "1tp", ops).parameters.values.items()
         }
+        results["fallbacks"] = ops.fallbacks(torch.bfloat16)
         for level in (1, 2):
             for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE"):
                 setattr(npu, name, without_first(getattr(npu, name)))
             ops = npu.NpuOps("meta")
             results[f"bindings-fallback{level}"] = ops.bindings
+            results[f"fallbacks-fallback{level}"] = ops.fallbacks(torch.bfloat16)
             results |= run_case(f"fallback{level}", Case("30b", "4tp", ops))
     return results
 

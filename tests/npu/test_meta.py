@@ -282,6 +282,8 @@ def test_bindings(results):
         "combine": "npu_moe_token_unpermute",
     }
     assert results["bindings-fallback1"] == second
+    assert results["fallbacks"] == []
+    assert results["fallbacks-fallback1"] == [f"{what} ({name})" for what, name in second.items()]
     assert results["bindings-fallback2"] == second | {"rotary": "npu_rotary_mul"}
 
 

@@ -13,7 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from ops import DenseWeight, RouterLogits, Routing, StepMetadata  # noqa: E402
+from ops import OPERATIONS, DenseWeight, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
 from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
@@ -50,6 +50,13 @@ def poison(ops: CudaOps) -> None:
             buffer = getattr(call, name, None)
             if buffer is not None and buffer.dtype.is_floating_point:
                 buffer.fill_(float("nan"))
+
+
+def test_fallbacks():
+    """Of the dtypes that kernels take every operation is there."""
+    ops = CudaOps()
+    assert [ops.fallbacks(dtype) for dtype in (torch.bfloat16, torch.float16)] == [[], []]
+    assert ops.fallbacks(torch.float32) == OPERATIONS
 
 
 def has_own_kernel(weight: DenseWeight, num_tokens: int) -> bool:

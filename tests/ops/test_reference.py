@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ops import DenseWeight, Routing, StepMetadata, load_ops
+from ops import OPERATIONS, DenseWeight, Routing, StepMetadata, load_ops
 from ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -36,6 +36,13 @@ def normed(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
 def test_every_operation_is_there(device_type):
     ops = load_ops(device_type)
     assert isinstance(ops, ReferenceOps) and ops.grouped_mm == (device_type != "cpu")
+
+
+def test_fallbacks():
+    """On a CPU plain torch is the backend; on an accelerator it stands for every operation."""
+    assert ReferenceOps().fallbacks(torch.bfloat16) == []
+    assert ReferenceOps(grouped_mm=True).fallbacks(torch.bfloat16) == OPERATIONS
+    assert {"embedding", "norm_linear", "attention", "linear", "route", "experts"} <= set(OPERATIONS)
 
 
 @DTYPES

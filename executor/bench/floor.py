@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decode step has to read from memory, counted on the loaded model; over the read rate that is its floor."""
+
+import dataclasses
+from types import MethodType
+
+import torch
+
+from executor.llm import LLM
+from executor.model_runner import ModelRunner
+from executor.sampling_params import SamplingParams
+from ops import Weight
+
+COUNTED_STEPS = 8
+
+
+def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: float) -> dict[str, int]:
+    """Bytes that this rank reads in a decode step of `sequences` of its own, `cached_tokens` long each.
+
+    That is all weights once: but of the embedding nothing to speak of, unless it is the output head too, and of the
+    experts those that were chosen, `distinct_experts` a layer.
+    """
+    tied = llm.config.tie_word_embeddings
+    sizes = {name: held_bytes(value) for name, value in llm.parameters.values.items()}
+    experts = sum(size for name, size in sizes.items() if is_experts(name))
+    others = sum(sizes.values()) - experts - (0 if tied else sizes["embed_tokens.weight"])
+    key_cache = llm.kv_caches[0][0]
+    return {
+        "weights": others,
+        "experts": round(experts * distinct_experts / max(1, held_experts(llm))),
+        "cache": sequences * cached_tokens * 2 * len(llm.kv_caches) * key_cache[0, 0].nbytes,
+    }
+
+
+def is_experts(name: str) -> bool:
+    return ".experts." in name
+
+
+def held_experts(llm: LLM) -> int:
+    return llm.config.num_experts // llm.parallel.moe_ep.size
+
+
+def held_bytes(value: torch.Tensor | Weight) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = (getattr(value, field.name) for field in dataclasses.fields(value))
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+
+
+def distinct_experts(llm: LLM, prompts: list[list[int]]) -> float:
+    """Experts of this rank that a layer of a decode step reads: the mean over layers and some steps, 0 without any."""
+    counts: list[int] = []
+
+    def counting_experts(hidden_states, routing, gate_up, down):
+        ids = routing.chosen().topk_ids
+        counts.append(ids[ids < held_experts(llm)].unique().numel())  # larger ones are on other ranks
+        return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
+
+    def eager_decode(runner, batches):  # a captured step cannot be looked into
+        llm.ops.experts = counting_experts
+        try:
+            return ModelRunner.decode(runner, batches)
+        finally:
+            del llm.ops.experts
+
+    llm.runner.decode = MethodType(eager_decode, llm.runner)
+    try:
+        llm.generate(prompts, SamplingParams(max_new_tokens=1 + COUNTED_STEPS, ignore_eos=True))
+    finally:
+        del llm.runner.decode
+    return sum(counts) / max(1, len(counts))

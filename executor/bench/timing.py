@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times on the device's own clock, and what the device can do at best: read rate and rate of matrix products."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from executor.device import free_memory_bytes, synchronize
+
+READ_BYTES = {"cpu": 2**28, "cuda": 2**31, "npu": 2**31}  # far more than any cache holds
+ROW_BYTES = 2**14
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192, "npu": 8192}
+REPEATS = 10
+
+
+def time_ms(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
+    """Median time of one `run` of several, after one that is not counted."""
+    run()
+    if device.type == "cpu":
+        times_ms = []
+        for _ in range(repeats):
+            start_s = time.perf_counter()
+            run()
+            times_ms.append((time.perf_counter() - start_s) * 1e3)
+    else:
+        event = getattr(torch, device.type).Event
+        events = [event(enable_timing=True) for _ in range(repeats + 1)]
+        events[0].record()
+        for after in events[1:]:
+            run()
+            after.record()
+        synchronize(device)
+        times_ms = [before.elapsed_time(after) for before, after in zip(events, events[1:], strict=False)]
+    return sorted(times_ms)[repeats // 2]
+
+
+def read_ceiling(device: torch.device) -> dict[str, float | str]:
+    """The most bytes a second that anything below reads of a tensor much larger than the caches, and what it was."""
+    rows = min(READ_BYTES[device.type], free_memory_bytes(device) // 4) // ROW_BYTES // 2 * 2
+    data = torch.ones(rows, ROW_BYTES // 4, device=device)
+    upper, lower = data.chunk(2)
+    ways = {
+        "sum": lambda: data.sum(),
+        "matrix-vector product": lambda: torch.mv(data, data[0]),
+        "copy, read and written": lambda: upper.copy_(lower),
+    }
+    rates = {name: data.nbytes / time_ms(run, device) / 1e6 for name, run in ways.items()}
+    best = max(rates, key=lambda name: rates[name])
+    return {"gb_per_s": round(rates[best], 1), "measured_by": f"{best} of {data.nbytes / 1e9:.2f} GB"}
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
+    """The rate of one large square matrix product."""
+    size = MATRIX_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    rate = 2 * size**3 / time_ms(lambda: left @ right, device) / 1e9
+    return {"tflop_per_s": round(rate, 2), "measured_by": f"product of two {size} x {size} matrices"}
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, interpreter and imports included."""
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
