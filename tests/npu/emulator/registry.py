@@ -12,7 +12,14 @@ ND, FRACTAL_NZ = 2, 29
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 HALVES = (torch.float16, torch.bfloat16)
 PRODUCTS = ("A2", "A3")
-POISON_INT = {torch.int8: -128, torch.int32: 0x7A5A5A5A, torch.int64: 0x7A5A5A5A5A5A5A5A}
+POISON_INT = {
+    torch.bool: True,
+    torch.uint8: 0xA5,
+    torch.int8: -128,
+    torch.int16: 0x7A5A,
+    torch.int32: 0x7A5A5A5A,
+    torch.int64: 0x7A5A5A5A5A5A5A5A,
+}
 
 
 class Kernel(NamedTuple):
