@@ -7,7 +7,11 @@ import sys
 
 from executor.rank import fail, join
 
-COMMANDS = {"latency": "time to the first token and time of each further one"}
+COMMANDS = {
+    "latency": "time to the first token and time of each further one",
+    "throughput": "tokens a second of many prompts, offline",
+    "plot": "a picture of reports of latency",
+}
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from executor.bench.common import (
     start_ranks,
     write_report,
 )
+from executor.bench.plot import check_plot, draw
 from executor.utils.report import table
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def run(command_line: list[str]) -> None:
     arguments = parse(command_line)
     if arguments.new_tokens < 2:
         raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
+    if arguments.plot:
+        check_plot(arguments.plot)
     settings = [settings_of(arguments, f"exe_mode={mode}") for mode in arguments.exe_mode]
     start_ranks(settings[0])
     from executor.bench.measure import measure
@@ -53,6 +56,8 @@ def run(command_line: list[str]) -> None:
         gc.collect()  # the next mode needs the memory
     if is_first_rank():
         print(tables(results, circumstances))
+        if arguments.plot:
+            draw(results, arguments.plot, circumstances["device"])
     write_report(arguments.output, results, **circumstances)
 
 
@@ -64,6 +69,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
+    parser.add_argument("--plot", metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib")
     return parser.parse_args(command_line)
 
 

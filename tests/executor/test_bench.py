@@ -25,9 +25,11 @@ def latency(monkeypatch, *arguments: str) -> int:
 
 
 def test_latency(monkeypatch, tmp_path, capsys):
-    output = tmp_path / "report.json"
+    output, picture = tmp_path / "report.json", tmp_path / "plot.png"
     sizes = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--batch-size", "1", "2")
-    assert latency(monkeypatch, *sizes, "--peer", "transformers", "--output", str(output)) == 0
+    files = ("--output", str(output), "--plot", str(picture))
+    assert latency(monkeypatch, *sizes, "--peer", "transformers", *files) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
     report = json.loads(output.read_text())
     assert {"device", "commit", "command", "versions", "results"} <= set(report)
     assert (report["ops"], report["fallbacks"]) == ("reference", [])
@@ -106,3 +108,63 @@ def test_fallbacks_are_refused(monkeypatch, capsys):
     assert refusal.count("\n") == 1 and "attention" in refusal and "--allow-fallback" in refusal
     sizes = ("--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1")
     assert latency(monkeypatch, *sizes, "--allow-fallback") == 0
+
+
+def test_plot(monkeypatch, tmp_path, capsys):
+    """A report and other systems' figures become a picture; the bars are those of the mode asked for."""
+    row = {"system": "ours", "exe_mode": "eager", "prompt_tokens": 8, "batch_size": 1, "tpot_ms": {"mean": 3.0}}
+    report, peers, picture = tmp_path / "report.json", tmp_path / "peers.json", tmp_path / "plot.png"
+    report.write_text(json.dumps({"device": "a card", "results": [{**row, "floor_ms": 1.0}, {**row, "batch_size": 2}]}))
+    peers.write_text(json.dumps({"results": [{**row, "system": "theirs", "exe_mode": "graph"}]}))
+    assert bench(monkeypatch, "plot", str(report), str(peers), "--output", str(picture)) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr("executor.bench.plot.draw", lambda rows, *_: drawn.append([row["system"] for row in rows]))
+    assert bench(monkeypatch, "plot", str(report), str(peers), "--exe-mode", "graph", "--output", str(picture)) == 0
+    assert drawn == [["theirs"]]
+    assert bench(monkeypatch, "plot", str(report), "--exe-mode", "graph", "--output", str(picture)) == 2
+    peers.write_text(json.dumps({"results": [{"system": "theirs"}]}))
+    assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 2
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert latency(monkeypatch, "--plot", str(picture)) == 2
+    refusals = capsys.readouterr().err.splitlines()
+    assert [
+        named in line for named, line in zip(("--exe-mode", "peers.json", "matplotlib"), refusals, strict=True)
+    ] == [True] * 3
+
+
+def throughput(monkeypatch, *arguments: str) -> int:
+    return bench(monkeypatch, "throughput", "--yaml", "demo", "--set", "device=cpu", *arguments)
+
+
+def test_throughput(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "report.json"
+    sizes = ("--scenario", "1:6", "20:3", "--batch-size", "1", "3", "--rounds", "2")
+    assert throughput(monkeypatch, *sizes, "--output", str(output)) == 0
+    report = json.loads(output.read_text())
+    assert report["fallbacks"] == [] and "throughput" in report["command"]
+    keys = ("prompt_tokens", "new_tokens", "batch_size", "prompts")
+    rows = report["results"]
+    assert [tuple(row[key] for key in keys) for row in rows] == [
+        (1, 6, 1, 2),
+        (1, 6, 3, 6),
+        (20, 3, 1, 2),
+        (20, 3, 3, 6),
+    ]
+    for row in rows:
+        assert row["tok_per_s"] == pytest.approx(row["prompts"] * row["new_tokens"] / row["seconds"], rel=5e-2)
+        assert row["tok_per_s_per_sequence"] == pytest.approx(row["tok_per_s"] / row["batch_size"], rel=1e-2)
+        generated_s = (row["ttft_ms"]["mean"] + row["tpot_ms"]["mean"] * (row["new_tokens"] - 1)) / 1e3
+        assert 0 < generated_s <= row["seconds"]
+        if row["batch_size"] == 1:  # one after the other
+            assert 2 * generated_s == pytest.approx(row["seconds"], rel=0.2)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_throughput_runs_the_batch_it_says(monkeypatch, capsys):
+    """Never fewer because the cache is too small."""
+    sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
+    assert throughput(monkeypatch, *sizes) == 2
+    assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        throughput(monkeypatch, "--scenario", "5:1")

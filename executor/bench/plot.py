@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the time between tokens of `latency` reports, batch by batch, each bar with its floor.
+
+Other systems' figures may come from a file of the same form: a list "results" of system, exe_mode, batch_size and
+tpot_ms: {"mean": ...}.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+Rows = list[dict[str, Any]]
+GROUP_WIDTH = 0.84  # of the distance between two batch sizes
+
+
+def run(command_line: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m executor.bench plot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="JSON files")
+    parser.add_argument("--exe-mode", help="draw only rows of this mode")
+    parser.add_argument("--output", required=True, metavar="FILE", help="PNG file")
+    arguments = parser.parse_args(command_line)
+    check_plot(arguments.output)
+    reports = [read_report(file) for file in arguments.reports]
+    rows = [row for report in reports for row in report["results"]]
+    rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
+    if not rows:
+        raise ValueError(f"--exe-mode: {arguments.exe_mode!r} is the mode of no row of {', '.join(arguments.reports)}")
+    draw(rows, arguments.output, reports[0]["device"])
+
+
+def read_report(file: str) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(file).read_text(encoding="utf-8"))
+        for row in report["results"]:
+            series_of(row), row["batch_size"], row["tpot_ms"]["mean"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not a report of latencies: {type(error).__name__}: {error}") from None
+    return report
+
+
+def check_plot(file: str) -> None:
+    """ValueError if a plot cannot be written there: to be found out before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("a plot needs matplotlib: python -m pip install matplotlib") from None
+    if not Path(file).absolute().parent.is_dir():
+        raise ValueError(f"{file}: its folder does not exist")
+
+
+def draw(rows: Rows, file: str, title: str) -> None:
+    """Writes a PNG: a group of bars for each batch size, a bar for each system and mode, a line where its floor is."""
+    from matplotlib.figure import Figure
+
+    batch_sizes = sorted({row["batch_size"] for row in rows})
+    series = sorted({series_of(row): None for row in rows}, key=lambda name: not name.startswith("ours"))
+    width = GROUP_WIDTH / len(series)
+    figure = Figure(figsize=(2 + 1.6 * len(batch_sizes), 4.5), layout="constrained")
+    axes = figure.subplots()
+    floors = []
+    for index, name in enumerate(series):
+        own = [row for row in rows if series_of(row) == name]
+        places = [batch_sizes.index(row["batch_size"]) - GROUP_WIDTH / 2 + (index + 0.5) * width for row in own]
+        bars = axes.bar(places, [row["tpot_ms"]["mean"] for row in own], width * 0.92, label=name)
+        axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
+        floors += [(place, row["floor_ms"]) for place, row in zip(places, own, strict=True) if "floor_ms" in row]
+    if floors:
+        lefts, rights = ([place + sign * width / 2 for place, _ in floors] for sign in (-1, 1))
+        axes.hlines(
+            [floor for _, floor in floors],
+            lefts,
+            rights,
+            colors="black",
+            linewidth=2,
+            label="floor (bytes / read rate)",
+        )
+    axes.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
+    axes.set_ylabel("ms a token (tpot, mean)")
+    axes.set_title(title)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+
+
+def series_of(row: dict[str, Any]) -> str:
+    prompt = f", {row['prompt_tokens']} tokens in" if row.get("prompt_tokens") else ""
+    return f"{row['system']}, {row['exe_mode']}{prompt}"

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many prompts at once, offline: output tokens a second at each batch size, for short and for long prompts.
+
+A scenario is IN:OUT, tokens of a prompt and new tokens. The batch is how many prompts run at the same time; as one
+ends, the next one starts. seconds is the whole run's wall time, prefills included. In graph mode a batch between two
+captured sizes is padded to the larger one. A YAML with several ranks has them started here; rank 0 reports.
+"""
+
+import argparse
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from executor.bench.common import (
+    build_llm,
+    command_parser,
+    describe_device,
+    is_first_rank,
+    random_prompts,
+    settings_of,
+    start_ranks,
+    write_report,
+)
+from executor.sampling_params import SamplingParams
+from executor.utils.report import table
+
+if TYPE_CHECKING:
+    from executor.llm import LLM
+
+WARM_UP_TOKENS = 4
+
+
+def run(command_line: list[str]) -> None:
+    """Measures every scenario at every batch size, prints the table and writes the report."""
+    arguments = parse(command_line)
+    settings = settings_of(arguments)
+    start_ranks(settings)
+    longest, most = (max(sizes) for sizes in zip(*arguments.scenario, strict=True))
+    llm = build_llm(settings, longest, most, max(arguments.batch_size), arguments.allow_fallback)
+    check_cache(llm, max(arguments.batch_size), longest + most)
+    results = [
+        measure(llm, batch_size, arguments.rounds * batch_size, *scenario)
+        for scenario in arguments.scenario
+        for batch_size in arguments.batch_size
+    ]
+    if is_first_rank():
+        print(result_table(results))
+    write_report(arguments.output, results, **describe_device(llm))
+
+
+def parse(command_line: list[str]) -> argparse.Namespace:
+    parser = command_parser("throughput", __doc__)
+    parser.add_argument("--scenario", type=scenario, nargs="+", default=[(1, 1024), (3500, 1500)], metavar="IN:OUT")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 2, 4, 6, 8, 16])
+    parser.add_argument("--rounds", type=int, default=1, help="prompts for each place of the batch")
+    return parser.parse_args(command_line)
+
+
+def scenario(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if not match or int(match[1]) < 1 or int(match[2]) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not IN:OUT, at least 1:2, such as 1:1024")
+    return int(match[1]), int(match[2])
+
+
+def check_cache(llm: "LLM", batch_size: int, tokens: int) -> None:
+    """ValueError if the cache cannot hold the largest batch: fewer would run than the row says."""
+    from executor.kv_cache import BLOCK_SIZE, blocks_for
+
+    needed = -(-batch_size // len(llm.engine.schedulers)) * blocks_for(tokens)
+    if needed > llm.num_blocks:
+        raise ValueError(
+            f"--batch-size: {batch_size} sequences of {tokens} tokens need a cache of {needed * BLOCK_SIZE} tokens, "
+            f"there are {llm.num_blocks * BLOCK_SIZE}: measure less, or raise model_config.cache_memory_fraction"
+        )
+
+
+def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+    """One row, after a warm-up of a few tokens."""
+    limit_batch(llm, batch_size)
+    prompts = random_prompts(llm, num_prompts, prompt_tokens)
+    llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=WARM_UP_TOKENS, ignore_eos=True))
+    start_s = time.perf_counter()
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    seconds = time.perf_counter() - start_s
+    tok_per_s = num_prompts * new_tokens / seconds
+    return {
+        "exe_mode": llm.settings.exe_mode,
+        "dtype": llm.settings.model_config.dtype,
+        "world_size": llm.settings.world_size,
+        "batch_size": batch_size,
+        "prompts": num_prompts,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "seconds": round(seconds, 3),
+        "tok_per_s": round(tok_per_s, 2),
+        "tok_per_s_per_sequence": round(tok_per_s / batch_size, 2),
+        "ttft_ms": {"mean": round(sum(output.ttft_ms for output in outputs) / num_prompts, 3)},
+        "tpot_ms": {"mean": round(sum(output.tpot_ms for output in outputs) / num_prompts, 4)},
+    }
+
+
+def limit_batch(llm: "LLM", batch_size: int) -> None:
+    """One loaded model runs every batch size: the groups of attention ranks share it out, as when it is loaded."""
+    schedulers = llm.engine.schedulers
+    for scheduler in schedulers:
+        scheduler.batch_size = -(-batch_size // len(schedulers))
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    header = ["batch", "prompts", "in", "out", "seconds", "tokens/s", "a sequence", "ttft ms", "tpot ms"]
+    keys = ("batch_size", "prompts", "prompt_tokens", "new_tokens", "seconds", "tok_per_s", "tok_per_s_per_sequence")
+    return table(
+        header, [[*(row[key] for key in keys), row["ttft_ms"]["mean"], row["tpot_ms"]["mean"]] for row in results]
+    )
