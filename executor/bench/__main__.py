@@ -10,6 +10,7 @@ from executor.rank import fail, join
 COMMANDS = {
     "latency": "time to the first token and time of each further one",
     "throughput": "tokens a second of many prompts, offline",
+    "kernels": "each operation alone against its floor",
     "plot": "a picture of reports of latency",
 }
 

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each operation alone, at the sizes of the model, against its floor.
+
+The floor is the longer of what it moves over the device's read rate and what it computes over the device's rate of
+matrix products, both measured in the same run. Calls run one after the other over weights that together are more than
+a cache holds; on CUDA, those of a decode step are replayed from a graph. Nothing is loaded: weights are random.
+"""
+
+import argparse
+import gc
+from typing import TYPE_CHECKING, Any
+
+from executor.bench.common import command_parser, refuse_fallbacks, settings_of, write_report
+from executor.utils.report import table
+
+if TYPE_CHECKING:
+    import torch
+
+    from executor.bench.op_cases import OpCase
+    from ops import Ops
+
+
+def run(command_line: list[str]) -> None:
+    """Measures every operation at every size, prints the table and writes the report."""
+    arguments = parse(command_line)
+    settings = settings_of(arguments)
+    import torch
+
+    from executor.before_loading import check_before_launch
+    from executor.bench.op_cases import OpCases
+    from executor.bench.timing import matmul_ceiling, read_ceiling
+    from executor.device import device_name, select_device
+    from ops import load_ops
+
+    device, dtype = select_device(settings.device), getattr(torch, settings.model_config.dtype)
+    if not arguments.allow_fallback:
+        refuse_fallbacks(settings)
+    _, config = check_before_launch(settings)
+    ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
+    sizes = [("decode", tokens, arguments.cached_tokens) for tokens in arguments.batch_size]
+    sizes += [("prefill", tokens, None) for tokens in arguments.prompt_tokens]
+    results = []
+    with torch.inference_mode():
+        for phase, tokens, cached_tokens in sizes:
+            ops = load_ops(device.type)  # a new one lets go of the last size's weights
+            ops.check_model(dtype, config.head_dim)
+            cases = OpCases(ops, config, settings.parallel_config, dtype, device, tokens, cached_tokens)
+            for case in cases.all():
+                us = time_us(case, ops, device, captured=phase == "decode")
+                results.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings))
+            del cases, case, ops
+            gc.collect()
+    print(result_table(results))
+    circumstances = {"device": device_name(device), "dtype": settings.model_config.dtype}
+    write_report(arguments.output, results, **circumstances, **ceilings)
+
+
+def parse(command_line: list[str]) -> argparse.Namespace:
+    parser = command_parser("kernels", __doc__)
+    parser.add_argument("--batch-size", type=int, nargs="*", default=[1, 2, 4, 8], help="sequences of decode steps")
+    parser.add_argument("--cached-tokens", type=int, default=1024, help="length of each sequence in decode steps")
+    parser.add_argument("--prompt-tokens", type=int, nargs="*", default=[4080], help="lengths of prefills")
+    return parser.parse_args(command_line)
+
+
+def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) -> float:
+    """Of one call, without what launching it costs the host where it can be replayed from a graph."""
+    from executor.bench.timing import time_ms
+
+    def run_all() -> None:
+        for call in case.calls:
+            call()
+
+    if captured and device.type == "cuda":
+        recorder = ops.graph_recorder()
+        recorder.warm_up(run_all)
+        _, replay = recorder.record(run_all)
+        return time_ms(lambda: replay([]), device) / len(case.calls) * 1e3
+    return time_ms(run_all, device) / len(case.calls) * 1e3
+
+
+def row(case: "OpCase", us: float, ceilings: dict[str, Any]) -> dict[str, Any]:
+    floors_us = {
+        "bytes": case.moved_bytes / ceilings["read_ceiling"]["gb_per_s"] / 1e3,
+        "flops": case.flops / ceilings["matmul_ceiling"]["tflop_per_s"] / 1e6,
+    }
+    bound_by = max(floors_us, key=lambda name: floors_us[name])
+    return {
+        "operation": case.name,
+        "us": round(us, 3),
+        "floor_us": round(floors_us[bound_by], 3),
+        "fraction": round(floors_us[bound_by] / us, 4),
+        "bound_by": bound_by,
+        "moved_bytes": case.moved_bytes,
+        "flops": case.flops,
+    }
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    keys = ("phase", "tokens", "operation", "us", "floor_us", "fraction", "bound_by")
+    return table(
+        ["phase", "tokens", "operation", "us", "floor us", "fraction", "bound by"],
+        [[result[key] for key in keys] for result in results],
+    )

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of every operation of the interface at a model's shapes, with what each has to move and compute.
+
+Sizes are those of one rank under tensor parallelism; experts are not split over ranks. Letters as in ops/__init__.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen3MoeConfig
+
+from executor.config import ParallelSettings
+from executor.kv_cache import BLOCK_SIZE, blocks_for
+from models.layers.padding import share_of
+from ops import DenseWeight, Ops, StepMetadata, Weight
+
+COLD_BYTES = {"cpu": 2**24, "cuda": 2**28, "npu": 2**29}  # more than the last cache holds, so that none stays there
+MAX_SETS = {"cpu": 4, "cuda": 256, "npu": 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCase:
+    """One operation at one size. The calls differ in their weights, which together are more than a cache holds."""
+
+    name: str
+    calls: list[Callable[[], object]]
+    moved_bytes: int  # read and written by one call
+    flops: int  # of one call
+
+
+class OpCases:
+    """Builds the cases of a step: `tokens` sequences of `cached_tokens`, or a prefill of one sequence of `tokens`."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: Qwen3MoeConfig,
+        parallel: ParallelSettings,
+        dtype: torch.dtype,
+        device: torch.device,
+        tokens: int,
+        cached_tokens: int | None,
+    ):
+        self.ops = ops
+        self.config = config
+        self.parallel = parallel
+        self.dtype = dtype
+        self.device = device
+        self.tokens = tokens
+        self.cached_tokens = cached_tokens
+        self.hidden = config.hidden_size
+        self.q_size = config.num_attention_heads // parallel.attn_tp_size * config.head_dim
+        self.kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp_size)
+        self.norm_weight = torch.ones(self.hidden, dtype=dtype, device=device)
+        residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, config.rms_norm_eps)[1]
+        self.residual_bytes = residual.nbytes
+        self.row_bytes = tokens * dtype.itemsize  # of an activation one wide
+
+    def all(self) -> Iterator[OpCase]:
+        """One after the other, so that memory holds the weights of one only."""
+        config = self.config
+        qkv = self.q_size + 2 * self.kv_heads * config.head_dim
+        yield self.embedding()
+        yield self.add_norm()
+        yield self.norm_linear("norm_linear (qkv)", qkv)
+        yield self.attention(qkv)
+        yield self.linear()
+        yield self.route()
+        yield self.experts()
+        yield self.silu_and_mul()
+        if self.cached_tokens is not None:  # a prefill needs it of the last token only
+            yield self.norm_linear("norm_linear (lm_head)", config.vocab_size // self.parallel.lmhead_tp_size)
+
+    def sets(self, set_bytes: int) -> range:
+        count = share_of(COLD_BYTES[self.device.type], set_bytes)
+        return range(min(count, MAX_SETS[self.device.type]))
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, 0.02)
+
+    def activations(self, width: int) -> torch.Tensor:
+        return torch.randn(self.tokens, width, dtype=self.dtype, device=self.device)
+
+    def weight(self, *shape: int) -> Weight:
+        return self.ops.prepare_weight(DenseWeight(self.random(*shape)))
+
+    def norm_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+        """Hidden states, a residual in the backend's own dtype, norm weight and epsilon."""
+        eps = self.config.rms_norm_eps
+        residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, eps)[1]
+        return self.activations(self.hidden), residual, self.norm_weight, eps
+
+    def norm_bytes(self) -> int:
+        """Of hidden states read, and of a residual read and written."""
+        return self.row_bytes * self.hidden + 2 * self.residual_bytes
+
+    def embedding(self) -> OpCase:
+        table = self.random(self.config.vocab_size, self.hidden)
+        calls = []
+        for _ in self.sets(self.row_bytes * self.hidden):
+            token_ids = torch.randint(0, self.config.vocab_size, (self.tokens,), device=self.device)
+            calls.append(lambda token_ids=token_ids: self.ops.embedding(token_ids, table))
+        return OpCase(name="embedding", calls=calls, moved_bytes=2 * self.row_bytes * self.hidden, flops=0)
+
+    def add_norm(self) -> OpCase:
+        moved_bytes = self.norm_bytes() + self.row_bytes * self.hidden
+        inputs = [self.norm_inputs() for _ in self.sets(moved_bytes)]
+        calls = [lambda one=one: self.ops.add_norm(*one) for one in inputs]
+        return OpCase(name="add_norm", calls=calls, moved_bytes=moved_bytes, flops=0)
+
+    def norm_linear(self, name: str, width: int) -> OpCase:
+        inputs = self.norm_inputs()
+        weight_bytes = width * self.hidden * self.dtype.itemsize
+        weights = [self.weight(width, self.hidden) for _ in self.sets(weight_bytes)]
+        calls = [lambda weight=weight: self.ops.norm_linear(*inputs, weight) for weight in weights]
+        moved_bytes = weight_bytes + self.norm_bytes() + self.row_bytes * width
+        return OpCase(name=name, calls=calls, moved_bytes=moved_bytes, flops=2 * self.tokens * width * self.hidden)
+
+    def linear(self) -> OpCase:
+        """The output projection of attention."""
+        inputs = self.activations(self.q_size)
+        weight_bytes = self.hidden * self.q_size * self.dtype.itemsize
+        weights = [self.weight(self.hidden, self.q_size) for _ in self.sets(weight_bytes)]
+        calls = [lambda weight=weight: self.ops.linear(inputs, weight) for weight in weights]
+        moved_bytes = weight_bytes + self.row_bytes * (self.q_size + self.hidden)
+        flops = 2 * self.tokens * self.hidden * self.q_size
+        return OpCase(name="linear (o_proj)", calls=calls, moved_bytes=moved_bytes, flops=flops)
+
+    def attention(self, qkv_size: int) -> OpCase:
+        head_dim, eps = self.config.head_dim, self.config.rms_norm_eps
+        num_sequences, length = (1, self.tokens) if self.cached_tokens is None else (self.tokens, self.cached_tokens)
+        token_bytes = 2 * self.kv_heads * head_dim * self.dtype.itemsize  # of key and value
+        angles = torch.randn(self.tokens, head_dim // 2, device=self.device).repeat(1, 2)
+        cos_sin, step = self.ops.prepare_attention((angles.cos(), angles.sin()), self.step(length), self.dtype)
+        shape = (num_sequences * blocks_for(length) + 1, BLOCK_SIZE, self.kv_heads, head_dim)
+        calls = []
+        for _ in self.sets(num_sequences * length * token_bytes):
+            norms = [torch.ones(head_dim, dtype=self.dtype, device=self.device) for _ in range(2)]
+            arguments = (self.activations(qkv_size), *norms, eps, cos_sin, self.random(*shape), self.random(*shape))
+            calls.append(lambda arguments=arguments: self.ops.attention(*arguments, step))
+        moved_bytes = self.row_bytes * (qkv_size + self.q_size) + num_sequences * length * token_bytes
+        attended = num_sequences * length if self.cached_tokens is not None else length * (length + 1) // 2
+        return OpCase(name="attention", calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
+
+    def step(self, length: int) -> StepMetadata:
+        """Sequences whose blocks follow each other in the cache."""
+        is_prefill = self.cached_tokens is None
+        sequences, blocks = (1 if is_prefill else self.tokens), blocks_for(length)
+        table = torch.arange(1, 1 + sequences * blocks, device=self.device).view(sequences, blocks)
+        positions = torch.arange(length, device=self.device) if is_prefill else torch.full_like(table[:, 0], length - 1)
+        rows = table[0][positions // BLOCK_SIZE] if is_prefill else table[:, -1]
+        return StepMetadata(
+            is_prefill=is_prefill,
+            positions=positions,
+            slot_mapping=rows * BLOCK_SIZE + positions % BLOCK_SIZE,
+            block_table=table,
+            seq_lens=torch.full((sequences,), length, device=self.device),
+            query_lens_list=[self.tokens // sequences] * sequences,
+            seq_lens_list=[length] * sequences,
+            dp_num_tokens=[self.tokens],
+        )
+
+    def router(self, inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple]:
+        config = self.config
+        weight = self.random(config.num_experts, self.hidden)
+        return lambda: self.ops.route(*inputs, weight, config.num_experts_per_tok, config.norm_topk_prob)
+
+    def route(self) -> OpCase:
+        weight_bytes = self.config.num_experts * self.hidden * self.dtype.itemsize
+        calls = [self.router(self.norm_inputs()) for _ in self.sets(weight_bytes)]
+        moved_bytes = weight_bytes + self.norm_bytes() + self.row_bytes * self.hidden
+        flops = 2 * self.tokens * self.hidden * self.config.num_experts
+        return OpCase(name="route", calls=calls, moved_bytes=moved_bytes, flops=flops)
+
+    def experts(self) -> OpCase:
+        config = self.config
+        width = config.moe_intermediate_size // self.parallel.moe_tp_size
+        expert_size = 3 * width * self.hidden
+        calls, chosen = [], []
+        for _ in self.sets(config.num_experts_per_tok * expert_size * self.dtype.itemsize):
+            normed, _, routing = self.router(self.norm_inputs())()
+            chosen.append(routing.chosen().topk_ids.unique().numel())
+            gate_up = self.weight(config.num_experts, 2 * width, self.hidden)
+            arguments = (normed.clone(), routing, gate_up, self.weight(config.num_experts, self.hidden, width))
+            calls.append(lambda arguments=arguments: self.ops.experts(*arguments))
+        weight_bytes = sum(chosen) / len(chosen) * expert_size * self.dtype.itemsize
+        return OpCase(
+            name=f"experts ({sum(chosen) / len(chosen):.1f} read)",
+            calls=calls,
+            moved_bytes=round(weight_bytes) + 2 * self.row_bytes * self.hidden,
+            flops=2 * self.tokens * config.num_experts_per_tok * expert_size,
+        )
+
+    def silu_and_mul(self) -> OpCase:
+        """As a dense layer needs it."""
+        width = share_of(self.config.intermediate_size, self.parallel.attn_tp_size)
+        moved_bytes = 3 * self.row_bytes * width
+        inputs = [self.activations(2 * width) for _ in self.sets(moved_bytes)]
+        calls = [lambda gate_up=gate_up: self.ops.silu_and_mul(gate_up) for gate_up in inputs]
+        return OpCase(name="silu_and_mul", calls=calls, moved_bytes=moved_bytes, flops=0)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bench kernels`: every operation is called as the model calls it, and what it moves and computes is counted right."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from executor.bench.__main__ import main
+from executor.bench.op_cases import OpCases
+from executor.config import ParallelSettings, resolve_path
+from models.qwen3_moe.architecture import load_config
+from ops import OPERATIONS, load_ops
+
+TWO_BYTES = 2
+
+
+def cases(tokens: int, cached_tokens: int | None, **sizes: int) -> OpCases:
+    config = load_config(resolve_path("models/qwen3_moe/demo"))
+    cpu = torch.device("cpu")
+    return OpCases(load_ops("cpu"), config, ParallelSettings(**sizes), torch.bfloat16, cpu, tokens, cached_tokens)
+
+
+def test_report(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "report.json"
+    sizes = ("--batch-size", "2", "--cached-tokens", "130", "--prompt-tokens", "9", "--output", str(output))
+    monkeypatch.setattr(sys, "argv", ["bench", "kernels", "--yaml", "demo", "--set", "device=cpu", *sizes])
+    assert main() == 0
+    report = json.loads(output.read_text())
+    rates = {"bytes": report["read_ceiling"]["gb_per_s"] * 1e3, "flops": report["matmul_ceiling"]["tflop_per_s"] * 1e6}
+    for phase, tokens in (("decode", 2), ("prefill", 9)):
+        rows = [row for row in report["results"] if (row["phase"], row["tokens"]) == (phase, tokens)]
+        assert {row["operation"].split()[0] for row in rows} == set(OPERATIONS)
+        assert ("norm_linear (lm_head)" in {row["operation"] for row in rows}) == (phase == "decode")
+        for row in rows:
+            floors = [row["moved_bytes"] / rates["bytes"], row["flops"] / rates["flops"]]
+            assert row["floor_us"] == pytest.approx(max(floors), rel=1e-2, abs=1e-3)
+            assert row["bound_by"] == ("bytes" if floors[0] >= floors[1] else "flops")
+            assert row["fraction"] == pytest.approx(row["floor_us"] / row["us"], rel=1e-2, abs=1e-3)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(report["results"])
+
+
+@pytest.mark.parametrize(("tokens", "cached_tokens"), [(3, 300), (150, None)])
+def test_calls(tokens, cached_tokens):
+    """Outputs are those of as many tokens, and finite: the step's cache places exist and are distinct."""
+    built = cases(tokens, cached_tokens)
+    with torch.inference_mode():
+        for case in built.all():
+            for call in case.calls:
+                output = call()
+                first = output[0] if isinstance(output, tuple) else output
+                assert first.shape[0] == tokens and first.isfinite().all(), case.name
+    step = built.step(cached_tokens or tokens)
+    assert step.slot_mapping.unique().numel() == tokens
+    assert len(step.seq_lens_list) == step.block_table.shape[0] == (1 if cached_tokens is None else tokens)
+
+
+def test_work_of_a_decode_step():
+    """By hand, in bfloat16 with a float32 residual, at half of the heads."""
+    built = cases(tokens=3, cached_tokens=300, attn_tp_size=2)
+    config = built.config
+    hidden, q, kv = config.hidden_size, built.q_size, built.kv_heads * config.head_dim
+    assert (2 * q, 2 * kv) == (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+    qkv = built.norm_linear("qkv", q + 2 * kv)
+    weight, inputs, outputs = (q + 2 * kv) * hidden, 3 * hidden, 3 * (q + 2 * kv)
+    assert qkv.moved_bytes == TWO_BYTES * (weight + inputs + outputs) + 2 * 4 * inputs
+    assert qkv.flops == 2 * 3 * weight
+    attention = built.attention(q + 2 * kv)
+    assert attention.moved_bytes == TWO_BYTES * (outputs + 3 * q + 3 * 300 * 2 * kv)
+    assert attention.flops == 3 * 300 * 2 * 2 * q
+    experts = built.experts()
+    one_expert = 3 * config.moe_intermediate_size * hidden
+    assert experts.flops == 2 * 3 * config.num_experts_per_tok * one_expert
+    read = (experts.moved_bytes / TWO_BYTES - 2 * inputs) / one_expert
+    assert config.num_experts_per_tok < read <= 3 * config.num_experts_per_tok
+
+
+def test_work_of_a_prefill():
+    """Token n attends to n + 1 tokens."""
+    built = cases(tokens=150, cached_tokens=None)
+    attention = built.attention(built.q_size + 2 * built.kv_heads * built.config.head_dim)
+    assert attention.flops == sum(range(1, 151)) * 2 * 2 * built.q_size
