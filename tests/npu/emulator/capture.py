@@ -94,9 +94,12 @@ class Recorder(TorchDispatchMode):
         self._capture, self._dispatches = capture, dispatches
         self._made: set[int] = set()  # storages born in the capture; the calls keep them alive
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # changed storages: memory and former bytes
+        self._scattered: int | None = None  # storage of a reduce_scatter's output, until its caller has waited
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if self._scattered is not None:
+            return self._finish_scatter(func, args)
         if DEVICE.current not in self._capture.streams:
             self._capture.refuse(f"{func} on a stream that has not joined the capture")
         if _synchronises(func, args, kwargs):
@@ -118,7 +121,17 @@ class Recorder(TorchDispatchMode):
         outputs = [None if _storage(tensor) in borrowed else tensor.detach() for tensor in _tensors(results)]
         self._made |= {_storage(output) for output in outputs if output is not None}
         self.calls.append(Call(func, *recorded, outputs, self._dispatches and func.__name__ in UPDATABLE))
+        if str(func) == "c10d._reduce_scatter_base_.default":
+            self._scattered = _storage(args[0])
         return results
+
+    def _finish_scatter(self, func: Any, args: tuple) -> Any:
+        """Gloo reduces the whole, and copies this rank's part of it whenever somebody waits: no calls of the graph."""
+        if func is torch.ops.aten.copy_.default and _storage(args[0]) == self._scattered:
+            self._scattered = None
+        elif func not in (torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor):
+            raise RuntimeError(f"{func} before the end of a reduce_scatter")
+        return func(*args)
 
     def _keep(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:

@@ -337,9 +337,11 @@ def _collectives(rank, folder):
         dist.all_gather_into_tensor(every, x + rank)
         exchanged = torch.empty(2)
         dist.all_to_all_single(exchanged, x * (rank + 1))
-        return exchanged
+        part = torch.empty(1)
+        dist.reduce_scatter_tensor(part, x + 1)
+        return exchanged, part * 2
 
-    graph, exchanged = captured(body)
+    graph, (exchanged, part) = captured(body)
     assert not x.any() and not every.any() and exchanged.isnan().all()
     for step in (1.0, 2.0):
         x.copy_(torch.tensor([step, 10 * step]) * (rank + 1))
@@ -347,6 +349,7 @@ def _collectives(rank, folder):
         assert x.tolist() == [3 * step, 30 * step]
         assert every.tolist() == [3 * step, 30 * step, 3 * step + 1, 30 * step + 1]
         assert exchanged.tolist() == [x[rank].item(), 2 * x[rank].item()]
+        assert part.tolist() == [4 * (x[rank].item() + 1)]
     for refused in (lambda: dist.all_to_all_single(torch.empty(2), x, [1, 1], [1, 1]), dist.barrier):
         with pytest.raises(RuntimeError, match="c10d"):
             captured(refused)
