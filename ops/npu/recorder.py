@@ -9,7 +9,7 @@ from ops.recorder import GraphRecorder, Replay, T
 
 
 class NpuGraphRecorder(GraphRecorder):
-    """Fused attention keeps the lengths of its call in the graph: they are replaced before each replay.
+    """Fused attention keeps the lengths of its call in the graph: they are replaced in each replay.
 
     `lengths_argument`: what attention's operation calls the lengths of the cached keys, which it must be given by name.
     """
@@ -24,10 +24,10 @@ class NpuGraphRecorder(GraphRecorder):
             result = work()
 
         def replay(seq_lens: list[int]) -> None:
-            # the update runs on a stream of its own and sets an event that each recorded attention waits for and
-            # resets: set once more before the last replay has got there, one of the two would wait for ever
+            # each recorded attention waits for an event that the update sets, and resets it: the host updates while
+            # the device has begun to replay, but may not set an event again that the last replay still waits for
             torch.npu.current_stream().synchronize()
-            graph.update(cpu_update_input=[{self.lengths_argument: seq_lens}])  # one entry is for all layers
             graph.replay()
+            graph.update(cpu_update_input=[{self.lengths_argument: seq_lens}])  # one entry is for all layers
 
         return result, replay

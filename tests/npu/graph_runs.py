@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo checkpoint in graph mode on emulated operations; for processes that may be taken over."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import executor.llm
+from executor import LLM, SamplingParams
+from executor.model_runner import DecodeInputs
+from ops import load_ops
+from tests.npu.emulated import DEMO, LONG_PROMPT, PROMPTS
+from tests.npu.emulator import install
+
+NEW_TOKENS = 9  # the longest prompt gets into its third cache block
+OTHER_NAMES = {"actual_seq_kvlen": "actual_seq_lengths_kv", "actual_seq_lengths_kv": "actual_seq_kvlen"}
+
+
+def run_graphs(wheel: str, batch_sizes: dict[str, list[int]], with_broken: bool) -> dict[str, Any]:
+    """The reference's tokens, those of graph mode by (attention's operation, batch size), those of broken replays."""
+    install(wheel)
+    from ops.npu import ATTENTION, NpuOps
+
+    found: dict[Any, Any] = {"reference": generate(load_ops("cpu"), dtype="float32")}
+    for name, sizes in batch_sizes.items():
+        for size in sizes:
+            ops = NpuOps("cpu")
+            ops.attend = ATTENTION[name]
+            found[name, size] = generate(ops, exe_mode="graph", batch_size=size)
+    if with_broken:
+        found["broken"] = {name: outcome(NpuOps("cpu"), breaking) for name, breaking in broken_ways().items()}
+    return found
+
+
+def run_layout(wheel: str, settings: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """One rank's tokens in eager and in graph mode."""
+    install(wheel)
+    from ops.npu import NpuOps
+
+    eager, graph = (generate(NpuOps("cpu"), exe_mode=mode, **settings) for mode in ("eager", "graph"))
+    return eager, graph
+
+
+def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:
+    """Tokens of three prompts, so that a batch of four has a row of padding."""
+    with patch.object(executor.llm, "load_ops", lambda device_type: ops):
+        llm = LLM(DEMO, "cpu", dtype, batch_size=batch_size, cache_tokens=2048, input_max_len=512, **settings)
+    prompts = [llm.tokenizer.tokenizer.encode(LONG_PROMPT)[:250], *PROMPTS[:2]]
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    return [output.token_ids for output in outputs]
+
+
+def outcome(ops: Any, breaking: AbstractContextManager) -> list[list[int]] | str:
+    with breaking:
+        try:
+            return generate(ops, exe_mode="graph")
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+
+
+def broken_ways() -> dict[str, AbstractContextManager]:
+    """Each but the first must change the tokens or be refused."""
+    graph = torch.npu.NPUGraph
+    update, fill = graph.update, DecodeInputs.fill
+
+    def by_another_name(self, cpu_update_input):
+        update(self, [{OTHER_NAMES[name]: lens for name, lens in entry.items()} for entry in cpu_update_input])
+
+    def with_lengths_of_padding(self, cpu_update_input):
+        update(self, [{name: [1] * len(lens) for name, lens in entry.items()} for entry in cpu_update_input])
+
+    def with_one_slot(self, sequences):
+        fill(self, sequences)
+        self.step.slot_mapping[len(sequences) :] = 0
+
+    return {
+        "nothing": nullcontext(),
+        "no update": patch.object(graph, "update", lambda self, cpu_update_input: None),
+        "another name": patch.object(graph, "update", by_another_name),
+        "lengths of padding": patch.object(graph, "update", with_lengths_of_padding),
+        "no replay": patch.object(graph, "replay", lambda self: None),
+        "one slot for all padding": patch.object(DecodeInputs, "fill", with_one_slot),
+    }
