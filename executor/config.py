@@ -21,6 +21,7 @@ class ModelSettings:
     rope_scaling: dict[str, Any] | None = None
     cache_memory_fraction: float = 0.8
     cache_tokens: int | None = None
+    enable_profiler: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,6 +38,8 @@ def main() -> int:
     except Exception as error:
         return fail(1, error)
     try:
+        if settings.model_config.enable_profiler:
+            profile_first(llm, sequences, folder / f"trace_{rank}.json")
         if rank == 0:
             run(llm, sequences, results)
         else:
@@ -68,6 +70,16 @@ def encode(llm: Any, prompt: str) -> list[int]:
     if llm.settings.data_config.chat_template:
         return llm.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     return llm.tokenizer.encode(prompt)
+
+
+def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
+    """Traces the first batch; rank 0 says where the time goes."""
+    from executor.profiling import profile
+
+    first = sequences[: llm.settings.data_config.batch_size]
+    kernels = profile(llm, [sequence.prompt_token_ids for sequence in first], file)
+    if llm.parallel.world.index == 0:
+        print(f"{kernels}\n\ntrace: {file}")
 
 
 def run(llm: Any, sequences: list[Any], results: list[Path]) -> None:

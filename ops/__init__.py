@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ops.profiler import Profiler
 from ops.recorder import GraphRecorder
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
@@ -105,6 +106,10 @@ class Ops:
     def graph_recorder(self) -> GraphRecorder:
         """Records decode steps where `can_record`."""
         return GraphRecorder()
+
+    def profiler(self) -> Profiler:
+        """Traces what the device does."""
+        return Profiler()
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""

@@ -52,7 +52,7 @@ def distinct_experts(llm: LLM, prompts: list[list[int]]) -> float:
     counts: list[int] = []
 
     def counting_experts(hidden_states, routing, gate_up, down):
-        ids = routing.chosen().topk_ids
+        ids = routing.chosen().topk_ids.cpu()
         counts.append(ids[ids < held_experts(llm)].unique().numel())  # larger ones are on other ranks
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 

@@ -16,6 +16,7 @@ import torch_npu  # noqa: F401  registers torch.ops.npu
 from torch.nn import functional as F
 
 from ops import Routing, StepMetadata
+from ops.npu.profiler import NpuProfiler
 from ops.npu.recorder import NpuGraphRecorder
 from ops.npu.variants import (
     ATTENTION,
@@ -132,6 +133,9 @@ class NpuOps(ReferenceOps):
 
     def graph_recorder(self):
         return NpuGraphRecorder(LENGTHS_ARGUMENT[self.attend])
+
+    def profiler(self):
+        return NpuProfiler()
 
     def add_norm(self, hidden_states, residual, norm_weight, eps):
         if hidden_states.shape[0] == 0:

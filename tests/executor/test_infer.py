@@ -276,3 +276,24 @@ def test_as_a_command(yaml_file, tmp_path):
     assert refused.returncode == 2 and refused.stdout == ""
     assert refused.stderr == f"error: {yaml_file}: divice: unknown key; did you mean device?\n"
     assert start(tmp_path, "--set", "device=cpu").returncode == 2
+
+
+def test_profiler(run, tmp_path):
+    """A trace of each rank that a browser can open, the kernels on the terminal, and the same tokens as without."""
+    assert run()[0] == 0
+    file = result_folder(tmp_path) / "result.jsonl"
+    without = [json.loads(line).get("token_ids") for line in file.read_text().splitlines()]
+    code, out, _ = run("--set", "model_config.enable_profiler=True")
+    assert code == 0
+    assert [json.loads(line).get("token_ids") for line in file.read_text().splitlines()] == without
+    trace = result_folder(tmp_path) / "trace_0.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "cpu_op"]
+    assert names.count("aten::embedding") == 1 + 4  # a prefill and the decode steps
+    assert {"aten::mm", "aten::scaled_dot_product_attention"} <= set(names)
+    lines = out.splitlines()
+    assert lines[0].split() == ["kernel", "calls", "total", "ms", "share"]
+    rows = [line.split() for line in lines[2:12]]
+    times_ms, shares = ([float(row[column].rstrip("%")) for row in rows] for column in (-2, -1))
+    assert times_ms == sorted(times_ms, reverse=True) and 50 < sum(shares) <= 100.5
+    assert lines[13] == f"trace: {trace}"

@@ -66,3 +66,10 @@ def test_a_broken_call_is_noticed(old, new, said, environment, tmp_path):
     done = infer(tmp_path, tmp_path / "result.jsonl", environment)
     assert said in done.stderr
     assert done.returncode == 1 or BINDINGS not in done.stderr
+
+
+def test_profiler(environment, tmp_path):
+    """torch_npu takes what it is called with, up to its profiler's library, which is not there; that is said."""
+    done = infer(ROOT, tmp_path / "result.jsonl", environment, "--set", "model_config.enable_profiler=True")
+    assert "libmsprofiler.so: cannot open shared object file" in done.stdout + done.stderr
+    assert done.returncode == 1 and "left no kernel_details.csv in" in done.stderr.splitlines()[-1]

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model_config.enable_profiler`: a Chrome trace of one prefill and a few decode steps, and where their time goes."""
+
+from pathlib import Path
+
+from executor.llm import LLM
+from executor.sampling_params import SamplingParams
+from executor.utils.report import table
+
+DECODE_STEPS = 4
+SHOWN_KERNELS = 10
+NAME_WIDTH = 64
+
+
+def profile(llm: LLM, prompts: list[list[int]], file: Path) -> str:
+    """Traces these prompts' first tokens into `file`; returns the table of the most expensive kernels.
+
+    They are run beforehand once, so that the trace has nothing in it of what is done only the first time.
+    """
+    new_tokens = min(1 + DECODE_STEPS, llm.settings.data_config.max_new_tokens)
+    sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+    llm.generate(prompts, sampling)
+    kernels = llm.ops.profiler().trace(lambda: llm.generate(prompts, sampling), file, llm.device)
+    total_ms = sum(kernel.total_ms for kernel in kernels)
+    rows = [
+        [kernel.name[:NAME_WIDTH], kernel.calls, kernel.total_ms, f"{kernel.total_ms / total_ms:.1%}"]
+        for kernel in kernels[:SHOWN_KERNELS]
+    ]
+    return table(["kernel", "calls", "total ms", "share"], rows)

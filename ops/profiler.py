@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device spends its time on, by torch's profiler."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTime:
+    """All calls of one kernel; on a CPU, of one operation without those it calls."""
+
+    name: str
+    calls: int
+    total_ms: float
+
+
+class Profiler:
+    """CPUs and NVIDIA GPUs."""
+
+    def trace(self, work: Callable[[], object], file: Path, device: torch.device) -> list[KernelTime]:
+        """Runs the work, writes a Chrome trace of it, and returns the kernels, the most expensive first."""
+        on_gpu = device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with torch.profiler.profile(activities=activities) as profiler:
+            work()
+        profiler.export_chrome_trace(str(file))
+        kernels = [
+            KernelTime(
+                name=event.key,
+                calls=event.count,
+                total_ms=(event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3,
+            )
+            for event in profiler.key_averages()
+            if event.device_type == (DeviceType.CUDA if on_gpu else DeviceType.CPU)
+        ]
+        return sorted(kernels, key=lambda kernel: kernel.total_ms, reverse=True)
