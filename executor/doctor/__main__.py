@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examines this machine's NPU: `python -m executor.doctor npu [--json FILE]`.
+
+Prints versions and settings, then compares each operation of the backend with the reference at the shapes of
+Qwen3-30B-A3B and of its tensor-parallel slices. Exit code 0: all agree; 1: something differs or fails; 2: wrong use, or
+no NPU.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from executor.rank import fail
+
+if TYPE_CHECKING:
+    import torch
+
+    from executor.doctor.comparisons import Finding
+    from executor.doctor.inputs import Shapes
+
+SLICES = (2, 4, 8)
+
+
+def main(
+    arguments: list[str] | None = None, device: "torch.device | None" = None, shapes: "Sequence[Shapes]" = ()
+) -> int:
+    """`device` and `shapes` take the place of the NPU and of the real shapes in tests."""
+    parsed = parse_arguments(arguments)
+    try:
+        try:
+            from executor.device import select_device
+
+            device = device or select_device("npu")
+        except (ImportError, RuntimeError) as error:  # torch loads torch_npu, and that CANN's libraries
+            problem = str(error).splitlines()[0]
+            raise ValueError(f"device: torch_npu does not load: {problem} (is CANN's set_env.sh sourced?)") from None
+        report = examine(device, shapes)
+        if parsed.json:
+            Path(parsed.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        return fail(2, error)
+    except Exception as error:
+        return fail(1, error)
+    return int(not report["fine"])
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m executor.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("backend", choices=["npu"])
+    parser.add_argument("--json", metavar="FILE", help="write everything there, each comparison by itself")
+    return parser.parse_args(arguments)
+
+
+def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any]:
+    """Prints what is found while it is found; returns all of it."""
+    from executor.doctor.comparisons import Comparisons
+    from executor.doctor.inputs import Shapes
+    from executor.doctor.machine import facts
+    from ops.npu import NpuOps
+
+    machine = facts(device)
+    for name, value in machine.items():
+        print(f"{name}: {value}")
+    ops = NpuOps(device.type)
+    print("in use:", ", ".join(f"{what}: {name}" for what, name in ops.bindings.items()), flush=True)
+    findings: list[Finding] = []
+    for part in shapes or (Shapes(), *map(Shapes().slice, SLICES)):
+        print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
+        findings += Comparisons(ops, device, part).run()
+    print(f"\n{verdicts(findings)}")
+    fine = all(finding.fine for finding in findings)
+    print("\nall agree" if fine else "\nsomething differs or fails")
+    listed = [dataclasses.asdict(finding) | {"verdict": finding.verdict} for finding in findings]
+    return {"fine": fine, "machine": machine, "bindings": ops.bindings, "findings": listed}
+
+
+def verdicts(findings: "list[Finding]") -> str:
+    """A row for each operation and variant, of its worst comparison; below, a line for each that is not ok."""
+    from executor.utils.report import table
+
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.operation, finding.variant), []).append(finding)
+    rows, remarks = [], []
+    for (operation, variant), members in groups.items():
+        worst = max(members, key=lambda member: math.inf if member.error is None else member.error / member.limit)
+        error = None if worst.error is None else f"{worst.error:.4f}"
+        rows.append([operation, variant, len(members), error, worst.limit, worst.verdict])
+        if worst.verdict != "ok":
+            problem = worst.problem or f"relative error {worst.error:.4f}"
+            remarks.append(f"{worst.verdict}: {operation}, {variant}, {worst.case}: {problem}")
+    header = ["operation", "variant", "cases", "max relative error", "limit", "verdict"]
+    return "\n".join([table(header, rows), *remarks])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

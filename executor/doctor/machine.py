@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions, product, memory and settings that decide how an NPU computes and how fast."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from executor.device import device_name, free_memory_bytes
+from executor.utils.report import commit, versions
+
+PREFIXES = ("ASCEND_", "HCCL_", "PYTORCH_NPU_", "TASK_QUEUE_", "CPU_AFFINITY_", "OMP_NUM_THREADS", "LD_PRELOAD")
+HOST_FILES = {
+    "CPU governor": "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
+    "NUMA balancing": "/proc/sys/kernel/numa_balancing",
+    "driver": "/usr/local/Ascend/driver/version.info",
+}
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """What a person wants to see beside numbers that surprise; "unknown" for what cannot be read."""
+    found = {"commit": commit(), **versions(), "CANN": cann_version(), "product": device_name(device)}
+    found["free memory"] = f"{free_memory_bytes(device) / 1e9:.1f} GB"
+    for name, path in HOST_FILES.items():
+        found[name] = " ".join(Path(path).read_text(encoding="utf-8").split()) if Path(path).is_file() else "unknown"
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIXES))
+    return found | {"environment": " ".join(settings) or "none of the settings that matter is set"}
+
+
+def cann_version() -> str:
+    """As torch_npu reports it; "unknown" under CANN before 8.1, which does not tell."""
+    utils = getattr(getattr(torch, "npu", None), "utils", None)
+    return (utils.get_cann_version() if hasattr(utils, "get_cann_version") else "") or "unknown"
