@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from executor.kv_cache import blocks_for
-from executor.model_runner import Batches, DecodeInputs, ModelRunner
+from executor.model_runner import Batches, DecodeInputs, ModelRunner, lens_of
 from executor.scheduler import Sequence
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
@@ -51,13 +51,13 @@ class GraphRunner(ModelRunner):
         logits, replay = self.recorder.record(step)
         return DecodeGraph(replay, inputs, logits, traffic, traffic.since(before))
 
-    def decode(self, batches: Batches) -> ShardedLogits:
-        longest = max(len(sequence) for batch in batches for sequence in batch)
+    def decode(self, batches: Batches, latest: torch.Tensor | None = None) -> ShardedLogits:
+        longest = max(lens_of(sum(batches, []), latest))
         if blocks_for(longest) > self.max_blocks:
-            return super().decode(batches)
+            return super().decode(batches, latest)
         size = min(size for size in self.graphs if size >= max(map(len, batches)))
         self.tokens_run += len(batches[self.dp_index])
-        return self.graphs[size].run(batches[self.dp_index])
+        return self.graphs[size].run(batches[self.dp_index], latest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ class DecodeGraph:
     traffic: Traffic
     sent_bytes: dict[str, float]  # by one replay, which the groups do not see
 
-    def run(self, sequences: list[Sequence]) -> ShardedLogits:
+    def run(self, sequences: list[Sequence], latest: torch.Tensor | None) -> ShardedLogits:
         """Replays the step for these sequences; rows beyond them are padding."""
-        self.inputs.fill(sequences)
+        self.inputs.fill(sequences, latest)
         self.replay(self.inputs.step.seq_lens_list)
         for name, count in self.sent_bytes.items():
             self.traffic.add(name, count)

@@ -50,15 +50,18 @@ class ModelRunner:
         last = step.seq_lens.cumsum(0) - 1
         return self.model.logits(hidden_states[last], residual[last], max(map(len, batches)))
 
-    def decode(self, batches: Batches) -> ShardedLogits:
-        """One step of each sequence from its latest token. Logits of each."""
+    def decode(self, batches: Batches, latest: torch.Tensor | None = None) -> ShardedLogits:
+        """One step of each sequence from its latest token. Logits of each.
+
+        latest [B]: tokens of this rank's sequences that the host has not read yet; the sequences lack them.
+        """
         sequences = batches[self.dp_index]
         self.tokens_run += len(sequences)
-        width = max((blocks_for(len(sequence)) for sequence in sequences), default=0)
+        width = max((blocks_for(length) for length in lens_of(sequences, latest)), default=0)
         shape = (len(sequences), width, [len(batch) for batch in batches])
         if self.inputs is None or self.inputs.shape != shape:
             self.inputs = DecodeInputs(*shape, self.device)
-        self.inputs.fill(sequences)
+        self.inputs.fill(sequences, latest)
         return self.decode_step(self.inputs.token_ids, self.inputs.step)
 
     def decode_step(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
@@ -94,6 +97,11 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
+def lens_of(sequences: list[Sequence], latest: torch.Tensor | None) -> list[int]:
+    """Tokens of each sequence, with the latest that it may lack."""
+    return [len(sequence) + (latest is not None) for sequence in sequences]
+
+
 class DecodeInputs:
     """Token ids and metadata of decode steps in one tensor of the device, so that a step needs one copy to it."""
 
@@ -116,15 +124,15 @@ class DecodeInputs:
             dp_num_tokens=dp_num_tokens,
         )
 
-    def fill(self, sequences: list[Sequence]) -> None:
+    def fill(self, sequences: list[Sequence], latest: torch.Tensor | None = None) -> None:
         """Rows of the sequences' latest tokens, then rows of padding, which write to the null block.
 
         Padding rows have one token; as long as the block has slots enough, each writes to one of its own.
         """
-        lens = [len(sequence) for sequence in sequences]
+        lens = lens_of(sequences, latest)
         padding = self.num_rows - len(sequences)
         unused = [NULL_BLOCK * BLOCK_SIZE + row % BLOCK_SIZE for row in range(padding)]
-        values = [sequence.token_ids[-1] for sequence in sequences] + [0] * padding
+        values = [sequence.token_ids[-1] if latest is None else 0 for sequence in sequences] + [0] * padding
         values += [length - 1 for length in lens] + [0] * padding
         values += [s.slot(n - 1) for s, n in zip(sequences, lens, strict=True)] + unused
         values += lens + [1] * padding
@@ -134,4 +142,6 @@ class DecodeInputs:
         values += [NULL_BLOCK] * (padding * self.width)
         # from ordinary memory CUDA copies a small tensor before it returns, so that nothing has to wait for the device
         self.data.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=self.data.is_cuda)
+        if latest is not None:
+            self.token_ids[: len(sequences)] = latest
         self.step.seq_lens_list[:] = lens + [1] * padding

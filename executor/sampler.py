@@ -8,9 +8,10 @@ from executor.scheduler import Sequence
 from models.layers.lm_head import ShardedLogits
 
 
-def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> list[int]:
-    """The next token of this rank's rows. `rows` says whose logits stand in `logits.local`; None is padding.
+def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> torch.Tensor:
+    """The next token of this rank's rows, [B] int64, on their device.
 
+    `rows` says whose logits stand in `logits.local`; None is padding.
     All ranks that share the vocabulary see the same `rows`, so they agree on what to exchange: a few candidates where
     every text is greedy or has a top_k, all logits otherwise.
     """
@@ -18,22 +19,22 @@ def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> list[int]:
     own = rows[logits.first_row : logits.first_row + logits.num_rows]
     sampled = [row.sampling for row in rows if row is not None and not row.sampling.greedy]
     if not sampled:
-        return logits.topk(1)[1][:, 0].tolist()
+        return logits.topk(1)[1][:, 0]
     if all(sampling.top_k for sampling in sampled):
         values, ids = logits.topk(max(sampling.top_k for sampling in sampled))
     else:
         values = logits.whole()
         ids = torch.arange(values.shape[1], device=values.device).expand_as(values)
     choices = [choose(candidates, sequence) for candidates, sequence in zip(values, own, strict=True)]
-    return [int(row[choice]) for row, choice in zip(ids, choices, strict=True)]
+    return ids.gather(1, torch.stack(choices))[:, 0] if choices else ids.new_empty(0)
 
 
-def choose(candidates: torch.Tensor, sequence: Sequence) -> int:
-    """Index of the next token among a sequence's candidate logits [N] float32."""
+def choose(candidates: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Index [1] of the next token among a sequence's candidate logits [N] float32."""
     if sequence.sampling.greedy:
-        return int(candidates.argmax())
+        return candidates.argmax(keepdim=True)
     probabilities = filter_logits(candidates / sequence.sampling.temperature, sequence.sampling).softmax(dim=-1)
-    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+    return torch.multinomial(probabilities, 1, generator=sequence.generator)
 
 
 def penalize_rows(logits: ShardedLogits, rows: list[Sequence | None]) -> None:

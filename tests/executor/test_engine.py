@@ -45,8 +45,10 @@ def with_tokenizer(tmp_path_factory) -> Path:
     return folder
 
 
-def build(checkpoint, **settings) -> LLM:
-    return LLM(checkpoint[0], device="cpu", dtype="float32", **settings)
+def build(checkpoint, runs_ahead: bool = False, **settings) -> LLM:
+    llm = LLM(checkpoint[0], device="cpu", dtype="float32", **settings)
+    llm.engine.runs_ahead = runs_ahead  # as where the device works by itself
+    return llm
 
 
 def generated(model, prompt: list[int], max_new_tokens: int) -> list[int]:
@@ -98,12 +100,12 @@ def test_cache_too_small_for_all_at_once(checkpoint):
     largest = 0
     decode = llm.runner.decode
 
-    def watched_decode(batches):
+    def watched_decode(batches, *latest):
         nonlocal largest
         [sequences], [scheduler] = batches, llm.engine.schedulers
         largest = max(largest, len(sequences))
         assert sum(blocks_for(s.max_len) for s in sequences) + len(scheduler.allocator.free_blocks) == 3
-        return decode(batches)
+        return decode(batches, *latest)
 
     llm.runner.decode = watched_decode
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=6))
@@ -160,8 +162,9 @@ def test_token_ids_the_model_lacks(token_id, checkpoint):
         build(checkpoint).logits([1, token_id])
 
 
-def test_abandoned_run_leaves_nothing_behind(checkpoint):
-    llm = build(checkpoint, batch_size=2)
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_abandoned_run_leaves_nothing_behind(runs_ahead, checkpoint):
+    llm = build(checkpoint, runs_ahead, batch_size=2)
     short, long = (SamplingParams(max_new_tokens=n) for n in (2, 9))
     prompts = [("", random_prompt(n)) for n in (130, 5)]
     stream = llm.stream(llm.requests(prompts, long) + llm.requests(prompts, short))
@@ -170,12 +173,14 @@ def test_abandoned_run_leaves_nothing_behind(checkpoint):
     assert llm.engine.schedulers[0].running and llm.engine.schedulers[0].waiting
     stream.close()
     assert_all_free(llm)
+    assert llm.generate([[7]], short)[0].token_ids == generated(checkpoint[1], [7], 2)
 
 
 @pytest.mark.parametrize("failing", ["prefill", "decode"])
-def test_failed_step_leaves_nothing_behind(failing, checkpoint, monkeypatch):
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_failed_step_leaves_nothing_behind(runs_ahead, failing, checkpoint, monkeypatch):
     prompt = random_prompt(130)
-    llm = build(checkpoint, batch_size=2)
+    llm = build(checkpoint, runs_ahead, batch_size=2)
 
     def fail(*_):
         raise RuntimeError("the device is gone")
@@ -258,6 +263,45 @@ def test_sequences_of_a_batch_end_on_their_own(checkpoint, tmp_path):
     for token_ids, output in zip(expected, llm.generate(prompts, SamplingParams(max_new_tokens=12)), strict=True):
         end = token_ids.index(eos) + 1 if eos in token_ids else 12
         assert output.token_ids == token_ids[:end]
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.5, "seed": 5}, {"repetition_penalty": 1.3}], ids=["greedy", "random", "penalty"]
+)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_step_started_before_the_last_tokens_are_read_changes_nothing(batch_size, sampling, checkpoint, tmp_path):
+    """End tokens, limits, waiting sequences and block borders, with as many steps ahead as the host can be: one."""
+    prompts = [random_prompt(length) for length in (126, 3, 128, 20, 255)]
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=n == 9, **sampling) for n in (25, 9, 12, 1, 2)]
+    found = {}
+    for runs_ahead in (False, True):
+        llm = build(checkpoint, runs_ahead, batch_size=batch_size, cache_tokens=4 * BLOCK_SIZE)
+        [free] = llm.generate(prompts[:1], SamplingParams(max_new_tokens=25, ignore_eos=True, **sampling))
+        llm = set_eos(checkpoint, tmp_path, free.token_ids[6])
+        llm.engine.runs_ahead = runs_ahead
+        llm.engine.schedulers[0].batch_size = batch_size
+        ahead = 0
+        decode = llm.runner.decode
+
+        def watched_decode(batches, latest=None, decode=decode):
+            nonlocal ahead
+            ahead += latest is not None
+            for sequence in batches[0]:
+                position = len(sequence) - 1 + (latest is not None)
+                assert position < sequence.max_len and position // BLOCK_SIZE < len(sequence.blocks)
+            return decode(batches, latest)
+
+        llm.runner.decode = watched_decode
+        requests = [llm.requests([("", prompt)], one)[0] for prompt, one in zip(prompts, params, strict=True)]
+        for index, sequence in enumerate(requests):
+            sequence.index = index
+        outputs = dict(llm.stream(requests))
+        assert (ahead > 0) == (runs_ahead and "repetition_penalty" not in sampling)
+        assert outputs[0].finish_reason == "stop" and len(outputs[0].token_ids) <= 7
+        assert all(len(o.token_intervals_ms) == len(o.token_ids) - 1 for o in outputs.values())
+        found[runs_ahead] = [(outputs[i].token_ids, outputs[i].finish_reason) for i in range(len(prompts))]
+        assert_all_free(llm)
+    assert found[True] == found[False]
 
 
 def test_tokenizers_eos_counts_too(with_tokenizer):

@@ -58,7 +58,7 @@ def make_sequence(prompt: list[int], token_ids: list[int], seed: int = 0, **samp
 
 
 def sample_rows(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    return sample(ShardedLogits(logits.clone(), SINGLE["lmhead_tp"], 0, len(sequences)), sequences)
+    return sample(ShardedLogits(logits.clone(), SINGLE["lmhead_tp"], 0, len(sequences)), sequences).tolist()
 
 
 def processors(

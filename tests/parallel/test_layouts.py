@@ -39,6 +39,7 @@ def results_of(folder: str, token_ids: list[int], prompts: list[list[int]], sett
     results = {}
     for batch_size in (1, 3):
         llm = LLM(folder, device="cpu", dtype="float32", batch_size=batch_size, cache_tokens=2048, **settings)
+        llm.engine.runs_ahead = batch_size == 3
         for name, sampling in (("greedy", {}), ("sampled", SAMPLED)):
             outputs = llm.generate(prompts, SamplingParams(max_new_tokens=6, ignore_eos=True, **sampling))
             results[name, batch_size] = [output.token_ids for output in outputs]
