@@ -56,10 +56,10 @@ def distinct_experts(llm: LLM, prompts: list[list[int]]) -> float:
         counts.append(ids[ids < held_experts(llm)].unique().numel())  # larger ones are on other ranks
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 
-    def eager_decode(runner, batches):  # a captured step cannot be looked into
+    def eager_decode(runner, *arguments):  # a captured step cannot be looked into
         llm.ops.experts = counting_experts
         try:
-            return ModelRunner.decode(runner, batches)
+            return ModelRunner.decode(runner, *arguments)
         finally:
             del llm.ops.experts
 
