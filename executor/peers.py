@@ -9,6 +9,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 
 from executor.device import synchronize
 from executor.llm import LLM
+from ops import TransposedWeight
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -27,7 +28,11 @@ def transformers_model(llm: LLM) -> Qwen3MoeForCausalLM:
 
 
 def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
-    """Our parameters under the names transformers uses in memory."""
+    """Our parameters under the names transformers uses in memory. ValueError where the device has changed their form."""
+    if any(isinstance(value, TransposedWeight) for value in llm.parameters.values.values()):
+        raise ValueError(
+            f"--peer: transformers cannot share the weights on device {llm.device.type}: they are transposed"
+        )
     config = llm.config
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     renamed = {}

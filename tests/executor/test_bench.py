@@ -12,7 +12,10 @@ from executor import LLM
 from executor.bench.__main__ import main
 from executor.bench.floor import distinct_experts, step_bytes
 from executor.bench.timing import process_age_s, read_ceiling, time_ms
+from executor.peers import state_dict
+from ops import DenseWeight, TransposedWeight
 from ops.reference import ReferenceOps
+from tests.checkpoints import make_checkpoint
 
 
 def bench(monkeypatch, *arguments: str) -> int:
@@ -168,3 +171,13 @@ def test_throughput_runs_the_batch_it_says(monkeypatch, capsys):
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         throughput(monkeypatch, "--scenario", "5:1")
+
+
+def test_peer_does_not_share_transposed_weights(tmp_path):
+    make_checkpoint(tmp_path)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    assert state_dict(llm)
+    name, weight = next(item for item in llm.parameters.values.items() if isinstance(item[1], DenseWeight))
+    llm.parameters.values[name] = TransposedWeight(weight.data.transpose(-1, -2).contiguous())
+    with pytest.raises(ValueError, match="^--peer: transformers cannot share the weights on device cpu"):
+        state_dict(llm)
