@@ -62,7 +62,7 @@ def launch(settings: Settings, command: list[str]) -> NoReturn:
     processes = processes_per_node(settings.world_size, nodes.addresses)
     check_before_launch(settings)
     check_devices(settings, processes)
-    set_environment(interface, nodes.addresses[nodes.index], processes)
+    print("environment:", set_environment(interface, nodes.addresses[nodes.index], processes), file=sys.stderr)
 
     store = open_store(nodes, port, timeout_s)
     first = nodes.index * processes
@@ -157,23 +157,29 @@ def check_devices(settings: Settings, processes: int) -> None:
     if settings.exe_mode == "graph" and kind == "cpu":
         raise ValueError(f"exe_mode: graph is not possible on device {kind}, only eager")
     if kind != "cpu" and count < processes:
+        variable = {"npu": "ASCEND_RT_VISIBLE_DEVICES"}.get(kind, "CUDA_VISIBLE_DEVICES")
+        visible = f" ({variable}={os.environ[variable]})" if variable in os.environ else ""
         raise ValueError(
             f"world_size: {settings.world_size} needs {processes} {kind} devices on {socket.gethostname()}, "
-            f"it has {count}"
+            f"it has {count}{visible}"
         )
 
 
-def set_environment(interface: str, address: str, processes: int) -> None:
-    """What the ranks inherit; what the user has set stays. `address` is this node's, on `interface`."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("TP_SOCKET_IFNAME", interface)
-    if interface != "lo":  # within one machine these two need no hint
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # = : this one, not all that begin so
+def set_environment(interface: str, address: str, processes: int) -> str:
+    """What the ranks inherit; what the user has set stays. `address` is this node's, on `interface`.
+
+    Returns what is in force, for people.
+    """
+    defaults = {"GLOO_SOCKET_IFNAME": interface, "TP_SOCKET_IFNAME": interface}
+    if interface != "lo":  # within one machine NCCL and HCCL need no hint
+        defaults["NCCL_SOCKET_IFNAME"] = defaults["HCCL_SOCKET_IFNAME"] = f"={interface}"  # = : not all that begin so
         if "HCCL_SOCKET_IFNAME" not in os.environ:  # to HCCL, an address says more than an interface
-            os.environ.setdefault("HCCL_IF_IP", address)
-        os.environ.setdefault("HCCL_SOCKET_IFNAME", f"={interface}")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+            defaults["HCCL_IF_IP"] = address
+    defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    return " ".join(f"{name}={os.environ[name]}" for name in defaults)
 
 
 def job_facts(settings: Settings) -> dict[str, str]:

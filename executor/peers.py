@@ -28,11 +28,10 @@ def transformers_model(llm: LLM) -> Qwen3MoeForCausalLM:
 
 
 def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
-    """Our parameters under the names transformers uses in memory. ValueError where the device has changed their form."""
+    """Our parameters under the names transformers uses in memory. ValueError where they are not in its form."""
     if any(isinstance(value, TransposedWeight) for value in llm.parameters.values.values()):
-        raise ValueError(
-            f"--peer: transformers cannot share the weights on device {llm.device.type}: they are transposed"
-        )
+        device = llm.device.type
+        raise ValueError(f"--peer: transformers cannot share the weights on device {device}, where they are transposed")
     config = llm.config
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     renamed = {}

@@ -156,7 +156,10 @@ source_cann() {
 # what is in force. JEMALLOC is the library to preload; it is looked for, and JEMALLOC= means none.
 export_npu_settings() {
     npu_visible || return 0
-    local setting name found=() line='NPU environment:'
+    local setting name found=() devices line
+    mapfile -t devices < <(compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}")
+    line="NPU environment (device files: ${#devices[@]}):"
+    [[ -z "${ASCEND_RT_VISIBLE_DEVICES+set}" ]] || line+=" ASCEND_RT_VISIBLE_DEVICES=$ASCEND_RT_VISIBLE_DEVICES"
     for setting in HCCL_CONNECT_TIMEOUT=1200 HCCL_EXEC_TIMEOUT=3604 HCCL_OP_EXPANSION_MODE=AIV \
         PYTORCH_NPU_ALLOC_CONF=expandable_segments:True TASK_QUEUE_ENABLE=1; do
         name="${setting%%=*}"

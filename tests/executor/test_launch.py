@@ -4,6 +4,7 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed
@@ -65,7 +66,11 @@ def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
     launch.check_devices(settings, 2)
-    with pytest.raises(ValueError, match="world_size: 4 needs 4 cuda devices on .*, it has 2"):
+    with pytest.raises(ValueError, match="world_size: 4 needs 4 cuda devices on .*, it has 2$"):
+        launch.check_devices(settings, 4)
+    monkeypatch.setattr("executor.device.select_device", lambda name: SimpleNamespace(type="npu"))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(ValueError, match=r"needs 4 npu devices on .*, it has 2 \(ASCEND_RT_VISIBLE_DEVICES=4,5\)$"):
         launch.check_devices(settings, 4)
 
 
@@ -79,10 +84,13 @@ def test_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
 def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(10))
-    launch.set_environment("eth0", "10.0.0.2", 4)
+    shown = launch.set_environment("eth0", "10.0.0.2", 4)
     expected = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "HCCL_SOCKET_IFNAME": "=eth0"}
     expected |= {"HCCL_IF_IP": "10.0.0.2", "TP_SOCKET_IFNAME": "eth0"}
-    assert {name: os.environ[name] for name in expected} == expected and os.environ["OMP_NUM_THREADS"] == "2"
+    expected |= {"OMP_NUM_THREADS": "2"}
+    assert {name: os.environ[name] for name in expected} == expected
+    assert set(shown.split()) == {f"{name}={value}" for name, value in expected.items()}
+    assert launch.set_environment("lo", "127.0.0.1", 2).startswith("GLOO_SOCKET_IFNAME=eth0 ")
 
 
 def test_hccl_address_does_not_overrule_the_users_interface(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,8 +200,11 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     (tmp_path / "davinci0").touch()
     npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*"), "JEMALLOC": ""}
     (repo / "executor/launch.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
-    result = infer(repo, HCCL_OP_EXPANSION_MODE="HOST", TASK_QUEUE_ENABLE="", **npu)
+    (tmp_path / "davinci1").touch()
+    given = {"HCCL_OP_EXPANSION_MODE": "HOST", "TASK_QUEUE_ENABLE": "", "ASCEND_RT_VISIBLE_DEVICES": "1"}
+    result = infer(repo, **given, **npu)
     expected = {
+        "ASCEND_RT_VISIBLE_DEVICES": "1",
         "HCCL_CONNECT_TIMEOUT": "1200",
         "HCCL_EXEC_TIMEOUT": "3604",
         "HCCL_OP_EXPANSION_MODE": "HOST",
@@ -210,7 +213,7 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     }
     assert started(result).items() >= expected.items()
     line = " ".join(f"{name}={value}" for name, value in expected.items())
-    assert result.stderr == f"NPU environment: {line}\n"
+    assert result.stderr == f"NPU environment (device files: 2): {line}\n"
     assert not started(infer(repo)).keys() & expected.keys() and not infer(repo).stderr
 
 
