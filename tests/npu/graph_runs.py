@@ -71,8 +71,8 @@ def broken_ways() -> dict[str, AbstractContextManager]:
     def with_lengths_of_padding(self, cpu_update_input):
         update(self, [{name: [1] * len(lens) for name, lens in entry.items()} for entry in cpu_update_input])
 
-    def with_one_slot(self, sequences):
-        fill(self, sequences)
+    def with_one_slot(self, sequences, latest=None):
+        fill(self, sequences, latest)
         self.step.slot_mapping[len(sequences) :] = 0
 
     return {
