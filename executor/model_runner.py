@@ -5,7 +5,10 @@ A step's `batches` are the sequences of every group of attention ranks, this ran
 every step together; one whose group has nothing to do still takes part in the exchanges.
 """
 
+from array import array
+
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK, blocks_for
@@ -42,9 +45,8 @@ class ModelRunner:
 
     def prefill(self, batches: Batches, all_positions: bool = False) -> ShardedLogits:
         """Runs whole prompts, packed. Logits of each last token, or of `all_positions`."""
-        token_ids = [token_id for sequence in batches[self.dp_index] for token_id in sequence.prompt_token_ids]
-        step = self.prefill_metadata(batches)
-        hidden_states, residual = self.model.forward(self.tensor(token_ids), step, self.kv_caches)
+        token_ids, step = self.prefill_inputs(batches)
+        hidden_states, residual = self.model.forward(token_ids, step, self.kv_caches)
         if all_positions:
             return self.model.logits(hidden_states, residual, step.max_dp_tokens)
         last = step.seq_lens.cumsum(0) - 1
@@ -68,23 +70,22 @@ class ModelRunner:
         """token_ids [B] -> logits [B, V]."""
         return self.model.logits(*self.model.forward(token_ids, step, self.kv_caches), step.max_dp_tokens)
 
-    def prefill_metadata(self, batches: Batches) -> StepMetadata:
-        """Positions and cache places of whole prompts."""
+    def prefill_inputs(self, batches: Batches) -> tuple[torch.Tensor, StepMetadata]:
+        """Token ids [T] of whole prompts, their positions and cache places. What has a row a token travels at once."""
         sequences = batches[self.dp_index]
-        self.tokens_run += sum(map(len, sequences))
-        positions = [torch.arange(len(sequence)) for sequence in sequences]
-        slots = [
-            torch.tensor(sequence.blocks)[own // BLOCK_SIZE] * BLOCK_SIZE + own % BLOCK_SIZE
-            for sequence, own in zip(sequences, positions, strict=True)
-        ]
+        num_tokens = sum(map(len, sequences))
+        self.tokens_run += num_tokens
+        none = torch.empty(3, 0, dtype=torch.int64)
+        parts = torch.cat([none, *map(token_places, sequences)], dim=1)
+        aligned = F.pad(parts, (0, num_tokens % 2))  # kernels want every tensor to start at a multiple of 16 bytes
+        token_ids, positions, slot_mapping = aligned.to(self.device)[:, :num_tokens]
         lens = [len(sequence) for sequence in sequences]
         used = [torch.tensor(sequence.blocks[: blocks_for(len(sequence))]) for sequence in sequences]
-        none = torch.empty(0, dtype=torch.int64)
-        table = pad_sequence(used, batch_first=True, padding_value=NULL_BLOCK) if used else none.view(0, 0)
-        return StepMetadata(
+        table = pad_sequence(used, batch_first=True, padding_value=NULL_BLOCK) if used else none[:0]
+        step = StepMetadata(
             is_prefill=True,
-            positions=torch.cat([none, *positions]).to(self.device),
-            slot_mapping=torch.cat([none, *slots]).to(self.device),
+            positions=positions,
+            slot_mapping=slot_mapping,
             block_table=table.to(self.device),
             seq_lens=self.tensor(lens),
             query_lens_list=lens,
@@ -92,6 +93,7 @@ class ModelRunner:
             dp_num_tokens=[sum(map(len, batch)) for batch in batches],
             sequence_parallel=self.sequence_parallel,
         )
+        return token_ids, step
 
     def tensor(self, values: list) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -100,6 +102,14 @@ class ModelRunner:
 def lens_of(sequences: list[Sequence], latest: torch.Tensor | None) -> list[int]:
     """Tokens of each sequence, with the latest that it may lack."""
     return [len(sequence) + (latest is not None) for sequence in sequences]
+
+
+def token_places(sequence: Sequence) -> torch.Tensor:
+    """Token ids, positions and cache slots [3, N] of a prompt, made without a Python step for each token."""
+    token_ids = torch.frombuffer(array("q", sequence.prompt_token_ids), dtype=torch.int64)
+    positions = torch.arange(len(sequence))
+    slots = torch.tensor(sequence.blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
+    return torch.stack((token_ids, positions, slots.flatten()[: len(sequence)]))
 
 
 class DecodeInputs:
