@@ -4,7 +4,7 @@
 Steps of up to MAX_TOKENS tokens take one to four kernels an operation, bound at an operation's first call for every
 weight and number of tokens: the choice between kernel and reference is made there and buffers for the results are
 allocated there, so that a result is valid until the same weight meets as many tokens again. Larger steps take
-elementwise kernels around torch's matrix products and attention.
+elementwise kernels around torch's matrix products and attention, and own grouped products for the experts.
 """
 
 import logging
@@ -18,13 +18,16 @@ from torch.nn import functional as F
 
 from ops import OPERATIONS, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
+from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
+from ops.cuda.grouped import TILE_ROWS, GroupedExpertsCall, grouped_experts_support
 from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
-from ops.cuda.moe import choose_experts_kernel, combine_kernel
+from ops.cuda.moe import choose_experts_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
+from ops.cuda.prefill_attention import LONGEST, PrefillAttentionCall
 from ops.cuda.tiles import MAX_TOKENS
-from ops.reference import ReferenceOps, grouped_mm
+from ops.reference import ReferenceOps
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class CudaOps(ReferenceOps):
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
+        self.orders: dict[int, ExpertOrder] = {}  # by number of experts
 
     def fallbacks(self, dtype):
         return super().fallbacks(dtype) if dtype in DTYPES else OPERATIONS
@@ -119,7 +123,9 @@ class CudaOps(ReferenceOps):
             if qkv.shape[0] == 0 or not takes(qkv) or not attention_supports(qkv, cos_sin, key_cache):
                 return super().attention(qkv, *norms, cos_sin, key_cache, value_cache, step)
             if step.is_prefill:
-                call = partial(self.run_prefill_attention, NormRotaryCacheCall(qkv, *norms, key_cache))
+                norm_rotary_cache = NormRotaryCacheCall(qkv, *norms, key_cache)
+                heads = (norm_rotary_cache.num_heads, norm_rotary_cache.num_kv_heads, norm_rotary_cache.head_dim)
+                call = partial(self.run_prefill_attention, norm_rotary_cache, PrefillAttentionCall(*heads))
             else:
                 call = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
             self.bind(key, q_norm_weight, call)
@@ -128,6 +134,7 @@ class CudaOps(ReferenceOps):
     def run_prefill_attention(
         self,
         norm_rotary_cache: NormRotaryCacheCall,
+        short_attention: PrefillAttentionCall,
         qkv: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         key_cache: torch.Tensor,
@@ -137,6 +144,8 @@ class CudaOps(ReferenceOps):
         if step.num_tokens == 0:
             return qkv[:, : norm_rotary_cache.num_heads * norm_rotary_cache.head_dim]
         query_key = norm_rotary_cache(qkv, cos_sin, key_cache, value_cache, step.slot_mapping)
+        if max(step.query_lens_list) <= LONGEST:
+            return short_attention(query_key, qkv, step.positions)
         num_heads, num_kv_heads = norm_rotary_cache.num_heads, norm_rotary_cache.num_kv_heads
         query, key = query_key.split([num_heads, num_kv_heads], dim=1)
         value = qkv.unflatten(1, (-1, norm_rotary_cache.head_dim))[:, num_heads + num_kv_heads :]
@@ -177,6 +186,7 @@ class CudaOps(ReferenceOps):
         kernel = self.elementwise_kernel(
             choose_experts_kernel,
             logits.dtype,
+            warps=1,  # its chain of maxima would have to wait for other warps
             E=num_experts,
             BLOCK_E=triton.next_power_of_2(num_experts),
             TOP_K=top_k,
@@ -202,43 +212,32 @@ class CudaOps(ReferenceOps):
         return call(hidden_states, routing)
 
     def experts_sorted(self, hidden_states, routing, gate_up, down):
-        """`experts` with the tokens sorted by expert: torch's grouped matrix products, own kernels around them."""
+        """`experts` of any number of tokens, sorted by expert."""
         routing = routing.chosen()
-        num_tokens, d = hidden_states.shape
-        if num_tokens == 0 or hidden_states.dtype is not torch.bfloat16 or not takes(hidden_states):
+        top_k = routing.topk_ids.shape[1]
+        key = ("experts_sorted", id(gate_up), top_k)
+        call = self.calls.get(key)
+        if hidden_states.shape[0] == 0 or not takes(hidden_states):
             return super().experts(hidden_states, routing, gate_up, down)
-        num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
-        short_ids = routing.topk_ids.flatten().to(torch.int16)  # few bytes make a fast sort
-        sorted_ids, order = short_ids.sort(stable=True)
-        experts = torch.arange(num_experts, dtype=torch.int16, device=order.device)
-        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)
-        rows = hidden_states[order // top_k]
-        gate_up_output = grouped_mm(rows, gate_up.data.transpose(1, 2), offs=ends)
-        expert_output = grouped_mm(self.silu_and_mul(gate_up_output), down.data.transpose(1, 2), offs=ends)
-        rows_of = torch.empty_like(order)
-        rows_of[order] = torch.arange(len(order), device=order.device)
-        kernel = self.elementwise_kernel(
-            combine_kernel,
-            hidden_states.dtype,
-            D=d,
-            NUM_EXPERTS=num_experts,
-            TOP_K=top_k,
-            BLOCK=min(ELEMENTWISE_BLOCK, triton.next_power_of_2(d)),
-        )
-        output = torch.empty_like(hidden_states)
-        kernel.grid = (num_tokens, triton.cdiv(d, kernel.constants["BLOCK"]), 1)
-        kernel(expert_output, rows_of, routing.topk_weights, routing.topk_ids, output)
-        return output
+        if call is None:
+            if grouped_experts_support(hidden_states, gate_up.data, down.data):
+                num_experts = gate_up.data.shape[0]
+                order = self.orders.setdefault(num_experts, ExpertOrder(num_experts, TILE_ROWS))
+                call = GroupedExpertsCall(order, gate_up.data, down.data, top_k)
+            else:
+                call = partial(super().experts, gate_up=gate_up, down=down)
+            self.bind(key, gate_up, call)
+        return call(hidden_states, routing)
 
     def bind(self, key: tuple[str, int, int], weight: Any, call: Callable[..., Any]) -> None:
         self.calls[key] = call
         self.weights.append(weight)
 
-    def elementwise_kernel(self, kernel: Any, dtype: torch.dtype, **constants: Any) -> BoundKernel:
+    def elementwise_kernel(self, kernel: Any, dtype: torch.dtype, warps: int = 4, **constants: Any) -> BoundKernel:
         """A kernel for any number of programs; the caller sets the grid."""
         key = (kernel, dtype, *constants.values())
         if key not in self.elementwise:
-            self.elementwise[key] = BoundKernel(kernel, (1,), 4, constants.get("PDL", False), **constants)
+            self.elementwise[key] = BoundKernel(kernel, (1,), warps, constants.get("PDL", False), **constants)
         return self.elementwise[key]
 
 

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 KNOWS_LAUNCHER = triton.__version__.startswith("3.6.")  # whose launcher takes the arguments that BoundKernel gives it
@@ -54,7 +55,7 @@ class BoundKernel:
         grid: tuple[int, ...],
         num_warps: int,
         pdl: bool = False,
-        fixed: tuple[torch.Tensor, ...] = (),
+        fixed: tuple[torch.Tensor | TensorDescriptor, ...] = (),
         **constants: Any,
     ):
         self.kernel = kernel
@@ -85,7 +86,8 @@ class BoundKernel:
             *(compiled.packed_metadata, None, None, None),
         )
         names = self.kernel.arg_names[len(varying) + len(self.fixed) :]
-        self.tail = (*(tensor.data_ptr() for tensor in self.fixed), *(self.constants[name] for name in names))
+        fixed = (tensor.data_ptr() if isinstance(tensor, torch.Tensor) else tensor for tensor in self.fixed)
+        self.tail = (*fixed, *(self.constants[name] for name in names))
         self.launch = run.launch
 
 

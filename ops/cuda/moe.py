@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a decode step, and what stands around the grouped matrix products of a prefill step.
+"""Experts of a decode step, and what stands around the grouped matrix products of larger steps.
 
 In a decode step nobody waits for a routing kernel: every program finds its experts from the router logits itself.
 """
@@ -157,8 +157,7 @@ def choose_experts_kernel(
 
 @triton.jit
 def combine_kernel(
-    expert_output,  # [T * TOP_K, D], rows in any order
-    rows_of,  # [T, TOP_K] int64: where each choice's row stands
+    expert_output,  # [T * TOP_K, D]
     topk_weights,  # [T, TOP_K] float32
     topk_ids,  # [T, TOP_K] int64
     output,  # [T, D]
@@ -173,7 +172,6 @@ def combine_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
         here = tl.load(topk_ids + token * TOP_K + i) < NUM_EXPERTS
-        row = tl.load(rows_of + token * TOP_K + i)
-        part = tl.load(expert_output + row * D + d, mask=(d < D) & here, other=0.0).to(tl.float32)
+        part = tl.load(expert_output + (token * TOP_K + i) * D + d, mask=(d < D) & here, other=0.0).to(tl.float32)
         total += part * tl.load(topk_weights + token * TOP_K + i)
     tl.store(output + token * D + d, total.to(output.dtype.element_ty), mask=d < D)

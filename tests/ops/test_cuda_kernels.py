@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from ops import OPERATIONS, DenseWeight, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
+from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 
@@ -181,7 +182,11 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
         assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
 
 
-@pytest.mark.parametrize("seq_lens", [[1], [130, 3], [64] * 3] + ([[4080], [1000, 3000]] if ON_GPU else []), ids=str)
+@pytest.mark.parametrize(
+    "seq_lens",
+    [[1], [130, 3], [64] * 3, [3, 61, 1, 70]] + ([[512], [700, 1024], [4080], [1000, 3000]] if ON_GPU else []),
+    ids=str,
+)
 @pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", HEADS)
 def test_prefill_attention(num_heads, num_kv_heads, head_dim, seq_lens):
     qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, True, num_heads, num_kv_heads, head_dim)
@@ -247,20 +252,53 @@ def test_equal_logits_choose_the_lower_expert():
     assert relative_error(output, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_tokens", [1, 9, 200, 4080] if ON_GPU else [1, 9])
+@pytest.mark.parametrize("num_tokens", [1, 9, 200, 4080] if ON_GPU else [1, 9, 300])
 @pytest.mark.parametrize("has_elsewhere", [False, True])
-def test_experts_sorted(num_tokens, has_elsewhere):
-    num_experts, d, f, top_k = (128, 2048, 768, 8) if ON_GPU else (10, 64, 48, 3)
-    ops, x = CudaOps(), random(num_tokens, d, dtype=torch.bfloat16)
-    gate_up, down = (DenseWeight(weight.data.bfloat16()) for weight in expert_weights(num_experts, d, f))
-    routing = RouterLogits(random(num_tokens, num_experts - 2, std=2, dtype=torch.float32), top_k, True).chosen()
+@pytest.mark.parametrize("num_experts, d, f, top_k", EXPERT_SIZES)
+def test_experts_of_many_tokens(num_experts, d, f, top_k, has_elsewhere, num_tokens):
+    ops, x = CudaOps(), random(num_tokens, d)
+    gate_up, down = expert_weights(num_experts, d, f)
+    logits = random(num_tokens, num_experts, std=2, dtype=torch.float32)
+    logits[:, 1] = -1e4  # an expert without a row, and one that has many
+    logits[:, 2] += 4
+    routing = RouterLogits(logits, top_k, True).chosen()
     if has_elsewhere:
         elsewhere = torch.rand(num_tokens, top_k, device=DEVICE) < 0.3
         elsewhere[0, 0] = False
         routing = replace(routing, topk_ids=routing.topk_ids.masked_fill(elsewhere, num_experts), has_elsewhere=True)
-    output = ops.experts(x, routing, gate_up, down)
+    [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
     expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
     assert relative_error(output, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("d, f", [(2048, 768), (64, 48)] if ON_GPU else [(32, 16)])
+def test_experts_that_fill_their_tiles(d, f):
+    counts = [64, 65, 0, 127, 128, 129, 1, 193]
+    ops, x = CudaOps(), random(sum(counts), d)
+    gate_up, down = expert_weights(len(counts), d, f)
+    ids = torch.arange(len(counts), device=DEVICE).repeat_interleave(torch.tensor(counts, device=DEVICE))
+    ids = ids[torch.randperm(len(ids), device=DEVICE)][:, None]
+    routing = Routing(torch.rand(len(ids), 1, device=DEVICE) + 0.1, ids)
+    [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
+    expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
+    assert relative_error(output, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_pairs", [1, 64, 1000, 32640, 131072] if ON_GPU else [1, 64, 300])
+@pytest.mark.parametrize("num_experts, tile_rows", [(100, 128), (128, 128)] if ON_GPU else [(5, 16), (8, 16)])
+def test_expert_order(num_experts, tile_rows, num_pairs):
+    expert_ids = torch.randint(0, num_experts + 1, (num_pairs,), device=DEVICE)  # the last stands for elsewhere
+    expert_ids[expert_ids == 1] = 3
+    order, slots = ExpertOrder(num_experts, tile_rows)(expert_ids)
+    counts = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts]
+    here = int(counts.sum())
+    assert order[:here].tolist() == expert_ids.argsort(stable=True)[:here].tolist()
+    expected, end = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        tiles, start, end = -(-count // tile_rows), end, end + count
+        expected += [[expert, start, end, len(expected), tiles]] * tiles
+    assert slots[: len(expected)].tolist() == expected
+    assert (slots[len(expected) :, 0] == -1).all()
 
 
 def test_what_kernels_do_not_take_goes_to_the_reference():

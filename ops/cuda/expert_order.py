@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sorts a step's (token, expert) pairs by expert: a counting sort in two kernels, without atomics, in a fixed order.
+
+A pair's number is token * K + choice. Each block of pairs counts its experts; then each block knows from all counts
+where its pairs of an expert go; further programs cut every expert's rows into tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ops.cuda.launch import BoundKernel
+
+CHUNK = 128  # pairs or slots of an iteration
+MAX_BLOCKS = 128
+PREFIX = 64
+SLOT_FIELDS = tl.constexpr(5)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "per_block"])
+def count_kernel(
+    expert_ids,  # [P]; E or more stands for "elsewhere"
+    counts,  # [blocks, BLOCK_E] int32
+    num_pairs,
+    per_block,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program a block of `per_block` pairs."""
+    block = tl.program_id(0)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    end = tl.minimum((block + 1) * per_block, num_pairs)
+    for first in range(block * per_block, end, CHUNK):
+        pair = first + tl.arange(0, CHUNK)
+        ids = tl.load(expert_ids + pair, mask=pair < end, other=E).to(tl.int32)
+        total += tl.histogram(ids, BLOCK_E, mask=ids < E)
+    tl.store(counts + block * BLOCK_E + tl.arange(0, BLOCK_E), total)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "per_block", "num_blocks", "num_slots"])
+def place_kernel(
+    expert_ids,  # [P]
+    counts,  # [blocks, BLOCK_E] int32
+    order,  # [P] int32: the pair of each sorted row; unset beyond the rows of this rank's experts
+    slots,  # [num_slots, SLOT_FIELDS] int32: expert or -1, first and end of its rows, its first slot, its slots
+    num_pairs,
+    per_block,
+    num_blocks,
+    num_slots,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PREFIX: tl.constexpr,  # blocks whose counts are read at once
+    ROWS: tl.constexpr,  # of a slot's tile
+):
+    """One program a block, which places its pairs, then one for every CHUNK slots, which fills them."""
+    block = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    total = tl.zeros([BLOCK_E], tl.int32)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, num_blocks, PREFIX):
+        other = first + tl.arange(0, PREFIX)
+        part = tl.load(counts + other[:, None] * BLOCK_E + e[None, :], mask=(other < num_blocks)[:, None], other=0)
+        total += tl.sum(part, axis=0)
+        before += tl.sum(tl.where((other < block)[:, None], part, 0), axis=0)
+    start = tl.cumsum(total, axis=0) - total
+    if block < num_blocks:
+        following = start + before
+        end = tl.minimum((block + 1) * per_block, num_pairs)
+        for first in range(block * per_block, end, CHUNK):
+            pair = first + tl.arange(0, CHUNK)
+            ids = tl.load(expert_ids + pair, mask=pair < end, other=E).to(tl.int32)
+            is_earlier_one = (ids[:, None] == ids[None, :]) & (pair[:, None] > pair[None, :])
+            row = tl.gather(following, tl.minimum(ids, BLOCK_E - 1), axis=0) + tl.sum(
+                is_earlier_one.to(tl.int32), axis=1
+            )
+            tl.store(order + row, pair, mask=ids < E)
+            following += tl.histogram(ids, BLOCK_E, mask=ids < E)
+    else:
+        tiles = (total + ROWS - 1) // ROWS
+        tile_end = tl.cumsum(tiles, axis=0)
+        slot = (block - num_blocks) * CHUNK + tl.arange(0, CHUNK)
+        expert = tl.sum((tile_end[None, :] <= slot[:, None]).to(tl.int32), axis=1)
+        used = slot < num_slots
+        fields = slots + slot * SLOT_FIELDS
+        tl.store(fields, tl.where(expert < BLOCK_E, expert, -1), mask=used)
+        expert = tl.minimum(expert, BLOCK_E - 1)
+        tl.store(fields + 1, tl.gather(start, expert, axis=0), mask=used)
+        tl.store(fields + 2, tl.gather(start + total, expert, axis=0), mask=used)
+        tl.store(fields + 3, tl.gather(tile_end - tiles, expert, axis=0), mask=used)
+        tl.store(fields + 4, tl.gather(tiles, expert, axis=0), mask=used)
+
+
+class ExpertOrder:
+    """Bound to a number of experts and the rows of a tile."""
+
+    def __init__(self, num_experts: int, tile_rows: int):
+        self.num_experts = num_experts
+        self.tile_rows = tile_rows
+        self.block_e = triton.next_power_of_2(num_experts)
+        sizes = {"E": num_experts, "BLOCK_E": self.block_e, "CHUNK": CHUNK}
+        self.count = BoundKernel(count_kernel, (1,), 4, **sizes)
+        self.place = BoundKernel(place_kernel, (1,), 4, **sizes, PREFIX=PREFIX, ROWS=tile_rows)
+
+    def __call__(self, expert_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S follows from P, so that the host
+        need not know where a token goes."""
+        num_pairs = expert_ids.numel()
+        per_block = triton.cdiv(triton.cdiv(num_pairs, MAX_BLOCKS), CHUNK) * CHUNK
+        num_blocks = triton.cdiv(num_pairs, per_block)
+        num_slots = num_pairs // self.tile_rows + min(num_pairs, self.num_experts)
+        counts = expert_ids.new_empty(num_blocks, self.block_e, dtype=torch.int32)
+        order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
+        slots = expert_ids.new_empty(num_slots, SLOT_FIELDS.value, dtype=torch.int32)
+        self.count.grid = (num_blocks, 1, 1)
+        self.count(expert_ids, counts, num_pairs, per_block)
+        self.place.grid = (num_blocks + triton.cdiv(num_slots, CHUNK), 1, 1)
+        self.place(expert_ids, counts, order, slots, num_pairs, per_block, num_blocks, num_slots)
+        return order, slots

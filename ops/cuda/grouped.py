@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of many tokens: two grouped matrix products on the tensor cores, each row with its expert's weight.
+
+The first takes its rows from where the tokens stand and applies SiLU(gate) * up, the second puts each row where its
+(token, choice) pair stands, so that nothing else reads or writes the sorted rows. Weights come through tensor
+descriptors (on Hopper: the bulk copy engine). An expert's tiles run next to each other and share its weight in L2; a
+last tile of few rows is computed as half a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ops import Routing
+from ops.cuda.expert_order import SLOT_FIELDS, ExpertOrder
+from ops.cuda.launch import BoundKernel, fits, power_of_two_factor
+from ops.cuda.moe import combine_kernel
+
+TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 256, 64
+STAGES, WARPS = 4, 8
+LEAST_BLOCK = 16  # of the tensor cores
+COMBINE_BLOCK = 1024
+MAX_EXPERTS = 512
+
+
+@triton.jit
+def find_tile(slots, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
+    """-> expert (-1: nothing to do), first row, end of the expert's rows, column tile of this program."""
+    program = tl.program_id(0)
+    fields = slots + program // COLUMN_TILES * SLOT_FIELDS
+    expert = tl.load(fields)
+    first_row = tl.load(fields + 1)
+    end_row = tl.load(fields + 2)
+    within = program - tl.load(fields + 3) * COLUMN_TILES
+    row_tiles = tl.maximum(tl.load(fields + 4), 1)
+    return expert, first_row + within % row_tiles * ROWS, end_row, within // row_tiles
+
+
+@triton.jit
+def gate_up_tile(
+    hidden,
+    order,
+    output,
+    weight,
+    expert,
+    first_row,
+    end_row,
+    f0,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < end_row
+    rows = tl.minimum(rows, end_row - 1)
+    tokens = (tl.load(order + rows) // TOP_K).to(tl.int64)
+    addresses = hidden + tokens[:, None] * D + tl.arange(0, DEPTH)[None, :]
+    both = tl.zeros([ROWS, 2 * COLUMNS], tl.float32)
+    for k in tl.range(0, D, DEPTH, num_stages=STAGES):
+        x = tl.load(addresses)
+        w = weight.load([expert * 2, f0, k]).reshape(2 * COLUMNS, DEPTH)
+        both = tl.dot(x, w.T, both)
+        addresses += DEPTH
+    gate, up = both.reshape(ROWS, 2, COLUMNS).permute(0, 2, 1).split()
+    activated = (gate * tl.sigmoid(gate) * up).to(output.dtype.element_ty)
+    target = output + rows.to(tl.int64)[:, None] * F + f0 + tl.arange(0, COLUMNS)[None, :]
+    tl.store(target, activated, mask=inside[:, None])
+
+
+@triton.jit
+def grouped_gate_up_kernel(
+    hidden,  # [T, D]
+    order,  # [P] int32
+    slots,  # [S, SLOT_FIELDS] int32
+    output,  # [P, F], rows in `order`
+    weight,  # descriptor of [E * 2, F, D] in blocks [2, COLUMNS, DEPTH]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (S * F / COLUMNS,): SiLU(gate) * up of a tile of rows of one expert."""
+    expert, row, end, column = find_tile(slots, ROWS, F // COLUMNS)
+    if expert < 0:
+        return
+    f0 = column * COLUMNS
+    if end - row <= ROWS // 2:
+        gate_up_tile(
+            hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, ROWS // 2, COLUMNS, DEPTH, STAGES
+        )
+    else:
+        gate_up_tile(hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, ROWS, COLUMNS, DEPTH, STAGES)
+
+
+@triton.jit
+def down_tile(
+    activated,
+    order,
+    output,
+    weight,
+    expert,
+    first_row,
+    end_row,
+    d0,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    rows = first_row + tl.arange(0, ROWS)
+    inside = rows < end_row
+    rows = tl.minimum(rows, end_row - 1)
+    addresses = activated + rows.to(tl.int64)[:, None] * F + tl.arange(0, DEPTH)[None, :]
+    y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(0, F, DEPTH, num_stages=STAGES):
+        x = tl.load(addresses)
+        w = weight.load([expert * D + d0, k])
+        y = tl.dot(x, w.T, y)
+        addresses += DEPTH
+    pairs = tl.load(order + rows).to(tl.int64)
+    target = output + pairs[:, None] * D + d0 + tl.arange(0, COLUMNS)[None, :]
+    tl.store(target, y.to(output.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def grouped_down_kernel(
+    activated,  # [P, F], rows in `order`
+    order,  # [P] int32
+    slots,  # [S, SLOT_FIELDS] int32
+    output,  # [P, D], a row for each pair; those of pairs elsewhere stay unset
+    weight,  # descriptor of [E * D, F] in blocks [COLUMNS, DEPTH]
+    D: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (S * D / COLUMNS,): a tile of rows of one expert."""
+    expert, row, end, column = find_tile(slots, ROWS, D // COLUMNS)
+    if expert < 0:
+        return
+    d0 = column * COLUMNS
+    if end - row <= ROWS // 2:
+        down_tile(activated, order, output, weight, expert, row, end, d0, D, F, ROWS // 2, COLUMNS, DEPTH, STAGES)
+    else:
+        down_tile(activated, order, output, weight, expert, row, end, d0, D, F, ROWS, COLUMNS, DEPTH, STAGES)
+
+
+def grouped_experts_support(hidden_states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
+    """Whether the kernels of this file take these tensors."""
+    num_experts, d, f = down.shape
+    sizes_fit = num_experts <= MAX_EXPERTS and d % LEAST_BLOCK == 0 and f % LEAST_BLOCK == 0
+    return sizes_fit and hidden_states.dtype == gate_up.dtype == down.dtype and fits(hidden_states, gate_up, down)
+
+
+class GroupedExpertsCall:
+    """`Ops.experts` of any number of tokens, bound to the weights of a layer."""
+
+    def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor, top_k: int):
+        num_experts, d, f = down.shape
+        self.order = order
+        self.d, self.f = d, f
+        self.gate_up_columns = power_of_two_factor(f, TILE_COLUMNS // 2)
+        self.down_columns = power_of_two_factor(d, TILE_COLUMNS)
+        sizes = {"D": d, "F": f, "ROWS": order.tile_rows, "STAGES": STAGES}
+        depth = power_of_two_factor(d, TILE_DEPTH)
+        by_gate_and_up = gate_up.view(num_experts * 2, f, d)
+        descriptor = TensorDescriptor.from_tensor(by_gate_and_up, [2, self.gate_up_columns, depth])
+        columns = {"COLUMNS": self.gate_up_columns, "DEPTH": depth}
+        self.gate_up = BoundKernel(
+            grouped_gate_up_kernel, (1,), WARPS, False, (descriptor,), **sizes, **columns, TOP_K=top_k
+        )
+        depth = power_of_two_factor(f, TILE_DEPTH)
+        descriptor = TensorDescriptor.from_tensor(down.view(num_experts * d, f), [self.down_columns, depth])
+        columns = {"COLUMNS": self.down_columns, "DEPTH": depth}
+        self.down = BoundKernel(grouped_down_kernel, (1,), WARPS, False, (descriptor,), **sizes, **columns)
+        self.combine = BoundKernel(
+            combine_kernel,
+            (1,),
+            4,
+            D=d,
+            NUM_EXPERTS=num_experts,
+            TOP_K=top_k,
+            BLOCK=min(COMBINE_BLOCK, triton.next_power_of_2(d)),
+        )
+
+    def __call__(self, hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
+        num_pairs = routing.topk_ids.numel()
+        order, slots = self.order(routing.topk_ids)
+        activated = hidden_states.new_empty(num_pairs, self.f)
+        self.gate_up.grid = (slots.shape[0] * (self.f // self.gate_up_columns), 1, 1)
+        self.gate_up(hidden_states, order, slots, activated)
+        expert_output = hidden_states.new_empty(num_pairs, self.d)
+        self.down.grid = (slots.shape[0] * (self.d // self.down_columns), 1, 1)
+        self.down(activated, order, slots, expert_output)
+        output = torch.empty_like(hidden_states)
+        self.combine.grid = (hidden_states.shape[0], triton.cdiv(self.d, self.combine.constants["BLOCK"]), 1)
+        self.combine(expert_output, routing.topk_weights, routing.topk_ids, output)
+        return output
