@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ops import StepMetadata
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
-from ops.cuda.tiles import ATTENTION_BLOCK, attention_split
+from ops.cuda.tiles import ATTENTION_BLOCK, ATTENTION_MAX_ROUNDS, ATTENTION_SPLITS_GROWTH, attention_split
 
 PREFILL_HEADS = 8  # of a program
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -26,8 +26,8 @@ def decode_attention_kernel(
     max_blocks,
     q_norm_weight,  # [C]
     k_norm_weight,  # [C]
-    partial_output,  # [B, H, SPLITS, C] float32
-    partial_stats,  # [B, H, SPLITS, 2] float32: running maximum and sum
+    partial_output,  # [B, H, MAX_SPLITS, C] float32
+    partial_stats,  # [B, H, MAX_SPLITS, 2] float32: running maximum and sum
     arrivals,  # [B, H] int32, zero before and after
     output,  # [B, H * C]
     H: tl.constexpr,
@@ -36,14 +36,18 @@ def decode_attention_kernel(
     S: tl.constexpr,
     HEADS: tl.constexpr,  # query heads of a program, all of one kv head
     PADDED_HEADS: tl.constexpr,  # at least 16, as the tensor cores want
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,  # cached tokens of an iteration; divides S
+    SPLITS: tl.constexpr,  # of a sequence, until each has MAX_ROUNDS tiles
+    MAX_SPLITS: tl.constexpr,  # of a longer one
+    MAX_ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,  # cached tokens of a tile; divides S
     EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H / HEADS, SPLITS, B): split-K flash decoding (Dao et al. 2023); the last split of a group combines all.
+    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); who arrives last combines the splits.
 
-    The new token's key and value come from `qkv` and belong to the last split.
+    How a sequence is split depends on its length alone, never on the grid, which has to be large enough: programs
+    without work end at once. The new token's key and value come from `qkv`; they are a split of their own where one is
+    left, else they go with the last one. A sequence of one tile is not split.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -54,102 +58,115 @@ def decode_attention_kernel(
     c = tl.arange(0, C)
     j = tl.arange(0, BLOCK)
     num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
-    per_split = tl.cdiv(tl.cdiv(num_cached, BLOCK), SPLITS) * BLOCK
-    start = split * per_split
-    end = tl.minimum(start + per_split, num_cached)
-    table = block_table + b * max_blocks
-    # the first tile is requested before the query is there
-    first_block = tl.load(table + start // S, mask=start < end, other=0)
-    tokens = first_block * S + start % S + j
-    rows = (tokens * G + kv_head) * C
-    inside = (start + j) < end
-    key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
-    key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
-    value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
-    cos_half = tl.load(cos + b * C + half)
-    sin_half = tl.load(sin + b * C + half)
-    q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)
-    q_gain_2 = tl.load(q_norm_weight + C // 2 + half).to(tl.float32)
-    k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)
-    k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)
-    pdl_wait(PDL)
-
-    token_qkv = qkv + b * ((H + 2 * G) * C)
-    h = tl.arange(0, PADDED_HEADS)
-    is_head = h < HEADS
-    q_address = token_qkv + (group * HEADS + h)[:, None] * C + half[None, :]
-    q_1 = tl.load(q_address, mask=is_head[:, None], other=0.0).to(tl.float32)
-    q_2 = tl.load(q_address + C // 2, mask=is_head[:, None], other=0.0).to(tl.float32)
-    q_scale = tl.rsqrt(tl.sum(q_1 * q_1 + q_2 * q_2, axis=1) / C + EPS)[:, None]
-    q_1 = q_1 * q_scale * q_gain_1[None, :]
-    q_2 = q_2 * q_scale * q_gain_2[None, :]
-    softmax_scale = LOG2_E / tl.sqrt(C * 1.0)
-    rotated_1 = (q_1 * cos_half[None, :] - q_2 * sin_half[None, :]) * softmax_scale
-    rotated_2 = (q_2 * cos_half[None, :] + q_1 * sin_half[None, :]) * softmax_scale
-    query_1 = rotated_1.to(key_cache.dtype.element_ty)
-    query_2 = rotated_2.to(key_cache.dtype.element_ty)
-
-    maximum = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED_HEADS], tl.float32)
-    accumulated = tl.zeros([PADDED_HEADS, C], tl.float32)
-    if split == SPLITS - 1:
-        new_key = token_qkv + (H + kv_head) * C + half
-        k_1 = tl.load(new_key).to(tl.float32)
-        k_2 = tl.load(new_key + C // 2).to(tl.float32)
-        new_value = tl.load(token_qkv + (H + G + kv_head) * C + c)
-        k_scale = tl.rsqrt(tl.sum(k_1 * k_1 + k_2 * k_2, axis=0) / C + EPS)
-        k_1 = k_1 * k_scale * k_gain_1
-        k_2 = k_2 * k_scale * k_gain_2
-        stored_1 = (k_1 * cos_half - k_2 * sin_half).to(key_cache.dtype.element_ty)
-        stored_2 = (k_2 * cos_half + k_1 * sin_half).to(key_cache.dtype.element_ty)
-        if group * HEADS % (H // G) == 0:
-            new_row = (tl.load(slot_mapping + b) * G + kv_head) * C
-            tl.store(key_cache + new_row + half, stored_1)
-            tl.store(key_cache + new_row + C // 2 + half, stored_2)
-            tl.store(value_cache + new_row + c, new_value)
-        products = rotated_1 * stored_1.to(tl.float32)[None, :] + rotated_2 * stored_2.to(tl.float32)[None, :]
-        maximum = tl.sum(products, axis=1)
-        total += 1.0
-        accumulated += new_value.to(tl.float32)[None, :]
-
-    for position in range(start, end, BLOCK):
-        scores = tl.dot(query_1, tl.trans(key_1))
-        scores = tl.dot(query_2, tl.trans(key_2), scores)
-        scores = tl.where(((position + j) < end)[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_maximum[:, None])
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(weights, axis=1)
-        accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
-        maximum = new_maximum
-        next_position = position + BLOCK
-        block = tl.load(table + next_position // S, mask=next_position < end, other=0)
-        rows = ((block * S + next_position % S + j) * G + kv_head) * C
-        inside = (next_position + j) < end
+    tiles = tl.cdiv(num_cached, BLOCK)
+    rounds = tl.maximum(tl.minimum(tl.cdiv(tiles, SPLITS), MAX_ROUNDS), tl.cdiv(tiles, MAX_SPLITS))
+    per_split = tl.maximum(rounds, 1) * BLOCK
+    newest = tl.minimum(tl.where(tiles > 1, tl.cdiv(num_cached, per_split), 0), MAX_SPLITS - 1)
+    if split <= newest:
+        start = split * per_split
+        end = tl.minimum(start + per_split, num_cached)
+        table = block_table + b * max_blocks
+        # the first tile is requested before the query is there
+        first_block = tl.load(table + start // S, mask=start < end, other=0)
+        tokens = first_block * S + start % S + j
+        rows = (tokens * G + kv_head) * C
+        inside = (start + j) < end
         key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
         key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
         value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+        cos_half = tl.load(cos + b * C + half)
+        sin_half = tl.load(sin + b * C + half)
+        q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)
+        q_gain_2 = tl.load(q_norm_weight + C // 2 + half).to(tl.float32)
+        k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)
+        k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)
+        new_row = (tl.load(slot_mapping + b) * G + kv_head) * C
+        pdl_wait(PDL)
 
-    first_head = b * H + group * HEADS
-    part = ((first_head + h) * SPLITS + split).to(tl.int64)
-    tl.store(partial_output + part[:, None] * C + c[None, :], accumulated, mask=is_head[:, None])
-    tl.store(partial_stats + part * 2, maximum, mask=is_head)
-    tl.store(partial_stats + part * 2 + 1, total, mask=is_head)
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals + first_head, 1, sem="acq_rel")
-    if arrived == SPLITS - 1:
-        tl.store(arrivals + first_head, 0)
-        s = tl.arange(0, SPLITS)
-        own = tl.arange(0, HEADS)
-        parts = ((first_head + own)[None, :] * SPLITS + s[:, None]).to(tl.int64)  # [SPLITS, HEADS]
-        outputs = tl.load(partial_output + parts[:, :, None] * C + c[None, None, :], cache_modifier=".cg")
-        maxima = tl.load(partial_stats + parts * 2, cache_modifier=".cg")
-        totals = tl.load(partial_stats + parts * 2 + 1, cache_modifier=".cg")
-        factors = tl.exp2(maxima - tl.max(maxima, axis=0)[None, :])
-        factors = factors / tl.sum(factors * totals, axis=0)[None, :]
-        combined = tl.sum(outputs * factors[:, :, None], axis=0)
-        addresses = output + (first_head + own)[:, None] * C + c[None, :]
-        tl.store(addresses, combined.to(output.dtype.element_ty))
+        # all of qkv is requested before any of it is used
+        token_qkv = qkv + b * ((H + 2 * G) * C)
+        h = tl.arange(0, PADDED_HEADS)
+        is_head = h < HEADS
+        q_address = token_qkv + (group * HEADS + h)[:, None] * C + half[None, :]
+        q_1 = tl.load(q_address, mask=is_head[:, None], other=0.0).to(tl.float32)
+        q_2 = tl.load(q_address + C // 2, mask=is_head[:, None], other=0.0).to(tl.float32)
+        has_newest = split == newest
+        new_key = token_qkv + (H + kv_head) * C + half
+        k_1 = tl.load(new_key, mask=has_newest & (half >= 0), other=0.0).to(tl.float32)
+        k_2 = tl.load(new_key + C // 2, mask=has_newest & (half >= 0), other=0.0).to(tl.float32)
+        new_value = tl.load(token_qkv + (H + G + kv_head) * C + c, mask=has_newest & (c >= 0), other=0.0)
+        q_scale = tl.rsqrt(tl.sum(q_1 * q_1 + q_2 * q_2, axis=1) / C + EPS)[:, None]
+        q_1 = q_1 * q_scale * q_gain_1[None, :]
+        q_2 = q_2 * q_scale * q_gain_2[None, :]
+        softmax_scale = LOG2_E / tl.sqrt(C * 1.0)
+        rotated_1 = (q_1 * cos_half[None, :] - q_2 * sin_half[None, :]) * softmax_scale
+        rotated_2 = (q_2 * cos_half[None, :] + q_1 * sin_half[None, :]) * softmax_scale
+        query_1 = rotated_1.to(key_cache.dtype.element_ty)
+        query_2 = rotated_2.to(key_cache.dtype.element_ty)
+
+        maximum = tl.full([PADDED_HEADS], float("-inf"), tl.float32)
+        total = tl.zeros([PADDED_HEADS], tl.float32)
+        accumulated = tl.zeros([PADDED_HEADS, C], tl.float32)
+        if has_newest:
+            k_scale = tl.rsqrt(tl.sum(k_1 * k_1 + k_2 * k_2, axis=0) / C + EPS)
+            k_1 = k_1 * k_scale * k_gain_1
+            k_2 = k_2 * k_scale * k_gain_2
+            stored_1 = (k_1 * cos_half - k_2 * sin_half).to(key_cache.dtype.element_ty)
+            stored_2 = (k_2 * cos_half + k_1 * sin_half).to(key_cache.dtype.element_ty)
+            if group * HEADS % (H // G) == 0:
+                tl.store(key_cache + new_row + half, stored_1)
+                tl.store(key_cache + new_row + C // 2 + half, stored_2)
+                tl.store(value_cache + new_row + c, new_value)
+            products = rotated_1 * stored_1.to(tl.float32)[None, :] + rotated_2 * stored_2.to(tl.float32)[None, :]
+            maximum = tl.sum(products, axis=1)
+            total += 1.0
+            accumulated += new_value.to(tl.float32)[None, :]
+
+        for position in range(start, end, BLOCK):
+            scores = tl.dot(query_1, tl.trans(key_1))
+            scores = tl.dot(query_2, tl.trans(key_2), scores)
+            scores = tl.where(((position + j) < end)[None, :], scores, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_maximum[:, None])
+            decay = tl.exp2(maximum - new_maximum)
+            total = total * decay + tl.sum(weights, axis=1)
+            accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
+            maximum = new_maximum
+            next_position = position + BLOCK
+            block = tl.load(table + next_position // S, mask=next_position < end, other=0)
+            rows = ((block * S + next_position % S + j) * G + kv_head) * C
+            inside = (next_position + j) < end
+            key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
+            key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
+            value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+
+        first_head = b * H + group * HEADS
+        if newest == 0:
+            addresses = output + (first_head + h)[:, None] * C + c[None, :]
+            tl.store(addresses, (accumulated / total[:, None]).to(output.dtype.element_ty), mask=is_head[:, None])
+        else:
+            part = ((first_head + h) * MAX_SPLITS + split).to(tl.int64)
+            tl.store(partial_output + part[:, None] * C + c[None, :], accumulated, mask=is_head[:, None])
+            tl.store(partial_stats + part * 2, maximum, mask=is_head)
+            tl.store(partial_stats + part * 2 + 1, total, mask=is_head)
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals + first_head, 1, sem="acq_rel")
+            if arrived == newest:
+                tl.store(arrivals + first_head, 0)
+                s = tl.arange(0, MAX_SPLITS)
+                own = tl.arange(0, HEADS)
+                is_part = (s <= newest)[:, None]
+                parts = ((first_head + own)[None, :] * MAX_SPLITS + s[:, None]).to(tl.int64)  # [MAX_SPLITS, HEADS]
+                addresses = partial_output + parts[:, :, None] * C + c[None, None, :]
+                outputs = tl.load(addresses, mask=is_part[:, :, None], other=0.0, cache_modifier=".cg")
+                addresses = partial_stats + parts * 2
+                maxima = tl.load(addresses, mask=is_part, other=float("-inf"), cache_modifier=".cg")
+                totals = tl.load(addresses + 1, mask=is_part, other=0.0, cache_modifier=".cg")
+                factors = tl.exp2(maxima - tl.max(maxima, axis=0)[None, :])
+                factors = factors / tl.sum(factors * totals, axis=0)[None, :]
+                combined = tl.sum(outputs * factors[:, :, None], axis=0)
+                addresses = output + (first_head + own)[:, None] * C + c[None, :]
+                tl.store(addresses, combined.to(output.dtype.element_ty))
 
 
 @triton.jit
@@ -236,9 +253,12 @@ class DecodeAttentionCall:
         block_size, num_kv_heads, head_dim = key_cache.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         heads, splits, warps = attention_split(num_sequences, num_heads // num_kv_heads)
+        max_splits = splits * ATTENTION_SPLITS_GROWTH
+        self.block_size, self.splits, self.max_splits = block_size, splits, max_splits
+        self.table_width = -1
         self.output = qkv.new_empty(num_sequences, num_heads * head_dim)
-        partial_output = qkv.new_empty(num_sequences, num_heads, splits, head_dim, dtype=torch.float32)
-        partial_stats = qkv.new_empty(num_sequences, num_heads, splits, 2, dtype=torch.float32)
+        partial_output = qkv.new_empty(num_sequences, num_heads, max_splits, head_dim, dtype=torch.float32)
+        partial_stats = qkv.new_empty(num_sequences, num_heads, max_splits, 2, dtype=torch.float32)
         arrivals = qkv.new_zeros(num_sequences, num_heads, dtype=torch.int32)
         self.kernel = BoundKernel(
             decode_attention_kernel,
@@ -253,6 +273,8 @@ class DecodeAttentionCall:
             HEADS=heads,
             PADDED_HEADS=max(16, triton.next_power_of_2(heads)),
             SPLITS=splits,
+            MAX_SPLITS=max_splits,
+            MAX_ROUNDS=ATTENTION_MAX_ROUNDS,
             BLOCK=ATTENTION_BLOCK,
             EPS=eps,
             PDL=pdl,
@@ -267,8 +289,19 @@ class DecodeAttentionCall:
         step: StepMetadata,
     ) -> torch.Tensor:
         table = step.block_table
+        if table.shape[1] != self.table_width:
+            self.table_width = table.shape[1]
+            groups, _, num_sequences = self.kernel.grid
+            self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)
         self.kernel(qkv, *cos_sin, key_cache, value_cache, step.slot_mapping, table, step.seq_lens, table.shape[1])
         return self.output
+
+    def splits_of(self, num_tokens: int) -> int:
+        """Programs that any sequence of up to so many tokens may need."""
+        tiles = triton.cdiv(num_tokens, ATTENTION_BLOCK)
+        if tiles <= 1:
+            return 1
+        return min(self.max_splits, max(min(tiles, self.splits), triton.cdiv(tiles, ATTENTION_MAX_ROUNDS)) + 1)
 
 
 class NormRotaryCacheCall:

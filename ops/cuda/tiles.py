@@ -15,14 +15,16 @@ GEMV_TILES = {
     (151936, 2048): (4, 2, 8),
 }
 # (F, D): rows, warps
-GATE_UP_TILES = {(768, 2048): (2, 4)}
+GATE_UP_TILES = {(768, 2048): (2, 8)}
 DOWN_TILES = {(768, 2048): (8, 4)}
 # the same where several tokens share experts: rows, warps
 SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
 SHARED_DOWN_TILES = {(768, 2048): (16, 2)}
-ATTENTION_BLOCK = 64  # cached tokens of an iteration
+ATTENTION_BLOCK = 128  # cached tokens of a tile
+ATTENTION_MAX_ROUNDS = 4  # tiles of a split before there are more splits,
+ATTENTION_SPLITS_GROWTH = 2  # up to so many times as many; then the splits take more tiles each
 # sequences, query heads of a program, splits of the cache, warps
-ATTENTION_SPLITS = ((1, 4, 32, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
+ATTENTION_SPLITS = ((1, 4, 16, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 GEMV_ELEMENTS = 32768  # of the matrix in one program's registers
 DOWN_ELEMENTS = 24576

@@ -182,6 +182,25 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
         assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
 
 
+@pytest.mark.parametrize("num_tiles", [2, 3, 5, 9])
+def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
+    """Two splits, then up to four from two tiles each, then more tiles each: all right, and alike in a wider table."""
+    monkeypatch.setattr("ops.cuda.tiles.ATTENTION_SPLITS", ((1, 4, 2, 4),))
+    monkeypatch.setattr("ops.cuda.attention.ATTENTION_MAX_ROUNDS", 2)
+    num_heads, num_kv_heads, head_dim = HEADS[0]
+    length = num_tiles * BLOCK - int(torch.randint(0, 3, ()))
+    qkv, norms, cos_sin, caches, step = attention_inputs([length], False, num_heads, num_kv_heads, head_dim)
+    expected_caches = [cache.float().nan_to_num() for cache in caches]
+    expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
+    ops, outputs = CudaOps(), []
+    for unused in (0, 30, 0):
+        wider = replace(step, block_table=torch.nn.functional.pad(step.block_table, (0, unused)))
+        outputs.append(ops.attention(qkv, *norms, EPS, cos_sin, *caches, wider).clone())
+        poison(ops)
+    assert relative_error(outputs[0], expected) < TOLERANCE
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
 @pytest.mark.parametrize(
     "seq_lens",
     [[1], [130, 3], [64] * 3, [3, 61, 1, 70]] + ([[512], [700, 1024], [4080], [1000, 3000]] if ON_GPU else []),
