@@ -37,6 +37,7 @@ from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 from ops import load_ops
 from ops.comm import init_parallel, local_rank, rank_and_world_size
+from ops.recorder import GraphRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class LLM:
         self.ops.check_model(self.dtype, self.config.head_dim)
         if settings.exe_mode == "graph" and not self.ops.can_record:
             raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
+        recorder = self.ops.graph_recorder() if settings.exe_mode == "graph" else None
         self.parallel = init_parallel(
             self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
         )
@@ -123,7 +125,7 @@ class LLM:
         self.parameters.prepare(self.ops)
         self.num_blocks, self.kv_caches = self._build_cache()
         self.model = self._build_model()
-        self.runner = self._build_runner()
+        self.runner = self._build_runner(recorder)
         dp_size = self.parallel.attn_dp.size
         schedulers = [
             Scheduler(BlockAllocator(self.num_blocks), batch_size=-(-data.batch_size // dp_size))
@@ -203,10 +205,10 @@ class LLM:
         return self.exchanges[is_prefill]
 
     @torch.inference_mode()
-    def _build_runner(self) -> ModelRunner:
+    def _build_runner(self, recorder: GraphRecorder | None) -> ModelRunner:
         parallel, data = self.parallel, self.settings.data_config
         sequence_parallel = self.settings.parallel_config.sequence_parallel and parallel.attn_tp.size > 1
-        if self.settings.exe_mode == "eager":
+        if recorder is None:
             return ModelRunner(self.model, self.kv_caches, parallel, sequence_parallel, self.device)
         return GraphRunner(
             self.model,
@@ -214,7 +216,7 @@ class LLM:
             parallel,
             sequence_parallel,
             self.device,
-            self.ops.graph_recorder(),
+            recorder,
             batch_size=-(-data.batch_size // parallel.attn_dp.size),
             max_len=data.input_max_len + data.max_new_tokens,
         )

@@ -134,22 +134,33 @@ use_venv() {
     PYTHON="$venv/bin/python"
 }
 
-# On an NPU machine: CANN's and the driver's own environment, as far as they are where set_env.sh says.
+# On an NPU machine: the driver's libraries and CANN's own environment. Without a cann_path, CANN that is set up already
+# (ASCEND_HOME_PATH) stays; else it is looked for where its installer puts it, since CANN 8.5 and before.
 source_cann() {
     npu_visible || return 0
     if [[ -d "$driver_path" ]]; then
         export LD_LIBRARY_PATH="$driver_path/lib64/driver:$driver_path/lib64/common${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
     fi
-    local file
-    for file in "$cann_path/set_env.sh" "$cann_path/bin/setenv.bash"; do
-        if [[ -f "$file" ]]; then
-            set +eu
-            # shellcheck disable=SC1090
-            source "$file"
-            set -eu
-            break
-        fi
+    local name folder file folders=("$cann_path")
+    if [[ -z "$cann_path" ]]; then
+        [[ -z "${ASCEND_HOME_PATH:-}" ]] || return 0
+        folders=()
+        for name in cann ascend-toolkit/latest; do
+            folders+=("/usr/local/Ascend/$name" "${HOME:-}/Ascend/$name")
+        done
+    fi
+    for folder in "${folders[@]}"; do
+        for file in "$folder/set_env.sh" "$folder/bin/setenv.bash"; do
+            if [[ -f "$file" ]]; then
+                set +eu
+                # shellcheck disable=SC1090
+                source "$file"
+                set -eu
+                return 0
+            fi
+        done
     done
+    [[ -z "$cann_path" ]] || die "cann_path: no set_env.sh in '$cann_path'"
 }
 
 # On an NPU machine: what HCCL, torch_npu and the allocator read, each unless it is set already, and a line that says
@@ -159,7 +170,9 @@ export_npu_settings() {
     local setting name found=() devices line
     mapfile -t devices < <(compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}")
     line="NPU environment (device files: ${#devices[@]}):"
-    [[ -z "${ASCEND_RT_VISIBLE_DEVICES+set}" ]] || line+=" ASCEND_RT_VISIBLE_DEVICES=$ASCEND_RT_VISIBLE_DEVICES"
+    for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES; do
+        [[ -z "${!name+set}" ]] || line+=" $name=${!name}"
+    done
     for setting in HCCL_CONNECT_TIMEOUT=1200 HCCL_EXEC_TIMEOUT=3604 HCCL_OP_EXPANSION_MODE=AIV \
         PYTORCH_NPU_ALLOC_CONF=expandable_segments:True TASK_QUEUE_ENABLE=1; do
         name="${setting%%=*}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode steps as NPU graphs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.13)."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,9 +13,12 @@ class NpuGraphRecorder(GraphRecorder):
     """Fused attention keeps the lengths of its call in the graph: they are replaced in each replay.
 
     `lengths_argument`: what attention's operation calls the lengths of the cached keys, which it must be given by name.
+    Raises ValueError for a setting under which torch_npu refuses to capture.
     """
 
     def __init__(self, lengths_argument: str):
+        if os.environ.get("TASK_QUEUE_ENABLE") == "2":
+            raise ValueError("TASK_QUEUE_ENABLE: 2 is not possible with exe_mode: graph, only 0 and 1")
         super().__init__(torch.npu)
         self.lengths_argument = lengths_argument
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo checkpoint in graph mode on emulated operations; for processes that may be taken over."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -81,5 +82,6 @@ def broken_ways() -> dict[str, AbstractContextManager]:
         "another name": patch.object(graph, "update", by_another_name),
         "lengths of padding": patch.object(graph, "update", with_lengths_of_padding),
         "no replay": patch.object(graph, "replay", lambda self: None),
+        "task queue": patch.dict(os.environ, TASK_QUEUE_ENABLE="2"),
         "one slot for all padding": patch.object(DecodeInputs, "fill", with_one_slot),
     }

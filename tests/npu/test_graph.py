@@ -46,6 +46,10 @@ def test_a_broken_replay_is_noticed(runs, way):
     assert found["broken"][way] != found["reference"]
 
 
+def test_task_queue_that_refuses_graphs(runs):
+    assert runs(VERSIONS[0])["broken"]["task queue"].startswith("TASK_QUEUE_ENABLE: 2 is not possible with exe_mode: ")
+
+
 def test_two_ranks(tmp_path):
     """Different requests, experts and parts of the vocabulary: gathers and scatters are in the graph."""
     sizes = {"attn_tp_size": 1, "moe_tp_size": 1, "embed_tp_size": 2, "lmhead_tp_size": 2}

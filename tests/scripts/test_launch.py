@@ -39,7 +39,7 @@ def repo(tmp_path: Path) -> Path:
 
 
 def infer(repo: Path, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    ours = ("PIP_", "PYTHON", "NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")
+    ours = ("PIP_", "PYTHON", "ASCEND_", "HCCL_", "TASK_QUEUE", "NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     environment |= {"PYTHON": sys.executable, "NPU_DEVICE_GLOB": NO_NPU} | env
     script = repo / "models/qwen3_moe/infer.sh"
@@ -192,8 +192,23 @@ def test_npu_machine_gets_cann_environment(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "cann/set_env.sh").write_text('export STUB_EXIT_CODE="4$UNSET"\n')
     set_env = repo / "executor/scripts/set_env.sh"
     set_env.write_text(set_env.read_text() + f"cann_path='{tmp_path}/cann'\n")
-    assert infer(repo, NPU_DEVICE_GLOB=str(tmp_path / "davinci*")).returncode == 4
+    npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*")}
+    assert infer(repo, **npu).returncode == 4
     assert infer(repo).returncode == 0
+    (tmp_path / "cann").rename(tmp_path / "moved")
+    assert f"cann_path: no set_env.sh in '{tmp_path}/cann'" in refused(infer(repo, **npu))
+
+
+@pytest.mark.parametrize("layout", ["cann", "ascend-toolkit/latest"])
+def test_cann_is_found_where_its_installer_puts_it(repo: Path, tmp_path: Path, layout: str) -> None:
+    (tmp_path / "davinci0").touch()
+    folder = tmp_path / "Ascend" / layout
+    folder.mkdir(parents=True)
+    (folder / "set_env.sh").write_text("export ASCEND_HOME_PATH=found STUB_EXIT_CODE=4\n")
+    home = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*"), "HOME": str(tmp_path)}
+    found = infer(repo, **home)
+    assert found.returncode == 4 and " ASCEND_HOME_PATH=found " in found.stderr
+    assert infer(repo, **home, ASCEND_HOME_PATH="set up").returncode == 0
 
 
 def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_path: Path) -> None:
