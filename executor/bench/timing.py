@@ -57,7 +57,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float 
     size = MATRIX_SIZE[device.type]
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     rate = 2 * size**3 / time_ms(lambda: left @ right, device) / 1e9
-    return {"tflop_per_s": round(rate, 2), "measured_by": f"product of two {size} x {size} matrices"}
+    return {"tflop_per_s": round(rate, 4), "measured_by": f"product of two {size} x {size} matrices"}
 
 
 def process_age_s() -> float:

@@ -11,8 +11,10 @@ import torch
 from executor import LLM
 from executor.bench.__main__ import main
 from executor.bench.floor import distinct_experts, step_bytes
+from executor.bench.throughput import measure
 from executor.bench.timing import process_age_s, read_ceiling, time_ms
 from executor.peers import state_dict
+from executor.scheduler import Scheduler
 from ops import DenseWeight, TransposedWeight
 from ops.reference import ReferenceOps
 from tests.checkpoints import make_checkpoint
@@ -29,7 +31,7 @@ def latency(monkeypatch, *arguments: str) -> int:
 
 def test_latency(monkeypatch, tmp_path, capsys):
     output, picture = tmp_path / "report.json", tmp_path / "plot.png"
-    sizes = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--batch-size", "1", "2")
+    sizes = ("--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--batch-size", "1", "2")
     files = ("--output", str(output), "--plot", str(picture))
     assert latency(monkeypatch, *sizes, "--peer", "transformers", *files) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -43,7 +45,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
         (system, batch_size) for batch_size in (1, 2) for system in systems
     ]
     for result in report["results"]:
-        assert (result["prompt_tokens"], result["new_tokens"], result["dtype"]) == (8, 3, "bfloat16")
+        assert (result["prompt_tokens"], result["new_tokens"], result["dtype"]) == (8, 4, "bfloat16")
         assert (result["exe_mode"], result["quantization"], result["world_size"]) == ("eager", None, 1)
         for times in (result["ttft_ms"], result["tpot_ms"]):
             assert 0 < times["p50"] <= times["p90"] <= times["p99"]
@@ -54,6 +56,9 @@ def test_latency(monkeypatch, tmp_path, capsys):
         assert result["fraction_of_ceiling"] == pytest.approx(
             result["floor_ms"] / result["tpot_ms"]["p50"], rel=1e-2, abs=1e-4
         )
+    assert [result["peak_memory_bytes"] > 2**27 for result in report["results"] if result["system"] == "ours"] == [
+        True
+    ] * 2
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("ours/this ttft", "of ceiling", "read ceiling"))
 
@@ -109,6 +114,7 @@ def test_fallbacks_are_refused(monkeypatch, capsys):
     assert latency(monkeypatch, "--prompt-tokens", "8") == 2
     refusal = capsys.readouterr().err
     assert refusal.count("\n") == 1 and "attention" in refusal and "--allow-fallback" in refusal
+    assert bench(monkeypatch, "kernels", "--yaml", "demo", "--set", "device=cpu") == 2
     sizes = ("--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1")
     assert latency(monkeypatch, *sizes, "--allow-fallback") == 0
 
@@ -158,14 +164,21 @@ def test_throughput(monkeypatch, tmp_path, capsys):
         assert row["tok_per_s"] == pytest.approx(row["prompts"] * row["new_tokens"] / row["seconds"], rel=5e-2)
         assert row["tok_per_s_per_sequence"] == pytest.approx(row["tok_per_s"] / row["batch_size"], rel=1e-2)
         generated_s = (row["ttft_ms"]["mean"] + row["tpot_ms"]["mean"] * (row["new_tokens"] - 1)) / 1e3
-        assert 0 < generated_s <= row["seconds"]
-        if row["batch_size"] == 1:  # one after the other
-            assert 2 * generated_s == pytest.approx(row["seconds"], rel=0.2)
+        assert 0 < generated_s <= row["seconds"] + 1e-3
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
-def test_throughput_runs_the_batch_it_says(monkeypatch, capsys):
-    """Never fewer because the cache is too small."""
+def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
+    """One loaded model runs smaller ones too; one that the cache does not hold is refused."""
+    running = []
+    start_waiting = Scheduler.start_waiting
+    monkeypatch.setattr(
+        Scheduler, "start_waiting", lambda self: (start_waiting(self), running.append(len(self.running)))[0]
+    )
+    for batch_size in (1, 3, 2):
+        running.clear()
+        measure(llm, batch_size, num_prompts=2 * batch_size, prompt_tokens=3, new_tokens=4)
+        assert max(running) == batch_size
     sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err

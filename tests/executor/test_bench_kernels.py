@@ -3,12 +3,14 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 
 from executor.bench.__main__ import main
-from executor.bench.op_cases import OpCases
+from executor.bench.kernels import row, time_us
+from executor.bench.op_cases import OpCase, OpCases
 from executor.config import ParallelSettings, resolve_path
 from models.qwen3_moe.architecture import load_config
 from ops import OPERATIONS, load_ops
@@ -30,15 +32,24 @@ def test_report(monkeypatch, tmp_path, capsys):
     report = json.loads(output.read_text())
     rates = {"bytes": report["read_ceiling"]["gb_per_s"] * 1e3, "flops": report["matmul_ceiling"]["tflop_per_s"] * 1e6}
     for phase, tokens in (("decode", 2), ("prefill", 9)):
-        rows = [row for row in report["results"] if (row["phase"], row["tokens"]) == (phase, tokens)]
-        assert {row["operation"].split()[0] for row in rows} == set(OPERATIONS)
-        assert ("norm_linear (lm_head)" in {row["operation"] for row in rows}) == (phase == "decode")
-        for row in rows:
-            floors = [row["moved_bytes"] / rates["bytes"], row["flops"] / rates["flops"]]
-            assert row["floor_us"] == pytest.approx(max(floors), rel=1e-2, abs=1e-3)
-            assert row["bound_by"] == ("bytes" if floors[0] >= floors[1] else "flops")
-            assert row["fraction"] == pytest.approx(row["floor_us"] / row["us"], rel=1e-2, abs=1e-3)
+        rows = [result for result in report["results"] if (result["phase"], result["tokens"]) == (phase, tokens)]
+        assert {result["operation"].split()[0] for result in rows} == set(OPERATIONS)
+        assert ("norm_linear (lm_head)" in {result["operation"] for result in rows}) == (phase == "decode")
+        for result in rows:
+            floors = [result["moved_bytes"] / rates["bytes"], result["flops"] / rates["flops"]]
+            assert result["floor_us"] == pytest.approx(max(floors), rel=1e-2, abs=1e-3)
+            assert result["bound_by"] == ("bytes" if floors[0] >= floors[1] else "flops")
+            assert result["fraction"] == pytest.approx(result["floor_us"] / result["us"], rel=1e-2, abs=1e-3)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(report["results"])
+
+
+def test_time_is_that_of_one_call():
+    case = OpCase(name="sleep", calls=[lambda: time.sleep(3e-3)] * 4, moved_bytes=6000, flops=0)
+    us = time_us(case, load_ops("cpu"), torch.device("cpu"), captured=True)
+    assert 3000 <= us < 9000
+    ceilings = {"read_ceiling": {"gb_per_s": 2.0}, "matmul_ceiling": {"tflop_per_s": 1.0}}
+    measured = row(case, us, ceilings)
+    assert (measured["floor_us"], measured["bound_by"]) == (3.0, "bytes")
 
 
 @pytest.mark.parametrize(("tokens", "cached_tokens"), [(3, 300), (150, None)])
