@@ -32,6 +32,8 @@ def main(
     """`device` and `shapes` take the place of the NPU and of the real shapes in tests."""
     parsed = parse_arguments(arguments)
     try:
+        if parsed.json and not Path(parsed.json).parent.is_dir():
+            raise ValueError(f"--json: the folder of {parsed.json} does not exist")
         try:
             from executor.device import select_device
 

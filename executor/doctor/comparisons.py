@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from executor.device import synchronize
 from executor.doctor.inputs import BLOCK_SIZE, DTYPE, Inputs, Pair, Shapes
 from ops import DenseWeight, Ops, Routing, StepMetadata
 from ops.npu import NpuOps
@@ -84,6 +85,7 @@ class Comparisons:
             for name, variant in variants.items():
                 try:
                     TRIALS[what](variant, str(self.inputs.device))
+                    synchronize(self.inputs.device)  # launches fail late
                 except (RuntimeError, AttributeError) as error:
                     yield Finding(
                         operation, name, self.shapes.name, None, ROUNDED_OFTEN, first_line(error), absent=True

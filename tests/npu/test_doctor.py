@@ -81,7 +81,12 @@ def test_what_nothing_replaces_is(runs):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"), [(["npu"], "error: device: npu is not available"), (["tpu"], "invalid choice: 'tpu'")]
+    ("arguments", "named"),
+    [
+        (["npu"], "error: device: npu is not available"),
+        (["tpu"], "invalid choice: 'tpu'"),
+        (["npu", "--json", "no/such/a.json"], "error: --json: the folder of no/such/a.json does not exist"),
+    ],
 )
 def test_wrong_use(arguments, named):
     command = [sys.executable, "-m", "executor.doctor", *arguments]
