@@ -6,8 +6,10 @@ Every group counts the bytes this rank sends, by the algorithms that are optimal
 
 import atexit
 import datetime
+import importlib.util
 import os
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,6 +37,18 @@ class Traffic:
         return {name: count - before.get(name, 0) for name, count in self.sent_bytes.items()}
 
 
+class SmallExchange(Protocol):
+    """A faster way between the ranks of a group, for the tensors it says it takes."""
+
+    def sums(self, tensor: torch.Tensor) -> bool: ...
+
+    def gathers(self, tensor: torch.Tensor) -> bool: ...
+
+    def all_reduce(self, tensor: torch.Tensor) -> None: ...
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Some ranks of the job, this one among them, in the order of their data. Tensors are split along dimension 0."""
@@ -43,6 +57,7 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     index: int = 0  # of this rank among them
     process_group: dist.ProcessGroup | None = None
+    small: SmallExchange | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     @property
@@ -53,7 +68,10 @@ class Group:
         """Sum over the ranks, in place."""
         if self.size > 1:
             self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
-            dist.all_reduce(tensor, group=self.process_group)
+            if self.small is not None and self.small.sums(tensor):
+                self.small.all_reduce(tensor)
+            else:
+                dist.all_reduce(tensor, group=self.process_group)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -61,6 +79,8 @@ class Group:
         if self.size == 1:
             return tensor
         self.traffic.add(self.name, (self.size - 1) * tensor.nbytes)
+        if self.small is not None and self.small.gathers(tensor):
+            return self.small.all_gather(tensor)
         gathered = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
         all_gather_single(gathered, tensor.contiguous(), group=self.process_group)
         return gathered
@@ -163,13 +183,30 @@ def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int
         atexit.register(dist.destroy_process_group)
     traffic = Traffic()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    small: dict[tuple[int, ...], SmallExchange | None] = {}
     groups = {}
     for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
         for ranks in members:
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # by all ranks, its members or not
+                if rank in ranks:
+                    small[ranks] = connect_small(made[ranks], device)
             if rank in ranks:
                 groups[name] = Group(
-                    name=name, ranks=ranks, index=ranks.index(rank), process_group=made.get(ranks), traffic=traffic
+                    name=name,
+                    ranks=ranks,
+                    index=ranks.index(rank),
+                    process_group=made.get(ranks),
+                    small=small.get(ranks),
+                    traffic=traffic,
                 )
     return ParallelContext(**groups)
+
+
+def connect_small(group: dist.ProcessGroup, device: torch.device) -> SmallExchange | None:
+    """The way of the device's backend for small tensors, if it has one."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from ops.cuda.peer_exchange import connect
+
+    return connect(group, device)

@@ -37,7 +37,10 @@ class ShardedLogits:
         if self.group.size == 1:
             return values[: self.num_rows], ids[: self.num_rows]
         values, ids = self.own(values), self.own(ids + self.group.index * part_size)
-        values, order = values.sort(dim=-1, descending=True, stable=True)
+        if count == 1:
+            values, order = values.max(-1, keepdim=True)  # of equal ones the first
+        else:
+            values, order = values.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], ids.gather(1, order)[:, :count]
 
     def whole(self) -> torch.Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from executor import LLM, SamplingParams
+from models.layers.lm_head import ShardedLogits
 from tests.checkpoints import make_checkpoint
 from tests.parallel.ranks import run_ranks
 
@@ -44,6 +45,9 @@ def results_of(folder: str, token_ids: list[int], prompts: list[list[int]], sett
             outputs = llm.generate(prompts, SamplingParams(max_new_tokens=6, ignore_eos=True, **sampling))
             results[name, batch_size] = [output.token_ids for output in outputs]
     results["logits"] = llm.logits(token_ids)
+    head = llm.parallel.lmhead_tp
+    equal_logits = ShardedLogits(torch.zeros(1, CONFIG["vocab_size"] // head.size), head, 0, 1)
+    results["lowest of equal"] = equal_logits.topk(1)[1].tolist()
     return results
 
 
