@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of kernels: what was fastest on an H100 for the shapes measured (docs/gpu.md), else a rule that fits any."""
+"""Sizes of kernels: what was fastest on an H100, or on two H200s, for the shapes measured (docs/gpu.md), else a rule
+that fits any."""
 
 from dataclasses import dataclass
 
@@ -13,10 +14,14 @@ GEMV_TILES = {
     (2048, 4096): (4, 1, 8),
     (128, 2048): (1, 1, 8),
     (151936, 2048): (4, 2, 8),
+    # on each of two H200s
+    (2560, 2048): (4, 1, 4),
+    (2048, 2048): (2, 1, 4),
+    (75968, 2048): (8, 1, 8),
 }
 # (F, D): rows, warps
-GATE_UP_TILES = {(768, 2048): (2, 8)}
-DOWN_TILES = {(768, 2048): (8, 4)}
+GATE_UP_TILES = {(768, 2048): (2, 8), (384, 2048): (1, 2)}
+DOWN_TILES = {(768, 2048): (8, 4), (384, 2048): (8, 8)}
 # the same where several tokens share experts: rows, warps
 SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
 SHARED_DOWN_TILES = {(768, 2048): (16, 2)}
