@@ -33,8 +33,16 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--allow-fallback", action="store_true", help="measure even where an operation is plain torch")
-    parser.add_argument("--output", metavar="FILE", help="write the report there as JSON")
+    parser.add_argument("--output", type=new_file, metavar="FILE", help="write the report there as JSON")
     return parser
+
+
+def new_file(name: str) -> Path:
+    """A file that can be written, found out before anything is measured."""
+    file = Path(name)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is not a file in a folder that exists")
+    return file
 
 
 def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:
@@ -106,7 +114,7 @@ def describe_device(llm: "LLM") -> dict[str, Any]:
     }
 
 
-def write_report(output: str | None, results: list[dict[str, Any]], **circumstances: Any) -> None:
+def write_report(output: Path | None, results: list[dict[str, Any]], **circumstances: Any) -> None:
     """Rank 0 writes the results with all that identifies the run."""
     report = {
         "commit": commit(),
@@ -116,4 +124,4 @@ def write_report(output: str | None, results: list[dict[str, Any]], **circumstan
         "results": results,
     }
     if output and is_first_rank():
-        Path(output).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

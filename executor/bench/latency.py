@@ -15,12 +15,13 @@ from executor.bench.common import (
     command_parser,
     describe_device,
     is_first_rank,
+    new_file,
     random_prompts,
     settings_of,
     start_ranks,
     write_report,
 )
-from executor.bench.plot import check_plot, draw
+from executor.bench.plot import check_matplotlib, draw
 from executor.utils.report import table
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def run(command_line: list[str]) -> None:
     if arguments.new_tokens < 2:
         raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
     if arguments.plot:
-        check_plot(arguments.plot)
+        check_matplotlib()
     settings = [settings_of(arguments, f"exe_mode={mode}") for mode in arguments.exe_mode]
     start_ranks(settings[0])
     from executor.bench.measure import measure
@@ -69,7 +70,9 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
-    parser.add_argument("--plot", metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=new_file, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
+    )
     return parser.parse_args(command_line)
 
 
@@ -94,12 +97,13 @@ def build_peer(llm: "LLM", name: str | None) -> Any:
 def tables(results: list[dict[str, Any]], circumstances: dict[str, Any]) -> str:
     """All that is printed."""
     ceiling = circumstances["read_ceiling"]
+    peak_gb = max(result.get("peak_memory_bytes", 0) for result in results) / 1e9
     parts = [result_table(results), floor_table(results)]
     if results[0]["world_size"] > 1:
         parts.append(traffic_table(results))
     parts.append(
         f"read ceiling {ceiling['gb_per_s']} GB/s ({ceiling['measured_by']}), process start to first token "
-        f"{circumstances['start_to_first_token_s']} s, peak memory {results[0]['peak_memory_bytes'] / 1e9:.2f} GB"
+        f"{circumstances['start_to_first_token_s']} s, peak memory {peak_gb:.2f} GB"
     )
     return "\n\n".join(parts)
 

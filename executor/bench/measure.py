@@ -35,7 +35,7 @@ def measure(
         for name, implementation in peer_names.items():
             rounds[name].append(peer.generate(prompts, arguments.new_tokens, implementation))
     rows = [row(llm, name, runs[1:], prompts, arguments.new_tokens) for name, runs in rounds.items()]
-    rows[0]["peak_memory_bytes"] = peak_memory_bytes(llm.device)
+    rows[0]["peak_memory_bytes"] = peak_memory_bytes(llm.device)  # so far, with loading, and a peer's if there is one
     if llm.settings.world_size > 1:
         rows[0] |= traffic(llm, prompts, arguments.new_tokens, arguments.repeats + 1)
     for result in rows[1:]:

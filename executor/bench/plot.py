@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from executor.bench.common import new_file
+
 Rows = list[dict[str, Any]]
 GROUP_WIDTH = 0.84  # of the distance between two batch sizes
 
@@ -22,9 +24,9 @@ def run(command_line: list[str]) -> None:
     )
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="JSON files")
     parser.add_argument("--exe-mode", help="draw only rows of this mode")
-    parser.add_argument("--output", required=True, metavar="FILE", help="PNG file")
+    parser.add_argument("--output", required=True, type=new_file, metavar="FILE", help="PNG file")
     arguments = parser.parse_args(command_line)
-    check_plot(arguments.output)
+    check_matplotlib()
     reports = [read_report(file) for file in arguments.reports]
     rows = [row for report in reports for row in report["results"]]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
@@ -43,17 +45,15 @@ def read_report(file: str) -> dict[str, Any]:
     return report
 
 
-def check_plot(file: str) -> None:
-    """ValueError if a plot cannot be written there: to be found out before anything is measured."""
+def check_matplotlib() -> None:
+    """ValueError if nothing can be drawn: to be found out before anything is measured."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise ValueError("a plot needs matplotlib: python -m pip install matplotlib") from None
-    if not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"{file}: its folder does not exist")
 
 
-def draw(rows: Rows, file: str, title: str) -> None:
+def draw(rows: Rows, file: Path, title: str) -> None:
     """Writes a PNG: a group of bars for each batch size, a bar for each system and mode, a line where its floor is."""
     from matplotlib.figure import Figure
 

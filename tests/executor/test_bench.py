@@ -182,8 +182,16 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        throughput(monkeypatch, "--scenario", "5:1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("--scenario", "5:1"), "'5:1' is not IN:OUT"), (("--output", "/nowhere/report.json"), "/nowhere/report.json is")],
+)
+def test_options_are_checked_first(arguments, named, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        throughput(monkeypatch, *arguments)
+    assert ended.value.code == 2 and named in capsys.readouterr().err
 
 
 def test_peer_does_not_share_transposed_weights(tmp_path):
