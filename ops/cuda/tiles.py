@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of kernels: what was fastest on an H100, or on two H200s, for the shapes measured (docs/gpu.md), else a rule
-that fits any."""
+"""Sizes of kernels: what `ops/cuda/tiles.json` says for this device and shape, else a rule that fits any.
 
+The file has a table for every kind of device, by a part of its name. `python -m ops.cuda.tune` measures one.
+"""
+
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from ops.cuda.launch import power_of_two_factor
 
 MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
+TABLES_FILE = Path(__file__).with_name("tiles.json")
+Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
 
-# (N, K): rows of a tile, tiles of a program, warps
-GEMV_TILES = {
-    (5120, 2048): (4, 1, 4),
-    (2048, 4096): (4, 1, 8),
-    (128, 2048): (1, 1, 8),
-    (151936, 2048): (4, 2, 8),
-    # on each of two H200s
-    (2560, 2048): (4, 1, 4),
-    (2048, 2048): (2, 1, 4),
-    (75968, 2048): (8, 1, 8),
-}
-# (F, D): rows, warps
-GATE_UP_TILES = {(768, 2048): (2, 8), (384, 2048): (1, 2)}
-DOWN_TILES = {(768, 2048): (8, 4), (384, 2048): (8, 8)}
-# the same where several tokens share experts: rows, warps
-SHARED_GATE_UP_TILES = {(768, 2048): (4, 4)}
-SHARED_DOWN_TILES = {(768, 2048): (16, 2)}
 ATTENTION_BLOCK = 128  # cached tokens of a tile
 ATTENTION_MAX_ROUNDS = 4  # tiles of a split before there are more splits,
 ATTENTION_SPLITS_GROWTH = 2  # up to so many times as many; then the splits take more tiles each
@@ -36,6 +28,31 @@ DOWN_ELEMENTS = 24576
 SHARED_ELEMENTS = 16384
 
 
+@functools.cache
+def measured() -> Table:
+    """The table of this device; empty where none was measured."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return table_of(name)
+
+
+def table_of(device_name: str) -> Table:
+    tables: dict[str, Table] = json.loads(TABLES_FILE.read_text(encoding="utf-8"))
+    return next((table for part, table in tables.items() if part in device_name), {})
+
+
+def text_of(tables: dict[str, Table]) -> str:
+    """JSON with a line a kernel."""
+    devices = []
+    for part, table in tables.items():
+        lines = [f"  {json.dumps(kernel)}: {json.dumps(sizes)}" for kernel, sizes in table.items()]
+        devices.append(f" {json.dumps(part)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(devices) + "\n}\n"
+
+
+def sizes_of(kernel: str, *shape: int) -> list[int] | None:
+    return measured().get(kernel, {}).get("x".join(map(str, shape)))
+
+
 @dataclass(frozen=True)
 class GemvTile:
     rows: int
@@ -45,8 +62,8 @@ class GemvTile:
 
 def gemv_tile(n: int, k: int) -> GemvTile:
     """For a matrix [n, k]; the rows of a program divide n."""
-    if (n, k) in GEMV_TILES:
-        return GemvTile(*GEMV_TILES[n, k])
+    if sizes := sizes_of("gemv", n, k):
+        return GemvTile(*sizes)
     rows = power_of_two_factor(n, rounded_down(min(4, GEMV_ELEMENTS // k, n // 128)))
     tiles = power_of_two_factor(n // rows, rounded_down(min(2, GEMV_ELEMENTS // (k * rows))))
     return GemvTile(rows, tiles, 8)
@@ -54,27 +71,28 @@ def gemv_tile(n: int, k: int) -> GemvTile:
 
 def gate_up_tile(f: int, d: int) -> tuple[int, int]:
     """Rows (of the gate and as many of the up part) and warps of a program."""
-    if (f, d) in GATE_UP_TILES:
-        return GATE_UP_TILES[f, d]
+    if sizes := sizes_of("gate_up", f, d):
+        return sizes[0], sizes[1]
     return power_of_two_factor(f, rounded_down(min(8, GEMV_ELEMENTS // (2 * d)))), 4
 
 
 def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
     """Rows and warps of a program that holds them of `top_k` experts."""
-    if (f, d) in DOWN_TILES:
-        return DOWN_TILES[f, d]
+    if sizes := sizes_of("down", f, d):
+        return sizes[0], sizes[1]
     return power_of_two_factor(d, rounded_down(min(8, DOWN_ELEMENTS // (f * top_k)))), 4
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
-    if (f, d) in SHARED_GATE_UP_TILES:
-        return SHARED_GATE_UP_TILES[f, d]
+    """The same where several tokens share experts."""
+    if sizes := sizes_of("shared_gate_up", f, d):
+        return sizes[0], sizes[1]
     return power_of_two_factor(f, rounded_down(min(8, SHARED_ELEMENTS // (2 * d)))), 4
 
 
 def shared_down_tile(f: int, d: int) -> tuple[int, int]:
-    if (f, d) in SHARED_DOWN_TILES:
-        return SHARED_DOWN_TILES[f, d]
+    if sizes := sizes_of("shared_down", f, d):
+        return sizes[0], sizes[1]
     return power_of_two_factor(d, rounded_down(min(16, SHARED_ELEMENTS // f))), 4
 
 

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures which sizes of kernels are fastest on this GPU: `python -m ops.cuda.tune CONFIG.JSON [--write NAME]`.
+
+Every candidate is timed inside a decode step of some layers with random weights, as one graph: the best size of a
+kernel alone is often not the best beside its neighbours. One kernel is tuned after the other, each with the best before
+it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ops import DenseWeight, StepMetadata
+from ops.cuda import CudaOps, tiles
+
+LAYERS = 8  # far more weights than the L2 cache holds
+CONTEXT, BLOCK_SIZE = 1024, 128
+REPLAYS, ROUNDS = 20, 5
+SHARED_TOKENS = 4  # of a step whose tokens share experts
+EPS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A layer's sizes, letters as in ops/__init__.py."""
+
+    d: int
+    h: int
+    g: int
+    c: int
+    e: int
+    k: int
+    f: int
+
+    @classmethod
+    def read(cls, path: Path) -> "Shape":
+        """From a checkpoint's config.json."""
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        d, h = raw["hidden_size"], raw["num_attention_heads"]
+        return cls(
+            d=d,
+            h=h,
+            g=raw["num_key_value_heads"],
+            c=raw.get("head_dim") or d // h,
+            e=raw["num_experts"],
+            k=raw["num_experts_per_tok"],
+            f=raw["moe_intermediate_size"],
+        )
+
+
+class Layers:
+    """Some layers with random weights, and what a decode step of `num_tokens` sequences needs."""
+
+    def __init__(self, shape: Shape, num_layers: int, num_tokens: int, device: str, dtype: torch.dtype):
+        def random(*size: int, std: float = 0.02) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=device).normal_(0, std)
+
+        s, self.shape = shape, shape
+        blocks = CONTEXT // BLOCK_SIZE
+        self.layers = [
+            {
+                "qkv": DenseWeight(random((s.h + 2 * s.g) * s.c, s.d)),
+                "o": DenseWeight(random(s.d, s.h * s.c)),
+                "router": random(s.e, s.d),
+                "gate_up": DenseWeight(random(s.e, 2 * s.f, s.d)),
+                "down": DenseWeight(random(s.e, s.d, s.f)),
+                "norms": [1 + random(size) for size in (s.d, s.d, s.c, s.c)],
+                "cache": [random(1 + num_tokens * blocks, BLOCK_SIZE, s.g, s.c, std=1) for _ in range(2)],
+            }
+            for _ in range(num_layers)
+        ]
+        self.hidden_states = random(num_tokens, s.d, std=1)
+        self.cos_sin = tuple(torch.rand(num_tokens, s.c, device=device) for _ in range(2))
+        table = 1 + torch.arange(num_tokens * blocks, device=device).view(num_tokens, blocks)
+        self.step = StepMetadata(
+            is_prefill=False,
+            positions=torch.full((num_tokens,), CONTEXT - 1, device=device),
+            slot_mapping=table[:, -1] * BLOCK_SIZE + BLOCK_SIZE - 1,
+            block_table=table,
+            seq_lens=torch.full((num_tokens,), CONTEXT, device=device),
+            query_lens_list=[1] * num_tokens,
+            seq_lens_list=[CONTEXT] * num_tokens,
+            dp_num_tokens=[num_tokens],
+        )
+
+    def run(self, ops: CudaOps) -> torch.Tensor:
+        hidden_states, residual = self.hidden_states, None
+        for layer in self.layers:
+            norm_1, norm_2, q_norm, k_norm = layer["norms"]
+            qkv, residual = ops.norm_linear(hidden_states, residual, norm_1, EPS, layer["qkv"])
+            attended = ops.attention(qkv, q_norm, k_norm, EPS, self.cos_sin, *layer["cache"], self.step)
+            hidden_states = ops.linear(attended, layer["o"])
+            normed, residual, routing = ops.route(
+                hidden_states, residual, norm_2, EPS, layer["router"], self.shape.k, True
+            )
+            hidden_states = ops.experts(normed, routing, layer["gate_up"], layer["down"])
+        return hidden_states
+
+
+def graph_us(work: Callable[[], object]) -> float:
+    """Microseconds of a replay, the median of some rounds."""
+    recorder = CudaOps().graph_recorder()
+    recorder.warm_up(work)
+    _, replay = recorder.record(work)
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(REPLAYS):
+            replay([])
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / REPLAYS)
+    return sorted(times)[ROUNDS // 2]
+
+
+def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[list[int]]]]:
+    """Kernel, shape of its weight, tokens of the step to time, candidates: the first is what the rule says."""
+    qkv, o, router = ((shape.h + 2 * shape.g) * shape.c, shape.d), (shape.d, shape.h * shape.c), (shape.e, shape.d)
+    for n, k in (qkv, o, router):
+        rule = tiles.gemv_tile(n, k)
+        sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
+        sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= 8 * 4096]
+        yield "gemv", (n, k), 1, [[rule.rows, rule.tiles, rule.warps], *sizes]
+    f, d = shape.f, shape.d
+    gate_up = [[rows, warps] for rows in (1, 2, 4, 8) for warps in (4, 8) if f % rows == 0]
+    down = [[rows, warps] for rows in (4, 8, 16) for warps in (2, 4, 8) if d % rows == 0]
+    yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *gate_up]
+    yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *down]
+    yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *gate_up]
+    yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *down]
+
+
+def tune(
+    shape: Shape, num_layers: int, device: str, dtype: torch.dtype, time_of: Callable[..., float] = graph_us
+) -> tiles.Table:
+    """Puts the fastest sizes into the table of this process and returns it."""
+    table = tiles.measured()
+    layers: Layers | None = None
+    for kernel, (n, k), num_tokens, candidates in searches(shape):
+        if layers is None or len(layers.hidden_states) != num_tokens:
+            layers = None  # its memory is needed
+            layers = Layers(shape, num_layers, num_tokens, device, dtype)
+        sizes, times = table.setdefault(kernel, {}), []
+        for candidate in candidates:
+            sizes[f"{n}x{k}"] = candidate
+            ops = CudaOps()  # binds its kernels anew
+            times.append(time_of(lambda ops=ops, layers=layers: layers.run(ops)) / num_layers)
+        best = min(range(len(times)), key=times.__getitem__)
+        sizes[f"{n}x{k}"] = candidates[best]
+        print(f"{kernel} {n}x{k}: {candidates[best]} {times[best]:.2f} us a layer, was {candidates[0]} {times[0]:.2f}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m ops.cuda.tune", description=__doc__)
+    parser.add_argument("config", type=Path, help="config.json of a checkpoint: the shape to tune for")
+    parser.add_argument("--write", metavar="NAME", help="keep the table under this part of the device's name")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no GPU to measure")
+    try:
+        shape = Shape.read(arguments.config)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{arguments.config}: expected the config.json of a mixture of experts ({error!r})")
+    with torch.inference_mode():
+        table = tune(shape, LAYERS, "cuda", torch.bfloat16)
+    if arguments.write:
+        tables = json.loads(tiles.TABLES_FILE.read_text(encoding="utf-8"))
+        tables[arguments.write] = table
+        tiles.TABLES_FILE.write_text(tiles.text_of(tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

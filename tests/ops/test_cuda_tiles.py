@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes of kernels: a table for every device, a rule elsewhere, and the search for the best."""
+
+import json
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from ops.cuda import tiles, tune  # noqa: E402
+
+SHAPE = tune.Shape(d=64, h=2, g=1, c=32, e=6, k=2, f=32)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def table(monkeypatch) -> tiles.Table:
+    """An empty one, in force."""
+    own: tiles.Table = {}
+    monkeypatch.setattr(tiles, "measured", lambda: own)
+    return own
+
+
+def test_a_device_is_found_by_a_part_of_its_name(table):
+    h100, h200 = (tiles.table_of(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
+    assert h100["gate_up"] != h200["gate_up"]
+    assert tiles.table_of("Some other GPU") == {} == tiles.table_of("")
+    assert tiles.gate_up_tile(768, 2048) == (8, 4)  # the rule
+    table.update(h200)
+    assert tiles.gate_up_tile(768, 2048) == tuple(h200["gate_up"]["768x2048"])
+    assert tiles.gemv_tile(5120, 2048) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
+
+
+def test_file_is_as_tune_writes_it():
+    text = tiles.TABLES_FILE.read_text(encoding="utf-8")
+    assert tiles.text_of(json.loads(text)) == text
+
+
+@pytest.mark.parametrize("part", json.loads(tiles.TABLES_FILE.read_text(encoding="utf-8")))
+def test_tables_divide_their_weights(part):
+    found = tiles.table_of(part)
+    for shape, (rows, count, _) in found["gemv"].items():
+        assert int(shape.split("x")[0]) % (rows * count) == 0
+    for kernel, side in (("gate_up", 0), ("down", 1), ("shared_gate_up", 0), ("shared_down", 1)):
+        for shape, (rows, _) in found[kernel].items():
+            assert int(shape.split("x")[side]) % rows == 0
+
+
+@torch.inference_mode()
+def test_tune_takes_the_fastest(table, monkeypatch, capsys):
+    """Candidates run and give the same result; the table then has the one that was fastest by the clock."""
+    monkeypatch.setattr(tune, "CONTEXT", 128)
+    monkeypatch.setattr(tune, "SHARED_TOKENS", 2)
+    searches = tune.searches
+
+    def shorter_searches(shape):
+        for kernel, weight, num_tokens, candidates in searches(shape):
+            assert wanted[kernel] in candidates[1:]
+            yield kernel, weight, num_tokens, [candidates[0], wanted[kernel]]
+
+    monkeypatch.setattr(tune, "searches", shorter_searches)
+    results: dict[int, torch.Tensor] = {}
+    wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2], "shared_gate_up": [2, 4], "shared_down": [16, 4]}
+
+    def clock(work):
+        result = work().clone()
+        first = results.setdefault(len(result), result)
+        torch.testing.assert_close(result, first, rtol=2e-2, atol=2e-2)
+        return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100
+
+    tune.tune(SHAPE, 1, DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16, clock)
+    assert {kernel: list(sizes.values()) for kernel, sizes in table.items()} == {
+        kernel: [best] * (3 if kernel == "gemv" else 1) for kernel, best in wanted.items()
+    }
+    assert capsys.readouterr().out.count("us a layer") == 7
