@@ -22,6 +22,7 @@ class ModelSettings:
     cache_memory_fraction: float = 0.8
     cache_tokens: int | None = None
     enable_profiler: bool = False
+    npu_prefetch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class ParallelSettings:
     attn_dp_size: int | None = None
     moe_ep_size: int | None = None
     sequence_parallel: bool = False
+    npu_mm_all_reduce_base: bool = False
 
     def sizes(self) -> dict[str, int]:
         """The sizes that are given; the two that follow from the others only where the user states them."""

@@ -14,6 +14,7 @@ from executor.before_loading import check_before_launch, default_sampling, place
 from executor.config import Settings, load_settings, resolve_path, settings_from_dict
 from executor.device import free_memory_bytes, select_device, synchronize
 from executor.engine import Engine
+from executor.exchanges import choose_exchanges, plan_dispatch
 from executor.graph_runner import GraphRunner
 from executor.kv_cache import BLOCK_SIZE, BlockAllocator, block_bytes, blocks_for, cache_tensors
 from executor.loader import load_parameters, parameter_bytes, random_parameters
@@ -23,12 +24,7 @@ from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Messages, Tokenizer, check_messages, has_tokenizer
 from models.layers.attention import KVCache
-from models.layers.expert_exchange import (
-    AllToAllExchange,
-    ExpertExchange,
-    GatherExchange,
-    sent_bytes_per_token,
-)
+from models.layers.expert_exchange import ExpertExchange
 from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import trained_len
@@ -118,8 +114,14 @@ class LLM:
         if settings.exe_mode == "graph" and not self.ops.can_record:
             raise ValueError(f"exe_mode: graph is not possible on device {self.device.type}, only eager")
         recorder = self.ops.graph_recorder() if settings.exe_mode == "graph" else None
+        self.dispatch_plan = plan_dispatch(settings, self.config, self.ops)
         self.parallel = init_parallel(
-            self.device, sizes.attn_tp_size, sizes.moe_tp_size, sizes.embed_tp_size, sizes.lmhead_tp_size
+            self.device,
+            sizes.attn_tp_size,
+            sizes.moe_tp_size,
+            sizes.embed_tp_size,
+            sizes.lmhead_tp_size,
+            with_dispatch=self.dispatch_plan is not None,
         )
         self.parameters = self._load_parameters(model_path)
         self.parameters.prepare(self.ops)
@@ -157,22 +159,21 @@ class LLM:
         return random_parameters(specs, self.dtype, self.device, std=self.config.initializer_range)
 
     def _build_model(self) -> Qwen3Moe:
-        """The network, with the expert exchanges that send the least; a captured step needs the gathering one."""
-        parallel, config = self.parallel, self.config
-        num_local_experts = config.num_experts // parallel.moe_ep.size
-        gather, all_to_all = (kind(parallel, num_local_experts) for kind in (GatherExchange, AllToAllExchange))
-        sent = sent_bytes_per_token(parallel, config.num_experts_per_tok, config.hidden_size, self.dtype.itemsize)
-        cheaper = all_to_all if sent["all_to_all"] < sent["gather"] else gather
-        build = Building(
-            config=config,
-            ops=self.ops,
-            parallel=parallel,
-            prefill_exchange=cheaper,
-            decode_exchange=gather if self.settings.exe_mode == "graph" else cheaper,
+        settings = self.settings
+        self.exchanges = choose_exchanges(
+            settings, self.config, self.parallel, self.ops, self.dispatch_plan, self.device
         )
-        self.exchanges = {True: build.prefill_exchange, False: build.decode_exchange}
+        build = Building(
+            config=self.config,
+            ops=self.ops,
+            parallel=self.parallel,
+            prefill_exchange=self.exchanges[True],
+            decode_exchange=self.exchanges[False],
+            prefetch=settings.model_config.npu_prefetch,
+            fused_o_proj=settings.parallel_config.npu_mm_all_reduce_base,
+        )
         longest = min(self.max_len, self.num_blocks * BLOCK_SIZE)
-        return Qwen3Moe(build, self.parameters, RotaryEmbedding(config, longest, self.device))
+        return Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, longest, self.device))
 
     def _build_cache(self) -> tuple[int, list[KVCache]]:
         """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory, equal on all ranks."""

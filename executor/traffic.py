@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import Qwen3MoeConfig
 
 from executor.llm import LLM
-from models.layers.expert_exchange import AllToAllExchange, ExpertExchange
+from models.layers.expert_exchange import AllToAllExchange, ExpertExchange, FusedExchange
 from models.layers.padding import share_of
 from models.qwen3_moe.weights import is_sparse_layer
 from ops.comm import ParallelContext
@@ -63,14 +63,17 @@ def expert_bytes(
     """One layer's dispatch and combine."""
     attn_tp, world = parallel.attn_tp.size, parallel.world.size
     share = share_of(step.tokens, attn_tp)
+    gathered = 0 if step.sequence_parallel else (attn_tp - 1) * share * row
+    brought = [step.exchanged(rank, attn_tp) for rank in range(world)]
+    mine = brought[parallel.world.index]
+    if isinstance(exchange, FusedExchange):
+        return 2 * mine * config.num_experts_per_tok * (world - 1) / world * row + gathered
     if isinstance(exchange, AllToAllExchange):
         copies = config.num_experts_per_tok * parallel.moe_tp.size
-        brought = [step.exchanged(rank, attn_tp) for rank in range(world)]
-        mine = brought[parallel.world.index]
-        there = mine * copies * (world - 1) / world * (row + 4)
+        there = mine * copies * (world - 1) / world * row
         back = (sum(brought) - mine) * copies / world * row
-        gathered = 0 if step.sequence_parallel else (attn_tp - 1) * share * row
-        return there + back + (world - 1) * 8 + gathered
+        counts = (world - 1) * config.num_experts // parallel.moe_ep.size * 8
+        return there + back + counts + gathered
     routing = config.num_experts_per_tok * 8
     if step.sequence_parallel:
         return (world - 1) * share_of(step.max_tokens, attn_tp) * (2 * row + routing)

@@ -8,14 +8,27 @@ F expert width, N output width, L cache blocks, S cache block size.
 import importlib.util
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ops.ascend import ExchangeSizes
+from ops.comm import Group
 from ops.profiler import Profiler
 from ops.recorder import GraphRecorder
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
-__all__ = ["DenseWeight", "Ops", "RouterLogits", "Routing", "StepMetadata", "TransposedWeight", "Weight", "load_ops"]
+__all__ = [
+    "DenseWeight",
+    "GroupedRows",
+    "Ops",
+    "RouterLogits",
+    "Routing",
+    "StepMetadata",
+    "TransposedWeight",
+    "Weight",
+    "load_ops",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +88,24 @@ class RouterLogits:
         return Routing(topk_weights, topk_ids)
 
 
+@dataclass(frozen=True)
+class GroupedRows:
+    """Rows that stand by expert already: first those of expert 0, then of expert 1, and so on, one expert a row.
+
+    What the rows are weighted with, and which are summed, is known where they came from. Rows beyond the sum of the
+    counts hold anything.
+    """
+
+    tokens_per_expert: torch.Tensor  # [E] int64
+
+    def as_routing(self, num_rows: int) -> Routing:
+        """The same as one choice a row; rows of no expert are elsewhere."""
+        counts = self.tokens_per_expert
+        rows = torch.arange(num_rows, device=counts.device)
+        ids = torch.searchsorted(counts.cumsum(0), rows, right=True)
+        return Routing(torch.ones(num_rows, 1, device=counts.device), ids[:, None], has_elsewhere=True)
+
+
 class Ops:
     """The operations a model is built of: each is the largest piece of a layer that some backend runs as one kernel.
 
@@ -84,6 +115,7 @@ class Ops:
 
     name = "abstract"
     can_record = False  # whether a decode step never waits for the device, on a device that has graphs
+    decode_reads_nothing = False  # whether decode steps must not wait for the device to tell the host a number
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         """ValueError naming the setting if the backend cannot run a model of this dtype and head size."""
@@ -110,6 +142,25 @@ class Ops:
     def profiler(self) -> Profiler:
         """Traces what the device does."""
         return Profiler()
+
+    def plan_dispatch(self, sizes: ExchangeSizes) -> Any:
+        """How a fused pair of operations can bring tokens to their experts, or None.
+
+        A plan has `set_environment()`, to be called before the ranks meet (ValueError for what the user has to change),
+        and `make(group)`, which gives a `FusedPair` (models/layers/expert_exchange.py) over a group of its own.
+        """
+        return None
+
+    def refuses_linear_all_reduce(self, ranks: int) -> str | None:
+        """Why `linear_all_reduce` over so many ranks is not one operation here, None if it is."""
+        return "only possible on device npu"
+
+    def linear_all_reduce(self, hidden_states: torch.Tensor, weight: Weight, group: Group) -> torch.Tensor:
+        """`linear`, summed over a group's ranks, each of which has its columns: [T, K] -> [T, N]."""
+        return group.all_reduce(self.linear(hidden_states, weight))
+
+    def prefetch(self, weight: Weight) -> None:
+        """Begins to fetch a weight into the cache, beside what is computed meanwhile."""
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""
@@ -178,11 +229,40 @@ class Ops:
         raise NotImplementedError
 
     def experts(
-        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, gate_up: Weight, down: Weight
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing | RouterLogits | GroupedRows,
+        gate_up: Weight,
+        down: Weight,
     ) -> torch.Tensor:
         """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D].
 
-        Under expert parallelism E counts the experts of this rank.
+        Of grouped rows, each row's MLP alone; the output of rows of no expert is undefined. Under expert parallelism E
+        counts the experts of this rank.
+        """
+        raise NotImplementedError
+
+    def sort_by_expert(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A row for every choice, by expert: [T, D], ids [T, K] below num_experts -> rows [T * K, D].
+
+        Also returns row_index [T * K], the row of choice k of token t at t * K + k, and tokens_per_expert
+        [num_experts] int64.
+        """
+        raise NotImplementedError
+
+    def weighted_sum(self, rows: torch.Tensor, row_index: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """Sum of each token's rows: [T * K, D], row_index as from `sort_by_expert`, weights [T, K] -> [T, D]."""
+        raise NotImplementedError
+
+    def regroup(
+        self, rows: torch.Tensor, tokens_per_rank: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows received from several ranks, each rank's by expert, put by expert, each expert's by rank.
+
+        rows [R, D], tokens_per_rank [ranks, E] int64 -> rows [R, D], order [R] of integers (row i was row order[i]) and
+        tokens_per_expert [E] int64.
         """
         raise NotImplementedError
 

@@ -5,10 +5,12 @@ Every group counts the bytes this rank sends, by the algorithms that are optimal
 """
 
 import atexit
+import dataclasses
 import datetime
 import importlib.util
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -67,12 +69,16 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place."""
         if self.size > 1:
-            self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
+            self.count_all_reduce(tensor)
             if self.small is not None and self.small.sums(tensor):
                 self.small.all_reduce(tensor)
             else:
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
+
+    def count_all_reduce(self, tensor: torch.Tensor) -> None:
+        """Adds what an all_reduce of the tensor sends, also where another operation does it."""
+        self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[N, ...] of each rank, all of one shape -> [size * N, ...]."""
@@ -104,6 +110,12 @@ class Group:
         dist.all_to_all_single(received, tensor.contiguous(), receive, send, group=self.process_group)
         return received
 
+    @cached_property
+    def hccl_name(self) -> str:
+        """The name of the group's HCCL communicator, by which torch_npu's operations that communicate know it."""
+        backend = self.process_group._get_backend(torch.device("npu"))
+        return backend.get_hccl_comm_name(self.ranks[self.index])
+
 
 GROUP_NAMES = ("world", "control", "attn_tp", "attn_dp", "moe_tp", "moe_ep", "embed_tp", "lmhead_tp")
 SINGLE = {name: Group(name=name) for name in GROUP_NAMES}
@@ -115,7 +127,8 @@ class ParallelContext:
 
     attn_tp: split the heads of the same tokens. attn_dp: hold the same heads, for different requests. moe_ep: hold
     different experts. moe_tp: hold different columns of the same experts. embed_tp, lmhead_tp: split the vocabulary.
-    control: all ranks again, for what the ranks tell each other about the requests.
+    control: all ranks again, for what the ranks tell each other about the requests. dispatch: all ranks, over
+    communicators that nothing else uses, as fused dispatch and combine want it; None where those are not used.
     """
 
     world: Group = SINGLE["world"]
@@ -126,6 +139,7 @@ class ParallelContext:
     moe_ep: Group = SINGLE["moe_ep"]
     embed_tp: Group = SINGLE["embed_tp"]
     lmhead_tp: Group = SINGLE["lmhead_tp"]
+    dispatch: Group | None = None
 
     @property
     def traffic(self) -> Traffic:
@@ -167,7 +181,9 @@ def group_members(world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmh
     }
 
 
-def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int) -> ParallelContext:
+def init_parallel(
+    device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int, with_dispatch: bool = False
+) -> ParallelContext:
     """Joins the other ranks (torchrun's environment) and builds all groups. Without a launcher: a context of one."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
@@ -200,6 +216,9 @@ def init_parallel(device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int
                     small=small.get(ranks),
                     traffic=traffic,
                 )
+    if with_dispatch:
+        own = dist.new_group(groups["world"].ranks, timeout=EXCHANGE_TIMEOUT)
+        groups["dispatch"] = dataclasses.replace(groups["world"], name="dispatch", process_group=own, small=None)
     return ParallelContext(**groups)
 
 

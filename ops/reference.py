@@ -8,7 +8,7 @@ letters are explained in `ops/__init__.py`.
 import torch
 from torch.nn import functional as F
 
-from ops import OPERATIONS, Ops, RouterLogits, StepMetadata
+from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, StepMetadata, Weight
 
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # torch 2.8 and 2.9 have the latter
 MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
@@ -91,48 +91,77 @@ class ReferenceOps(Ops):
         return normed, residual, RouterLogits(F.linear(normed, router_weight), top_k, renormalize).chosen()
 
     def experts(self, hidden_states, routing, gate_up, down):
+        if isinstance(routing, GroupedRows):
+            return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
         routing = routing.chosen()
-        num_experts, top_k = gate_up.data.shape[0], routing.topk_ids.shape[1]
-        expert_ids = routing.topk_ids.flatten()
-        order = expert_ids.argsort(stable=True)  # rows of one expert next to each other
-        counts = torch.zeros(num_experts + 1, dtype=torch.int32, device=order.device)  # the last: elsewhere
-        counts.index_add_(0, expert_ids, torch.ones_like(expert_ids, dtype=torch.int32))
-        gate_up_output = self.grouped_linear(hidden_states[order // top_k], gate_up.data, counts)
-        sorted_output = self.grouped_linear(self.silu_and_mul(gate_up_output), down.data, counts)
-        output = torch.empty_like(sorted_output)
-        output[order] = sorted_output  # row t * K + k is choice k of token t
-        output = output.unflatten(0, (-1, top_k)).float()  # [T, K, D]
-        if routing.has_elsewhere:  # those rows hold anything, NaN too
-            output = output.masked_fill((routing.topk_ids == num_experts)[..., None], 0)
-        return torch.bmm(routing.topk_weights[:, None], output)[:, 0].to(hidden_states.dtype)
+        num_experts = gate_up.data.shape[0]
+        num_groups = num_experts + routing.has_elsewhere  # "elsewhere" is the last, of which nothing is multiplied
+        rows, row_index, counts = self.sort_by_expert(hidden_states, routing.topk_ids, num_groups)
+        if routing.has_elsewhere:
+            counts = counts[:num_experts]
+        output = self.grouped_experts(rows, counts, gate_up, down)
+        if routing.has_elsewhere:  # undefined rows may hold NaN, which a weight of 0 would not undo
+            undefined = torch.arange(output.shape[0], device=output.device) >= counts.sum()
+            output.masked_fill_(undefined[:, None], 0)
+        return self.weighted_sum(output, row_index, routing.topk_weights)
 
-    def grouped_linear(self, rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """rows [R, K] sorted by expert, weight [E, N, K], counts [E + 1] int32 rows of each expert -> [R, N].
+    def sort_by_expert(self, hidden_states, topk_ids, num_experts):
+        expert_ids = topk_ids.flatten()
+        order = expert_ids.argsort(stable=True)
+        row_index = torch.empty_like(order)
+        row_index[order] = torch.arange(order.shape[0], device=order.device)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=order.device)
+        counts.index_add_(0, expert_ids, torch.ones_like(expert_ids, dtype=torch.int64))
+        return hidden_states[order // topk_ids.shape[1]], row_index, counts
 
-        The last count is of rows that belong to none of them; their output is undefined.
-        """
+    def weighted_sum(self, rows, row_index, topk_weights):
+        choices = rows[row_index].unflatten(0, topk_weights.shape).float()  # [T, K, D]
+        return torch.bmm(topk_weights[:, None].float(), choices)[:, 0].to(rows.dtype)
+
+    def regroup(self, rows, tokens_per_rank):
+        ranks, num_experts = tokens_per_rank.shape
+        experts = torch.arange(num_experts, device=rows.device).repeat(ranks)
+        experts = experts.repeat_interleave(tokens_per_rank.flatten(), output_size=rows.shape[0])
+        order = experts.argsort(stable=True)
+        return rows[order], order, tokens_per_rank.sum(0)
+
+    def grouped_experts(
+        self, rows: torch.Tensor, tokens_per_expert: torch.Tensor, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
+        """The MLP of each row's expert: [R, D] by expert, tokens_per_expert [E] -> [R, D], undefined beyond the sum."""
+        if rows.shape[0] == 0:
+            return rows
+        activated = self.silu_and_mul(self.grouped_linear(rows, gate_up, tokens_per_expert))
+        return self.grouped_linear(activated, down, tokens_per_expert)
+
+    def grouped_linear(self, rows: torch.Tensor, weight: Weight, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+        """rows [R, K] by expert, weight [E, N, K], tokens_per_expert [E] int64 -> [R, N], undefined beyond the sum."""
         if not self.grouped_mm:
-            return looped_linear(rows, weight, counts)
+            return looped_linear(rows, weight.data, tokens_per_expert)
+        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
         if rows.dtype is torch.bfloat16 or rows.shape[0] > MAX_GATHERED_ROWS:
-            return grouped_mm(rows, weight.transpose(1, 2), offs=counts[:-1].cumsum(0, dtype=torch.int32))
-        return gathered_linear(rows, weight, counts)
+            return grouped_mm(rows, weight.data.transpose(1, 2), offs=ends)
+        return gathered_linear(rows, weight.data, ends)
 
 
-def looped_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
     """`grouped_linear` as one matrix product for every expert that got a row."""
     output = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
-    for expert, count in enumerate(counts[:-1].tolist()):
+    for expert, count in enumerate(tokens_per_expert.tolist()):
         if count:
             torch.mm(rows[start : start + count], weight[expert].t(), out=output[start : start + count])
             start += count
     return output
 
 
-def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` by copying each row's weight. torch's grouped product stops a capture unless it is bfloat16."""
-    experts = torch.arange(len(counts), device=rows.device).clamp(max=len(weight) - 1)
-    experts = experts.repeat_interleave(counts, output_size=rows.shape[0])
+def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` by copying each row's weight; ends [E] int32, the row after each expert's last.
+
+    torch's grouped product stops a capture unless it is bfloat16.
+    """
+    places = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    experts = torch.searchsorted(ends, places, right=True).clamp(max=len(weight) - 1)
     parts = zip(rows.split(GATHER_CHUNK), experts.split(GATHER_CHUNK), strict=True)
     return torch.cat([torch.bmm(weight[chosen], part[..., None])[..., 0] for part, chosen in parts])
 

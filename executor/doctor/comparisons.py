@@ -11,9 +11,9 @@ import torch
 
 from executor.device import synchronize
 from executor.doctor.inputs import BLOCK_SIZE, DTYPE, Inputs, Pair, Shapes
-from ops import DenseWeight, Ops, Routing, StepMetadata
+from ops import DenseWeight, GroupedRows, Ops, Routing, StepMetadata
 from ops.npu import NpuOps
-from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, ROTARY, TRIALS
+from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, REGROUP, ROTARY, TRIALS
 from ops.reference import ReferenceOps
 
 EPS = 1e-6
@@ -27,6 +27,7 @@ FAMILIES = {  # its attribute of the backend, its variants, the operation that u
     "attention": ("attend", ATTENTION, "attention"),
     "gating": ("choose_experts", GATING, "route"),
     "combine": ("combine", COMBINE, "experts"),
+    "regroup": ("regroup_rows", REGROUP, "regroup"),
 }
 
 
@@ -239,6 +240,27 @@ class Comparisons:
 
                 case = f"{tokens} tokens, {local} of {shapes.num_experts} experts"
                 yield self.compare("experts", variant, case, run, ROUNDED_OFTEN)
+
+    def regroup(self, variant: str) -> Iterator[Finding]:
+        """Rows of several ranks, some without any for an expert, put by expert; then each through its expert."""
+        shapes, local = self.shapes, self.shapes.num_experts // 4
+        gate_up = self.inputs.weight(self.ops, local, 2 * shapes.width, shapes.hidden_size)
+        down = self.inputs.weight(self.ops, local, shapes.hidden_size, shapes.width)
+        for rows in TOKENS:
+            hidden = self.inputs.random(rows, shapes.hidden_size)
+            cells = torch.randint(4 * local, (rows,), generator=self.inputs.generator)
+            counts = cells.bincount(minlength=4 * local).view(4, local)
+
+            def run(hidden=hidden, counts=counts) -> Pair:
+                moved = self.inputs.to_device(hidden), counts.to(self.inputs.device)
+                actual, expected = (
+                    ops.experts(grouped, GroupedRows(per_expert), gate_up[which], down[which])
+                    for which, ops, given in ((1, self.ops, moved), (0, self.reference, (hidden, counts)))
+                    for grouped, _, per_expert in [ops.regroup(*given)]
+                )
+                return actual, expected
+
+            yield self.compare("regroup", variant, f"{rows} rows", run, ROUNDED_OFTEN)
 
 
 def first_line(error: Exception) -> str:

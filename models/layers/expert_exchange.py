@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from models.layers.padding import pad_rows, share_of
-from ops import RouterLogits, Routing, StepMetadata
-from ops.comm import ParallelContext
+from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
+from ops.comm import Group, ParallelContext
 
 NO_EXPERT = -(2**31)  # stands for a padding row's experts: elsewhere on every rank
 
@@ -23,13 +23,11 @@ class Dispatched:
     """What the experts of this rank work on, and what `combine` needs to remember."""
 
     rows: torch.Tensor  # [R, D]
-    routing: Routing | RouterLogits  # over the EL experts of this rank
+    routing: Routing | RouterLogits | GroupedRows  # over the EL experts of this rank
     memory: Any = None
 
 
 class ExpertExchange(Protocol):
-    """A vendor's fused pair of operations fits behind these two as well."""
-
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         """[T, D] tokens of this rank: those of its attn_tp group or, in a sequence-parallel step, its share of them."""
 
@@ -73,48 +71,109 @@ class GatherExchange:
 
 
 class AllToAllExchange:
-    """Every row travels only to the ranks that hold its expert ("double routing": sorted by rank, then by expert).
+    """Every row travels only to the ranks that hold its expert, and is put by expert once more there.
 
-    The ranks of an attn_tp group hold the same tokens, so that each sends its share of them and they gather the
-    results. How many rows go where is read by the host.
+    Rows are sent in the order of the experts ("double routing"), so that beside them only their numbers travel. The
+    ranks of an attn_tp group hold the same tokens, so that each sends its share of them and they gather the results.
+    How many rows go where is read by the host.
     """
 
-    def __init__(self, parallel: ParallelContext, num_local_experts: int):
+    def __init__(self, parallel: ParallelContext, num_local_experts: int, ops: Ops):
         self.parallel = parallel
         self.num_local_experts = num_local_experts
+        self.ops = ops
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
-        attn_tp, moe_tp = self.parallel.attn_tp, self.parallel.moe_tp
+        world, moe_tp = self.parallel.world, self.parallel.moe_tp
         routing = routing.chosen()
-        ids, weights = routing.topk_ids, routing.topk_weights
-        share = share_of(step.num_tokens, attn_tp.size)
-        if not step.sequence_parallel:
-            mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
-            hidden_states, ids, weights = hidden_states[mine], ids[mine], weights[mine]
-        top_k = ids.shape[1]
+        hidden_states, ids, weights = own_share(
+            (hidden_states, routing.topk_ids, routing.topk_weights), self.parallel.attn_tp, step
+        )
+        num_experts = self.num_local_experts * self.parallel.moe_ep.size
+        rows, row_index, counts = self.ops.sort_by_expert(hidden_states, ids, num_experts)
         # rank of the world: ep index * moe_tp size + moe_tp index; each of the moe_tp ranks gets the row
-        ep_index = (ids // self.num_local_experts).flatten()
-        ranks = (ep_index[:, None] * moe_tp.size + torch.arange(moe_tp.size, device=ids.device)).flatten()
-        order = ranks.argsort(stable=True)
-        send = torch.bincount(ranks, minlength=self.parallel.world.size)
-        receive = self.parallel.world.all_to_all(send, *([[1] * self.parallel.world.size] * 2))
-        counts = (send.tolist(), receive.tolist())
-        choices = order // moe_tp.size  # row of ids.flatten()
-        rows = self.parallel.world.all_to_all(hidden_states[choices // top_k], *counts)
-        local_ids = self.parallel.world.all_to_all((ids.flatten() % self.num_local_experts)[choices].int(), *counts)
-        ones = torch.ones(len(rows), 1, dtype=torch.float32, device=rows.device)
-        return Dispatched(rows, Routing(ones, local_ids.to(ids.dtype)[:, None]), (choices, weights, counts, share))
+        sent = counts.view(-1, 1, self.num_local_experts).expand(-1, moe_tp.size, -1).flatten(0, 1)  # [ranks, EL]
+        received = world.all_to_all(sent, *([[1] * world.size] * 2))
+        counts = self.read(sent, received)
+        if moe_tp.size > 1:
+            parts = rows.split(counts[0][:: moe_tp.size])
+            rows = torch.cat([part for part in parts for _ in range(moe_tp.size)])
+        rows, order, tokens_per_expert = self.ops.regroup(world.all_to_all(rows, *counts), received)
+        return Dispatched(rows, GroupedRows(tokens_per_expert), (row_index, weights, counts, order))
+
+    def read(self, sent: torch.Tensor, received: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Rows to and from each rank, of both [ranks, EL]; in one copy, for which the host waits."""
+        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        return send, receive
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
-        choices, weights, (send, receive), share = dispatched.memory
-        returned = self.parallel.world.all_to_all(output, receive, send)
-        top_k = weights.shape[1]
-        tokens = output.new_zeros(weights.shape[0], output.shape[1], dtype=torch.float32)
-        tokens.index_add_(0, choices // top_k, returned * weights.flatten()[choices, None].float())
-        tokens = tokens.to(output.dtype)
-        if step.sequence_parallel:
-            return tokens
-        return self.parallel.attn_tp.all_gather(pad_rows(tokens, share))[: step.num_tokens]
+        row_index, weights, (send, receive), order = dispatched.memory
+        back = torch.empty_like(output)
+        back[order.long()] = output
+        rows = self.parallel.world.all_to_all(back, receive, send)
+        size = self.parallel.moe_tp.size
+        if size > 1:  # each of them had its columns of the expert
+            parts = rows.split(send)
+            rows = torch.cat([torch.stack(parts[i : i + size]).sum(0) for i in range(0, len(parts), size)])
+        return gather_shares(self.ops.weighted_sum(rows, row_index, weights), self.parallel.attn_tp, step)
+
+
+class FusedPair(Protocol):
+    """A backend's operations that send tokens to their experts and bring the results back; nothing is read back."""
+
+    name: str
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """[T, D], [T, K], [T, K] -> rows [R, D] by expert of this rank, tokens_per_expert [EL] int64, a memory.
+
+        max_tokens: the largest T of any rank.
+        """
+
+    def combine(self, output: torch.Tensor, memory: Any) -> torch.Tensor:
+        """[R, D] -> the weighted sums [T, D]."""
+
+
+class FusedExchange:
+    """Rows travel to their experts by a fused pair of operations: for decode steps, where nothing else is as short.
+
+    The ranks of an attn_tp group share its tokens out. The host reads nothing, so that the bytes it counts are the mean
+    over even routing.
+    """
+
+    def __init__(self, parallel: ParallelContext, pair: FusedPair):
+        self.parallel = parallel
+        self.pair = pair
+
+    def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
+        routing = routing.chosen()
+        attn_tp, world = self.parallel.attn_tp, self.parallel.world
+        hidden_states, ids, weights = own_share((hidden_states, routing.topk_ids, routing.topk_weights), attn_tp, step)
+        most = share_of(step.max_dp_tokens, attn_tp.size)
+        rows, tokens_per_expert, memory = self.pair.dispatch(hidden_states, ids, weights, most)
+        elsewhere = ids.shape[1] * (world.size - 1) / world.size
+        world.traffic.add("dispatch", 2 * hidden_states.nbytes * elsewhere)
+        return Dispatched(rows, GroupedRows(tokens_per_expert), memory)
+
+    def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
+        return gather_shares(self.pair.combine(output, dispatched.memory), self.parallel.attn_tp, step)
+
+
+def own_share(tensors: tuple[torch.Tensor, ...], attn_tp: Group, step: StepMetadata) -> tuple[torch.Tensor, ...]:
+    """This rank's part of tensors [T, ...] that its attn_tp group holds alike; the last ranks may get less, or none."""
+    if attn_tp.size == 1 or step.sequence_parallel:  # it has only its share already
+        return tensors
+    share = share_of(step.num_tokens, attn_tp.size)
+    mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
+    return tuple(tensor[mine] for tensor in tensors)
+
+
+def gather_shares(tokens: torch.Tensor, attn_tp: Group, step: StepMetadata) -> torch.Tensor:
+    """The reverse of `own_share`: all tokens of the group."""
+    if attn_tp.size == 1 or step.sequence_parallel:
+        return tokens
+    return attn_tp.all_gather(pad_rows(tokens, share_of(step.num_tokens, attn_tp.size)))[: step.num_tokens]
 
 
 def sent_bytes_per_token(
@@ -128,4 +187,4 @@ def sent_bytes_per_token(
     attn_tp, attn_dp, world = parallel.attn_tp.size, parallel.attn_dp.size, parallel.world.size
     gather = (attn_dp - 1) * (2 * row + top_k * 8) + 2 * (attn_tp - 1) / attn_tp * row
     copies = top_k * parallel.moe_tp.size / attn_tp * (world - 1) / world
-    return {"gather": gather, "all_to_all": copies * (2 * row + 4) + (attn_tp - 1) / attn_tp * row}
+    return {"gather": gather, "all_to_all": copies * 2 * row + (attn_tp - 1) / attn_tp * row}

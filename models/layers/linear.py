@@ -11,24 +11,28 @@ from ops.comm import Group
 class RowLinear:
     """y = x W^T + b, the columns of W split over a group: each rank has its part of x and all get the sum.
 
-    In a sequence-parallel step each rank gets the sum of its share of the tokens only.
+    In a sequence-parallel step each rank gets the sum of its share of the tokens only. `fused_prefill`: product and
+    sum are one operation of the backend in prefill steps.
     """
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops, fused_prefill: bool = False):
         self.weight = weight
         self.bias = bias
         self.group = group
         self.ops = ops
+        self.fused_prefill = fused_prefill
 
     def __call__(self, hidden_states: torch.Tensor, step: StepMetadata) -> torch.Tensor:
         if self.group.size == 1:
             return self.ops.linear(hidden_states, self.weight, self.bias)
-        partial = self.ops.linear(hidden_states, self.weight)
         if step.sequence_parallel:
             share = share_of(step.num_tokens, self.group.size)
+            partial = self.ops.linear(hidden_states, self.weight)
             output = self.group.reduce_scatter(pad_rows(partial, share * self.group.size))
+        elif self.fused_prefill and step.is_prefill:
+            output = self.ops.linear_all_reduce(hidden_states, self.weight, self.group)
         else:
-            output = self.group.all_reduce(partial)
+            output = self.group.all_reduce(self.ops.linear(hidden_states, self.weight))
         return output if self.bias is None else output + self.bias
 
 

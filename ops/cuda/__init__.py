@@ -16,7 +16,7 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from ops import OPERATIONS, RouterLogits, Routing, StepMetadata
+from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
@@ -213,6 +213,8 @@ class CudaOps(ReferenceOps):
 
     def experts_sorted(self, hidden_states, routing, gate_up, down):
         """`experts` of any number of tokens, sorted by expert."""
+        if isinstance(routing, GroupedRows):
+            routing = routing.as_routing(hidden_states.shape[0])
         routing = routing.chosen()
         top_k = routing.topk_ids.shape[1]
         key = ("experts_sorted", id(gate_up), top_k)

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-import torch_npu  # noqa: F401  registers torch.ops.npu
+import torch_npu
 from torch.nn import functional as F
 
-from ops import Routing, StepMetadata
+from ops import GroupedRows, Routing, StepMetadata
+from ops.ascend import choose_algorithm, product_of
+from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
 from ops.npu.recorder import NpuGraphRecorder
 from ops.npu.variants import (
@@ -25,6 +27,7 @@ from ops.npu.variants import (
     GATING,
     HEAD_DIM,
     LENGTHS_ARGUMENT,
+    REGROUP,
     ROTARY,
     TRIALS,
 )
@@ -37,6 +40,7 @@ npu = torch.ops.npu
 FRACTAL_NZ = 29  # the tiled format that matrix units read without rearranging
 MAX_INNER_SIZE = 65535  # of a weight's rows and columns, in matmuls of that format
 MAX_EXPERT_TOKENS = 8192  # at once: the rows of their experts need 8 times the memory and more
+MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
 REQUIRED = (
     "npu_rms_norm",
     "npu_add_rms_norm",
@@ -63,6 +67,7 @@ class NpuOps(ReferenceOps):
     name = "npu"
     embedding = ReferenceOps.embedding  # one operation of torch's
     norm_linear = ReferenceOps.norm_linear  # add_norm and linear
+    decode_reads_nothing = True
 
     def __init__(self, device: str = "npu"):
         super().__init__(grouped_mm=True)
@@ -74,6 +79,8 @@ class NpuOps(ReferenceOps):
             torch.npu.config.allow_internal_format = True  # else the cast to FRACTAL_NZ silently does nothing
         # True means hidden; attention's causal modes want exactly this size, whatever the lengths
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
+        self.product = product_of(torch_npu.npu.get_device_name())
+        self.side_stream = None
         self.bindings: dict[str, str] = {}  # which variant stands behind each of these
         self.replaced: list[str] = []  # those that have a better one, which does not work here
         self.rotate = self.bind("rotary", ROTARY, device)
@@ -81,6 +88,7 @@ class NpuOps(ReferenceOps):
         self.attend = self.bind("attention", ATTENTION, device)
         self.choose_experts = self.bind("gating", GATING, device)
         self.combine = self.bind("combine", COMBINE, device)
+        self.regroup_rows = self.bind("regroup", REGROUP, device)
         logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
 
     def bind(self, what: str, variants: dict[str, Callable], device: str) -> Callable:
@@ -103,6 +111,36 @@ class NpuOps(ReferenceOps):
 
     def fallbacks(self, dtype):
         return super().fallbacks(dtype) + self.replaced
+
+    def plan_dispatch(self, sizes):
+        missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
+        algorithm, why = choose_algorithm(self.product, sizes)
+        if missing or algorithm is None:
+            logger.info("no dispatch and combine: %s", f"torch_npu lacks {missing[0]}" if missing else why)
+            return None
+        return DispatchPlan(algorithm, sizes)
+
+    def refuses_linear_all_reduce(self, ranks):
+        if not hasattr(npu, "npu_mm_all_reduce_base"):
+            return "torch_npu lacks the operation"
+        if self.product != "A2":
+            return f"only possible on Atlas A2, this is {self.product or 'another product'}"
+        return None if ranks in (2, 4, 8) else f"parallel_config.attn_tp_size would have to be 2, 4 or 8, it is {ranks}"
+
+    def linear_all_reduce(self, hidden_states, weight, group):
+        if hidden_states.shape[0] == 0:
+            return super().linear_all_reduce(hidden_states, weight, group)
+        data = weight.data.t() if isinstance(weight, DenseWeight) else weight.data
+        output = npu.npu_mm_all_reduce_base(hidden_states, data, group.hccl_name, reduce_op="sum")
+        group.count_all_reduce(output)
+        return output
+
+    def prefetch(self, weight):
+        if self.side_stream is None:
+            self.side_stream = torch_npu.npu.Stream()
+        self.side_stream.wait_stream(torch_npu.npu.current_stream())
+        with torch_npu.npu.stream(self.side_stream):
+            npu.npu_prefetch(weight.data, None, weight.data.nbytes)
 
     def check_model(self, dtype, head_dim):
         if dtype not in (torch.bfloat16, torch.float16):
@@ -188,58 +226,64 @@ class NpuOps(ReferenceOps):
 
     def experts(self, hidden_states, routing, gate_up, down):
         tokens = hidden_states.shape[0]
-        if tokens == 0:
-            return hidden_states
-        if tokens <= MAX_EXPERT_TOKENS:
-            return self.some_experts(hidden_states, routing, gate_up, down)
+        if tokens <= MAX_EXPERT_TOKENS or isinstance(routing, GroupedRows):
+            return super().experts(hidden_states, routing, gate_up, down) if tokens else hidden_states
         output = torch.empty_like(hidden_states)
         for start in range(0, tokens, MAX_EXPERT_TOKENS):
             part = slice(start, start + MAX_EXPERT_TOKENS)
             share = Routing(routing.topk_weights[part], routing.topk_ids[part], routing.has_elsewhere)
-            output[part] = self.some_experts(hidden_states[part], share, gate_up, down)
+            output[part] = super().experts(hidden_states[part], share, gate_up, down)
         return output
 
-    def some_experts(
-        self, hidden_states: torch.Tensor, routing: Routing, gate_up: Weight, down: Weight
-    ) -> torch.Tensor:
-        """`experts` of a bounded number of tokens.
-
-        "Elsewhere" is sorted as one more expert, the last, of which nothing is multiplied: its rows would otherwise
-        have the index -1, which the combining operations do not take. Its undefined output is made zero, as a weight
-        of zero would not undo NaN.
-        """
-        num_experts, num_rows = gate_up.data.shape[0], routing.topk_ids.numel()
-        num_groups = num_experts + routing.has_elsewhere
+    def sort_by_expert(self, hidden_states, topk_ids, num_experts):
+        """Where some choices are "elsewhere", that is an expert like the others here: the operation's own way, a range
+        of experts, gives rows outside it the index -1, which the combining operations do not take."""
+        num_rows = topk_ids.numel()
+        if num_rows == 0:
+            none = topk_ids.new_empty(0, dtype=torch.int32)
+            return hidden_states, none, topk_ids.new_zeros(num_experts, dtype=torch.int64)
         rows, row_index, counts, _ = npu.npu_moe_init_routing_v2(
             hidden_states,
-            routing.topk_ids.int(),
+            topk_ids.int(),
             active_num=num_rows,
-            expert_num=num_groups,
+            expert_num=num_experts,
             drop_pad_mode=0,
             expert_tokens_num_type=1,  # counts
             expert_tokens_num_flag=True,
             quant_mode=-1,
-            active_expert_range=[0, num_groups],  # the default freezes at the first value a process sees
+            active_expert_range=[0, num_experts],  # the default freezes at the first value a process sees
             row_idx_type=0,  # row_index[t * K + k] is the row of choice k of token t
         )
-        if routing.has_elsewhere:
-            counts = counts[:num_experts]
-        activated = self.silu_and_mul(grouped_matmul(rows, gate_up, counts))
-        output = grouped_matmul(activated, down, counts)
-        if routing.has_elsewhere:
-            undefined = torch.arange(num_rows, device=counts.device) >= counts.sum()
-            output.masked_fill_(undefined[:, None], 0)
-        return self.combine(output, row_index, routing.topk_weights.to(output.dtype))
+        return rows, row_index, counts
 
+    def weighted_sum(self, rows, row_index, topk_weights):
+        return self.combine(rows, row_index, topk_weights.to(rows.dtype)) if rows.shape[0] else rows
 
-def grouped_matmul(rows: torch.Tensor, weight: Weight, counts: torch.Tensor) -> torch.Tensor:
-    """rows [R, K] sorted by expert, counts [E] int64 of each -> [R, N]; undefined beyond the sum of the counts."""
-    data = weight.data.transpose(1, 2) if isinstance(weight, DenseWeight) else weight.data  # [E, K, N]
-    return npu.npu_grouped_matmul(
-        [rows],
-        [data],
-        group_list=counts,
-        split_item=3,
-        group_type=0,
-        group_list_type=0 if counts.shape[0] == 1 else 1,  # one count may not be given as such; its running sum is it
-    )[0]
+    def regroup(self, rows, tokens_per_rank):
+        if rows.shape[0] == 0:
+            return rows, tokens_per_rank.new_empty(0), tokens_per_rank.sum(0)
+        return self.regroup_rows(rows, tokens_per_rank)
+
+    def grouped_experts(self, rows, tokens_per_expert, gate_up, down):
+        """In parts of a bounded number of rows."""
+        if rows.shape[0] <= MAX_EXPERT_ROWS:
+            return super().grouped_experts(rows, tokens_per_expert, gate_up, down)
+        output = torch.empty_like(rows)
+        ends = tokens_per_expert.cumsum(0)
+        for start in range(0, rows.shape[0], MAX_EXPERT_ROWS):
+            part = slice(start, start + MAX_EXPERT_ROWS)
+            counts = (ends - start).clamp(0, MAX_EXPERT_ROWS).diff(prepend=ends.new_zeros(1))
+            output[part] = super().grouped_experts(rows[part], counts, gate_up, down)
+        return output
+
+    def grouped_linear(self, rows, weight, tokens_per_expert):
+        data = weight.data.transpose(1, 2) if isinstance(weight, DenseWeight) else weight.data  # [E, K, N]
+        return npu.npu_grouped_matmul(
+            [rows],
+            [data],
+            group_list=tokens_per_expert,
+            split_item=3,
+            group_type=0,
+            # one count may not be given as such; its running sum is it
+            group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,
+        )[0]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 import torch_npu  # noqa: F401  registers torch.ops.npu
 
+from ops.reference import ReferenceOps
+
 npu = torch.ops.npu
 
 HEAD_DIM = 128  # all that fused attention takes in the TND layout without separate rotary parts
@@ -103,6 +105,16 @@ def combine_unpermute(rows, row_index, weights):
     return npu.npu_moe_token_unpermute(rows, row_index, weights)
 
 
+def regroup_re_routing(rows, tokens_per_rank):
+    """Rows by (rank, expert) -> rows by (expert, rank), which row each was [R] int32, and counts [E] int64."""
+    rows, _, order, counts = npu.npu_moe_re_routing(rows, tokens_per_rank)
+    return rows, order, counts
+
+
+def regroup_sorted(rows, tokens_per_rank):
+    return ReferenceOps().regroup(rows, tokens_per_rank)
+
+
 ROTARY = {
     "npu_apply_rotary_pos_emb TND": rotate_tnd,
     "npu_apply_rotary_pos_emb BSND": rotate_bsnd,
@@ -112,6 +124,7 @@ CACHE_WRITE = {"npu_scatter_pa_kv_cache": write_cache_pa, "npu_scatter_nd_update
 ATTENTION = {"npu_fused_infer_attention_score_v2": attend_v2, "npu_fused_infer_attention_score": attend_v1}
 LENGTHS_ARGUMENT = {attend_v2: "actual_seq_kvlen", attend_v1: "actual_seq_lengths_kv"}  # of the keys
 GATING = {"npu_moe_gating_top_k_softmax_v2": choose_experts_v2, "npu_moe_gating_top_k_softmax": choose_experts_v1}
+REGROUP = {"npu_moe_re_routing": regroup_re_routing, "sort": regroup_sorted}
 COMBINE = {"npu_moe_finalize_routing": combine_finalize, "npu_moe_token_unpermute": combine_unpermute}
 
 
@@ -143,10 +156,15 @@ def try_combine(variant: Callable, device: str) -> None:
     variant(zeros(device, 4, 128), torch.arange(4, dtype=torch.int32, device=device), zeros(device, 2, 2))
 
 
+def try_regroup(variant: Callable, device: str) -> None:
+    variant(zeros(device, 4, 128), torch.tensor([[1, 0], [0, 3]], device=device))
+
+
 TRIALS = {
     "rotary": try_rotary,
     "cache write": try_cache_write,
     "attention": try_attention,
     "gating": try_gating,
     "combine": try_combine,
+    "regroup": try_regroup,
 }

@@ -1,47 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo checkpoint run by the NPU backend on emulated operations; for processes that may be taken over."""
+"""Checkpoints run by the NPU backend on emulated operations; for processes that may be taken over."""
 
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from executor import LLM, SamplingParams
 from executor.config import REPOSITORY
+from tests.npu.emulator import comm_name, install
 
 DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
 PROMPTS = ["My lord, the queen would speak with you", "[Exeunt.]\n", "ROMEO.\nWhat light is this"]
 LONG_PROMPT = "Enter the King, and all his train of lords. " * 16  # crosses a cache block while decoding
 NEW_TOKENS = 24
+FREE = -1.0  # bytes of an exchange that is to be chosen whatever it sends
 
 
-def run_demo(**settings: Any) -> dict[str, Any]:
-    """Greedy tokens of several prompts at once, how close the closest choice was, and logits of a long prompt."""
-    llm = LLM(DEMO, device="cpu", batch_size=4, cache_tokens=2048, **settings)
-    long_prompt = llm.tokenizer.tokenizer.encode(LONG_PROMPT)[:250]
-    outputs = llm.generate([*PROMPTS, long_prompt], SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **settings: Any) -> dict[str, Any]:
+    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits."""
+    llm = LLM(path, device="cpu", batch_size=4, cache_tokens=2048, **settings)
+    if prompts is None:
+        encode = llm.tokenizer.tokenizer.encode
+        prompts = [*map(encode, PROMPTS), encode(LONG_PROMPT)[:250]]
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    tokens = [output.token_ids for output in llm.generate(prompts, sampling)]
+    alone = [output.token_ids for output in llm.generate(prompts[-1:], sampling)]  # one group of ranks is idle then
     margins = []
-    for output in outputs:
-        logits = llm.logits(output.prompt_token_ids + output.token_ids)[len(output.prompt_token_ids) - 1 : -1]
-        best = logits.topk(2).values
+    for prompt, new in zip(prompts, tokens, strict=True):
+        best = llm.logits(prompt + new)[len(prompt) - 1 : -1].topk(2).values
         margins.append(float((best[:, 0] - best[:, 1]).min()))
-    tokens = [output.token_ids for output in outputs]
-    return {"tokens": tokens, "margin": min(margins), "logits": llm.logits(long_prompt)}
+    return {
+        "tokens": tokens,
+        "alone": alone,
+        "margin": min(margins),
+        "logits": llm.logits(prompts[-1]),
+        "exchanges": [type(llm.exchange(is_prefill)).__name__ for is_prefill in (True, False)],
+    }
 
 
-def run_demo_emulated(wheel: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """`run_demo` through `NpuOps`, with the bindings it chose and how often each vendor operation was called."""
-    from tests.npu.emulator import install
+def run_emulated(
+    wheel: str, product: str, settings: dict[str, Any], all_to_all: bool = False, *model: Any
+) -> dict[str, Any]:
+    """`run_model` through `NpuOps`, with the bindings it chose and how often each vendor operation was called.
 
-    install(wheel)
+    all_to_all: a prefill takes that exchange however much it sends.
+    """
+    install(wheel, product)
+    emulate_communicators()
+    import executor.exchanges
     import executor.llm
     from ops.npu import NpuOps
 
     bound = []
     executor.llm.load_ops = lambda device_type: bound.append(NpuOps("cpu")) or bound[-1]
+    if all_to_all:
+        cost = executor.exchanges.sent_bytes_per_token
+        executor.exchanges.sent_bytes_per_token = lambda *arguments: cost(*arguments) | {"all_to_all": FREE}
     with CalledOperations() as called:
-        results = run_demo(**settings)
+        results = run_model(*(model or (DEMO,)), **settings)
     return results | {"bindings": dict(bound[0].bindings), "called": dict(called.counts)}
+
+
+def emulate_communicators() -> None:
+    """Groups of the CPU answer the question for an NPU's communicator as torch_npu's do."""
+    torch.utils.rename_privateuse1_backend("npu")
+    real = dist.ProcessGroup._get_backend
+
+    def get_backend(group: dist.ProcessGroup, device: torch.device) -> Any:
+        if device.type == "npu":
+            return SimpleNamespace(get_hccl_comm_name=lambda rank: comm_name(group, rank))
+        return real(group, device)
+
+    dist.ProcessGroup._get_backend = get_backend
 
 
 class CalledOperations(torch.utils._python_dispatch.TorchDispatchMode):

@@ -21,20 +21,23 @@ sys.path.insert(0, str(ROOT))
 
 from executor.kv_cache import cache_tensors  # noqa: E402
 from executor.loader import as_parameters  # noqa: E402
-from models.layers.expert_exchange import GatherExchange  # noqa: E402
+from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share  # noqa: E402
 from models.layers.parameter import Parameters  # noqa: E402
 from models.layers.rotary import RotaryEmbedding  # noqa: E402
 from models.qwen3_moe.architecture import load_config  # noqa: E402
 from models.qwen3_moe.model import Building, Qwen3Moe  # noqa: E402
 from models.qwen3_moe.sharding import Layout  # noqa: E402
 from models.qwen3_moe.weights import parameter_specs  # noqa: E402
-from ops import Routing, StepMetadata  # noqa: E402
+from ops import GroupedRows, StepMetadata  # noqa: E402
+from ops.ascend import ExchangeSizes  # noqa: E402
 from ops.comm import Group, ParallelContext, group_members  # noqa: E402
 from tests.npu.schemas import load, module  # noqa: E402
 
 MODELS = {"30b": "qwen3_30b_a3b", "235b": "qwen3_235b_a22b"}
-LAYOUTS = {f"{tp}tp": (tp, tp, tp) for tp in (1, 2, 4, 8, 16)}  # world size, attn_tp, moe_tp
-LAYOUTS |= {f"{ep}ep": (ep, 1, 1) for ep in (8, 16, 128)}
+LAYOUTS = {f"{tp}tp": (tp, tp, tp, "A3") for tp in (1, 2, 4, 8, 16)}  # world size, attn_tp, moe_tp, product
+LAYOUTS |= {f"{ep}ep": (ep, 1, 1, "A3") for ep in (8, 16, 128)}
+LAYOUTS |= {f"{ep}ep_a2": (ep, 1, 1, "A2") for ep in (8, 16, 128)}
+LAYOUTS |= {"8tp_options": (8, 8, 8, "A2"), "8ep_gather": (8, 1, 1, None), "4tp_4dp_16ep": (16, 4, 1, "A3")}
 STEPS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9)), "idle": []}
 META = torch.device("meta")
 NUM_BLOCKS = 32
@@ -52,6 +55,25 @@ class MetaGroup(Group):
 
     def reduce_scatter(self, tensor):
         return tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
+
+    def all_to_all(self, tensor, send, receive):
+        assert sum(send) == tensor.shape[0]
+        return tensor.new_empty(sum(receive), *tensor.shape[1:])
+
+    @property
+    def hccl_name(self):
+        return f"communicator of {self.name}"
+
+
+class MetaAllToAll(AllToAllExchange):
+    """With numbers of rows that nobody counted: all to the first rank, three from each."""
+
+    def read(self, sent, received):
+        return [self.rows] + [0] * (len(sent) - 1), [3] * len(received)
+
+    def dispatch(self, hidden_states, routing, step):
+        self.rows = own_share((routing.topk_ids,), self.parallel.attn_tp, step)[0].numel()
+        return super().dispatch(hidden_states, routing, step)
 
 
 class Recorder(TorchDispatchMode):
@@ -87,9 +109,34 @@ def described(value: Any) -> Any:
 
 
 def parallel_context(layout: str) -> ParallelContext:
-    world_size, attn_tp, moe_tp = LAYOUTS[layout]
+    world_size, attn_tp, moe_tp, _ = LAYOUTS[layout]
     members = group_members(world_size, attn_tp, moe_tp, attn_tp, attn_tp)
-    return ParallelContext(**{name: MetaGroup(name=name, ranks=groups[0]) for name, groups in members.items()})
+    groups = {name: MetaGroup(name=name, ranks=groups[0]) for name, groups in members.items()}
+    return ParallelContext(**groups, dispatch=MetaGroup(name="dispatch", ranks=members["world"][0]))
+
+
+def expert_exchanges(parallel: ParallelContext, config: Any, ops: Any) -> dict[str, Any]:
+    """As executor.exchanges chooses them, but all-to-all in prefill wherever ranks have tokens of their own."""
+    num_local_experts = config.num_experts // parallel.moe_ep.size
+    gather = GatherExchange(parallel, num_local_experts)
+    if parallel.attn_dp.size == 1:
+        return {"prefill_exchange": gather, "decode_exchange": gather}
+    sizes = ExchangeSizes(
+        ranks=parallel.world.size,
+        tokens=8,
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        hidden_size=config.hidden_size,
+    )
+    plan = ops.plan_dispatch(sizes)
+    if plan is None:
+        return {"prefill_exchange": gather, "decode_exchange": gather}
+    pair = plan.make(parallel.dispatch)
+    assert pair.works(torch.bfloat16, META)
+    return {
+        "prefill_exchange": MetaAllToAll(parallel, num_local_experts, ops),
+        "decode_exchange": FusedExchange(parallel, pair),
+    }
 
 
 def make_step(name: str, parallel: ParallelContext) -> StepMetadata:
@@ -105,7 +152,7 @@ def make_step(name: str, parallel: ParallelContext) -> StepMetadata:
         seq_lens=torch.empty(len(seq_lens), dtype=torch.int64, device=META),
         query_lens_list=query_lens,
         seq_lens_list=seq_lens,
-        dp_num_tokens=[tokens] + [max(1, tokens)] * (parallel.attn_dp.size - 1),
+        dp_num_tokens=[tokens] + [tokens or 3] * (parallel.attn_dp.size - 1),
     )
 
 
@@ -122,9 +169,15 @@ class Case:
         values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
         self.parameters: Parameters = as_parameters(specs, values)
         self.parameters.prepare(ops)
-        exchange = GatherExchange(self.parallel, self.config.num_experts // self.parallel.moe_ep.size)
+        options = layout.endswith("_options")
+        ops.product = LAYOUTS[layout][3]
         build = Building(
-            config=self.config, ops=ops, parallel=self.parallel, decode_exchange=exchange, prefill_exchange=exchange
+            config=self.config,
+            ops=ops,
+            parallel=self.parallel,
+            prefetch=options,
+            fused_o_proj=options,
+            **expert_exchanges(self.parallel, self.config, ops),
         )
         self.model = Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, 512, META))
         num_kv_heads = max(1, self.config.num_key_value_heads // self.parallel.attn_tp.size)
@@ -150,13 +203,13 @@ class Case:
         return recorder.calls[1:]  # without the clone
 
     def run_received(self) -> list[dict[str, Any]]:
-        """The experts of rows that came by all-to-all: each row is of one expert here."""
+        """The experts of rows that came by expert already; none is no call."""
         rows = torch.empty(37, self.config.hidden_size, dtype=torch.bfloat16, device=META)
-        ids = torch.empty(37, 1, dtype=torch.int32, device=META)
-        routing = Routing(torch.empty(37, 1, device=META), ids)
-        weights = (self.parameters[f"layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj"))
+        weights = [self.parameters[f"layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")]
+        routing = GroupedRows(torch.empty(weights[0].data.shape[0], dtype=torch.int64, device=META))
         with Recorder() as recorder:
             output = self.ops.experts(rows, routing, *weights)
+            assert self.ops.experts(rows[:0], routing, *weights).shape == rows[:0].shape
         assert output.shape == rows.shape and output.dtype == rows.dtype
         return recorder.calls
 
@@ -176,12 +229,12 @@ def run_all(wheel: Path) -> dict[str, Any]:
         }
         results["fallbacks"] = ops.fallbacks(torch.bfloat16)
         for level in (1, 2):
-            for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE"):
+            for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE", "REGROUP"):
                 setattr(npu, name, without_first(getattr(npu, name)))
             ops = npu.NpuOps("meta")
             results[f"bindings-fallback{level}"] = ops.bindings
             results[f"fallbacks-fallback{level}"] = ops.fallbacks(torch.bfloat16)
-            results |= run_case(f"fallback{level}", Case("30b", "4tp", ops))
+            results |= run_case(f"fallback{level}", Case("30b", "8ep", ops))
     return results
 
 
@@ -202,8 +255,10 @@ def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, An
         try:
             ops = backend_of(changed).NpuOps("meta")
             with torch.no_grad():
-                layouts = [run_case(f"30b-{layout}", Case("30b", layout, ops)) for layout in ("1tp", "128ep")]
-                results.append(layouts[0] | layouts[1])
+                found: dict[str, Any] = {}
+                for layout in ("1tp", "128ep", "8ep_a2", "8tp_options"):
+                    found |= run_case(f"30b-{layout}", Case("30b", layout, ops))
+                results.append(found)
         except Exception:
             results.append({"30b-1tp-decode8": traceback.format_exc()})
     return results

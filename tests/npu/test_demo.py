@@ -1,48 +1,134 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real NPU backend generates the demo's tokens on emulated operations: one rank, heads and experts split."""
+"""The real NPU backend generates a model's tokens on emulated operations: one rank, heads and experts split."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.npu.emulated import run_demo, run_demo_emulated
+from tests.checkpoints import make_model
+from tests.npu.emulated import NEW_TOKENS, run_emulated, run_model
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
+LAYERS, PREFILLS = 5, 7  # of the demo; prefills of `run_model`
+DECODES = 2 * (NEW_TOKENS - 1)
+GATHER, ALL_TO_ALL, FUSED = "GatherExchange", "AllToAllExchange", "FusedExchange"
+OPTIONS = {"npu_prefetch": True, "npu_mm_all_reduce_base": True}
+# ranks, settings, whether prefill is to go all-to-all; the exchanges of prefill and decode; calls of some operations
 LAYOUTS = {
-    "one": (1, {}),
-    "tp": (2, {"attn_tp_size": 2, "moe_tp_size": 2, "embed_tp_size": 2, "lmhead_tp_size": 2}),
-    "ep": (2, {"attn_tp_size": 2, "moe_tp_size": 1}),
-    "dp_ep": (2, {"attn_tp_size": 1, "moe_tp_size": 1}),
+    "one": (1, {}, False, [GATHER, GATHER], {}),
+    "tp": (
+        2,
+        {"attn_tp_size": 2, "moe_tp_size": 2, "embed_tp_size": 2, "lmhead_tp_size": 2, **OPTIONS},
+        False,
+        [GATHER, GATHER],
+        {"npu_mm_all_reduce_base": LAYERS * PREFILLS, "npu_prefetch": (2 * LAYERS - 1) * DECODES},
+    ),
+    "ep": (2, {"attn_tp_size": 2, "moe_tp_size": 1}, False, [GATHER, GATHER], {}),
+    "dp_ep": (
+        2,
+        {"attn_tp_size": 1, "moe_tp_size": 1},
+        True,
+        [ALL_TO_ALL, FUSED],
+        {  # and each once, at start
+            "npu_moe_re_routing": LAYERS * PREFILLS + 1,
+            "npu_moe_distribute_dispatch_v2": LAYERS * DECODES + 1,
+            "npu_moe_distribute_combine_v2": LAYERS * DECODES + 1,
+        },
+    ),
 }
+COUNTED = {name for *_, counts in LAYOUTS.values() for name in counts}
+BINDINGS = {
+    "rotary": "npu_apply_rotary_pos_emb TND",
+    "cache write": "npu_scatter_pa_kv_cache",
+    "attention": "npu_fused_infer_attention_score_v2",
+    "gating": "npu_moe_gating_top_k_softmax_v2",
+    "combine": "npu_moe_finalize_routing",
+    "regroup": "npu_moe_re_routing",
+}
+WIDE = {  # A3 dispatches no rows shorter than 1024
+    "hidden_size": 1024,
+    "head_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+}
+
+
+def needed_wheel(version: str) -> Path:
+    path = wheel(version)
+    if path is None:
+        pytest.skip(f"torch_npu {version} is neither in the cache folder nor to be had from a package index")
+    return path
 
 
 @pytest.fixture(scope="module")
 def reference():
-    return {dtype: run_demo(dtype=dtype) for dtype in ("float32", "bfloat16", "float16")}
+    return {dtype: run_model(dtype=dtype) for dtype in ("float32", "bfloat16", "float16")}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
-    path = wheel(version)
-    if path is None:
-        pytest.skip(f"torch_npu {version} is neither in the cache folder nor to be had from a package index")
-    world_size, sizes = LAYOUTS[layout]
+    path = needed_wheel(version)
+    world_size, sizes, all_to_all, exchanges, counts = LAYOUTS[layout]
     settings = {"dtype": "float16", "world_size": world_size, **sizes}
     exact, rounded = reference["float32"], reference["float16"]
     assert exact["margin"] > 0.05, "a tie that rounding may turn is no test"
-    for found in run_ranks(world_size, run_demo_emulated, tmp_path, str(path), settings):
+    for found in run_ranks(world_size, run_emulated, tmp_path, str(path), "A2", settings, all_to_all):
         error = (found["logits"] - exact["logits"]).norm()
         assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
-        assert found["tokens"] == exact["tokens"]
-        assert found["called"]["npu_moe_init_routing_v2"] == found["called"]["npu_swiglu"] > 0  # experts, each layer
+        assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
+        assert found["bindings"] == BINDINGS and found["exchanges"] == exchanges
+        called = found["called"]
+        # beyond the trial: each rank's prefill step at least, or it would be another backend that computes
+        assert called["npu_swiglu"] > LAYERS and called["npu_grouped_matmul"] == 2 * called["npu_swiglu"]
+        trials = {"npu_moe_re_routing": 1}
+        assert {name: called.get(name, 0) for name in COUNTED} == dict.fromkeys(COUNTED, 0) | trials | counts
+
+
+def make_decisive_checkpoint(folder: Path) -> None:
+    """A random model whose choices of experts and tokens are no ties that rounding might turn.
+
+    A token's own direction decides its two experts, and that the token numbered one higher comes next.
+    """
+    model = make_model(**WIDE)
+    experts, vocabulary = WIDE["num_experts"], model.config.vocab_size
+    with torch.no_grad():
+        table = torch.randn(vocabulary, WIDE["hidden_size"])
+        model.model.embed_tokens.weight.copy_(table)
+        model.lm_head.weight.copy_(table.roll(1, 0) / WIDE["hidden_size"] ** 0.5)
+        numbers = torch.arange(vocabulary)
+        for layer in model.model.layers:
+            for expert in range(experts):
+                own = (numbers % experts == expert) | ((numbers + 1) % experts == expert)
+                layer.mlp.gate.weight[expert] = table[own].sum(0) / WIDE["hidden_size"] ** 0.5
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_dispatch_and_combine_of_a3(version, tmp_path):
+    path = needed_wheel(version)
+    make_decisive_checkpoint(tmp_path)
+    prompts = [torch.randint(0, 211, (length,)).tolist() for length in (3, 17, 130)]  # two groups: two and one
+    exact, rounded = (run_model(tmp_path, prompts, dtype=dtype) for dtype in ("float32", "float16"))
+    assert exact["margin"] > 1
+    settings = {"dtype": "float16", "world_size": 2, "attn_tp_size": 1, "moe_tp_size": 1}
+    for found in run_ranks(2, run_emulated, tmp_path, str(path), "A3", settings, False, tmp_path, prompts):
+        assert found["exchanges"] == [ALL_TO_ALL, FUSED] and found["bindings"] == BINDINGS
+        assert found["called"]["npu_moe_distribute_combine_v2"] == 2 * DECODES + 1
+        assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
+        error = (found["logits"] - exact["logits"]).norm()
+        assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
 
 
 def test_bfloat16(reference, tmp_path):
-    path = wheel(VERSIONS[0])
-    if path is None:
-        pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
-    [found] = run_ranks(1, run_demo_emulated, tmp_path, str(path), {"dtype": "bfloat16"})
+    path = needed_wheel(VERSIONS[0])
+    [found] = run_ranks(1, run_emulated, tmp_path, str(path), "A2", {"dtype": "bfloat16"})
     exact, rounded = reference["float32"]["logits"], reference["bfloat16"]["logits"]
     # the residual is in bfloat16, as the vendor's add_rms_norm wants it; the reference's is in float32
     assert (found["logits"] - exact).norm() <= 3 * (rounded - exact).norm()

@@ -18,6 +18,7 @@ WRONG = {
     "npu_scatter_pa_kv_cache": "attention",
     "npu_rotary_mul": "attention",  # this and the next are not in use where the best is there
     "npu_moe_token_unpermute": "experts",
+    "npu_moe_re_routing": "regroup",
 }
 BROKEN = [
     HEALTHY,

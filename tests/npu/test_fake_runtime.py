@@ -18,13 +18,18 @@ ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 BINDINGS = (
     "ops: npu, rotary: npu_apply_rotary_pos_emb TND, cache write: npu_scatter_pa_kv_cache, attention: "
-    "npu_fused_infer_attention_score_v2, gating: npu_moe_gating_top_k_softmax_v2, combine: npu_moe_finalize_routing\n"
+    "npu_fused_infer_attention_score_v2, gating: npu_moe_gating_top_k_softmax_v2, combine: npu_moe_finalize_routing, "
+    "regroup: npu_moe_re_routing\n"
 )
 BROKEN_CALLS = [
     ("(query, key, cos, sin, layout", "(query, key, cos, layout", "ops: npu lacks npu_apply_rotary_pos_emb"),
     # the rest fits the schemas: it is the code behind them that refuses
     ("group_type=0,", "", "Requires manual passing group_type"),
-    ("group_list=counts,", "group_list=counts.tolist(),", "npu_grouped_matmul do not support internal format"),
+    (
+        "group_list=tokens_per_expert,",
+        "group_list=tokens_per_expert.tolist(),",
+        "npu_grouped_matmul do not support internal format",
+    ),
 ]
 
 

@@ -22,10 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
 TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
 LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
+FUSED = [f"{size}ep{product}" for size in EP for product in ("", "_a2")]  # where decode steps dispatch and combine
+MORE_LAYOUTS = [*(f"{size}ep_a2" for size in EP), "8tp_options", "8ep_gather", "4tp_4dp_16ep"]
 SEQ_LENS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9))}
 RUNS = [*SEQ_LENS, "received"]
-CASES = [f"{model}-{layout}-{run}" for model in MODELS for layout in LAYOUTS for run in RUNS]
-CASES += [f"{model}-{size}ep-idle" for model in MODELS for size in EP]
+CASES = [f"{model}-{layout}-{run}" for model in MODELS for layout in LAYOUTS + MORE_LAYOUTS for run in RUNS]
+CASES += [f"{model}-{layout}-idle" for model in MODELS for layout in [*FUSED, "8ep_gather"]]
 CASES += [f"fallback{level}-{run}" for level in (1, 2) for run in RUNS]
 READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal")
 
@@ -195,7 +197,79 @@ def check_unpermute(given, run):
     assert index["shape"] == rows["shape"][:1] == [weights["shape"][0] * weights["shape"][1]]
 
 
+def check_re_routing(given, run):
+    rows, counts = given["tokens"], given["expert_token_num_per_rank"]
+    assert len(counts["shape"]) == 2 and counts["dtype"] == "int64" and counts["contiguous"]  # then a group list
+    assert len(rows["shape"]) == 2 and rows["shape"][1] < 16384 and rows["dtype"] in ("bfloat16", "float16")
+    assert given["expert_token_num_type"] == 1 and given["idx_type"] == 0 and given["per_token_scales"] is None
+
+
+def check_exchange(given, run, hidden, tokens):
+    """What dispatch and combine of a step have in common; the product follows from the algorithm."""
+    ranks, experts, ids, weights = (
+        given[name] for name in ("ep_world_size", "moe_expert_num", "expert_ids", "weights")
+    )
+    assert 0 <= given["ep_rank_id"] < ranks and experts % ranks == 0 and given["group_ep"] == "communicator of dispatch"
+    assert ids["dtype"] == "int32" and ids["shape"][0] == tokens >= 1 and ids["shape"][1] == 8
+    assert given["global_bs"] == ranks * (3 if run == "idle" else tokens)  # by the rank that has most
+    assert given["x_active_mask"] is None  # which would want equal numbers of tokens on all ranks
+    assert given["tp_world_size"] in (0, 1) and given["shared_expert_rank_num"] == 0
+    if given["comm_alg"] in ("fullmesh", "hierarchy"):  # A2
+        assert ranks in ((16, 32, 64) if given["comm_alg"] == "hierarchy" else (*range(2, 9), 16, 32, 64, 128, 256))
+        assert weights is not None
+        assert weights["shape"] == ids["shape"] and weights["dtype"] == "float32" and given["shared_expert_num"] == 1
+        assert hidden % 32 == 0 and hidden <= 7168
+    else:
+        assert 1024 <= hidden <= 8192 and 2 <= ranks <= 768 and given["shared_expert_num"] == 0
+
+
+def check_dispatch(given, run):
+    tokens, hidden = given["x"]["shape"]
+    assert given["x"]["dtype"] in ("bfloat16", "float16") and given["x"]["contiguous"]
+    assert given["quant_mode"] == 0 and given["scales"] is None
+    assert given["expert_token_nums_type"] == 1  # counts
+    assert given["comm_alg"] in ("fullmesh", "hierarchy", "fullmesh_v1", "fullmesh_v2")
+    if given["comm_alg"].startswith("fullmesh_v"):
+        assert given["expert_scales"] is None  # A3 takes them with hierarchy only
+    check_exchange(given | {"weights": given["expert_scales"]}, run, hidden, tokens)
+
+
+def check_combine(given, run):
+    rows, ids, scales = given["expand_x"], given["expert_ids"], given["expand_scales"]
+    per_rank = given["moe_expert_num"] // given["ep_world_size"]
+    assert rows["shape"][0] == given["global_bs"] * min(per_rank, ids["shape"][1])  # all of the capacity
+    assert rows["dtype"] in ("bfloat16", "float16") and rows["contiguous"]
+    assert given["expert_scales"]["dtype"] == "float32" and given["expert_scales"]["shape"] == ids["shape"]
+    assert given["ep_send_counts"]["dtype"] == given["assist_info_for_combine"]["dtype"] == "int32"
+    assert given["comm_alg"] in ("", "fullmesh", "hierarchy")
+    if given["comm_alg"]:
+        assert scales is not None  # required on A2
+        assert scales["shape"] == rows["shape"][:1] and scales["dtype"] == "float32"
+    else:
+        assert scales is None
+    check_exchange(given | {"weights": given["expert_scales"]}, run, rows["shape"][1], ids["shape"][0])
+
+
+def check_mm_all_reduce(given, run):
+    x1, x2 = given["x1"], given["x2"]
+    assert x1["dtype"] == x2["dtype"] and x1["contiguous"] and x1["shape"][1] == x2["shape"][0]
+    assert given["hcom"] == "communicator of attn_tp" and given["reduce_op"] == "sum"
+    assert given["x3"] is None  # it would be added on every rank
+    assert run == "prefill"  # not for decode
+
+
+def check_prefetch(given, run):
+    weight = given["input"]
+    assert given["max_size"] == 2 * weight["shape"][0] * weight["shape"][1] and given["offset"] == 0
+    assert run != "prefill"
+
+
 CONTRACTS = {
+    "npu_moe_re_routing": check_re_routing,
+    "npu_moe_distribute_dispatch_v2": check_dispatch,
+    "npu_moe_distribute_combine_v2": check_combine,
+    "npu_mm_all_reduce_base": check_mm_all_reduce,
+    "npu_prefetch": check_prefetch,
     "npu_rms_norm": check_rms_norm,
     "npu_add_rms_norm": check_add_rms_norm,
     "npu_apply_rotary_pos_emb": check_rotary,
@@ -264,6 +338,50 @@ def test_launches_of_a_decode_layer(results, layout, model):
         assert len(names) == {1: 16, 8: 17}[batch_size]
 
 
+EXCHANGED = """_to_copy moe_distribute_dispatch_v2 grouped_matmul swiglu grouped_matmul
+    moe_distribute_combine_v2""".split()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", FUSED)
+def test_launches_of_a_decode_layer_that_dispatches(results, layout, model):
+    """The weights become float32; sorting and summing are in the two operations."""
+    for batch_size, extra in ((1, []), (8, ["clone"])):
+        calls = calls_of(results, f"{model}-{layout}-layer-decode{batch_size}")
+        names = [call["name"].partition("::")[2].removeprefix("npu_") for call in calls if call["launches"]]
+        assert names == LAYER[:4] + extra + LAYER[4:11] + EXCHANGED
+        assert len(names) == {1: 17, 8: 18}[batch_size]
+
+
+@pytest.mark.parametrize("layout", FUSED)
+def test_algorithm(results, layout):
+    """Between nodes A2 goes through the hierarchy as far as it takes the ranks."""
+    expected = {"8ep_a2": "fullmesh", "16ep_a2": "hierarchy", "128ep_a2": "fullmesh"}.get(layout, "fullmesh_v2")
+    for name, algorithm in (("dispatch", expected), ("combine", expected if "a2" in layout else "")):
+        calls = calls_of(results, f"30b-{layout}-decode8")
+        found = [call["given"] for call in calls if call["name"] == f"npu::npu_moe_distribute_{name}_v2"]
+        assert [given["comm_alg"] for given in found] == [algorithm] * 2
+
+
+def test_prefill_regroups(results):
+    """Two layers, each: rows sorted by expert, regrouped where they arrive, put back and summed."""
+    names = [call["name"] for call in calls_of(results, "30b-8ep-prefill")]
+    moe = ["init_routing_v2", "re_routing", "finalize_routing"]
+    assert [name for name in names if name.startswith("npu::npu_moe_") and "gating" not in name] == [
+        f"npu::npu_moe_{name}" for name in moe * 2
+    ]
+
+
+def test_options(results):
+    """o_proj with its all_reduce in prefill only; in decode, weights fetched beside attention and the exchange."""
+    for run, name in (("prefill", "mm_all_reduce_base"), ("decode8", "prefetch")):
+        calls = [call for call in calls_of(results, f"30b-8tp_options-{run}") if call["name"] == f"npu::npu_{name}"]
+        shapes = [(call["given"].get("x2") or call["given"]["input"])["shape"] for call in calls]
+        assert shapes == {"prefill": [[512, 2048]] * 2, "decode8": [[512, 2048], [2048, 768], [512, 2048]]}[run]
+        others = [call["name"] for call in calls_of(results, f"30b-8tp-{run}")]
+        assert f"npu::npu_{name}" not in others
+
+
 def test_bindings(results):
     """Nothing falls back where everything is there, and the next best is taken where something fails."""
     best = {
@@ -272,6 +390,7 @@ def test_bindings(results):
         "attention": "npu_fused_infer_attention_score_v2",
         "gating": "npu_moe_gating_top_k_softmax_v2",
         "combine": "npu_moe_finalize_routing",
+        "regroup": "npu_moe_re_routing",
     }
     assert results["bindings"] == best
     second = {
@@ -280,6 +399,7 @@ def test_bindings(results):
         "attention": "npu_fused_infer_attention_score",
         "gating": "npu_moe_gating_top_k_softmax",
         "combine": "npu_moe_token_unpermute",
+        "regroup": "sort",
     }
     assert results["bindings-fallback1"] == second
     assert results["fallbacks"] == []

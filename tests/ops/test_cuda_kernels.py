@@ -13,7 +13,7 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from ops import OPERATIONS, DenseWeight, RouterLogits, Routing, StepMetadata  # noqa: E402
+from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
@@ -318,6 +318,16 @@ def test_expert_order(num_experts, tile_rows, num_pairs):
         expected += [[expert, start, end, len(expected), tiles]] * tiles
     assert slots[: len(expected)].tolist() == expected
     assert (slots[len(expected) :, 0] == -1).all()
+
+
+def test_experts_of_grouped_rows():
+    num_experts, d, f, _ = EXPERT_SIZES[0]
+    counts = torch.tensor([1, 0, 5] + [0] * (num_experts - 3), device=DEVICE)
+    ops, x = CudaOps(), random(8, d)  # the last two are of no expert
+    gate_up, down = expert_weights(num_experts, d, f)
+    output = run_twice(ops, lambda: [ops.experts(x, GroupedRows(counts), gate_up, down)])[0][:6]
+    expected = REFERENCE.experts(x.float(), GroupedRows(counts), float_weight(gate_up), float_weight(down))[:6]
+    assert relative_error(output, expected) < TOLERANCE
 
 
 def test_what_kernels_do_not_take_goes_to_the_reference():

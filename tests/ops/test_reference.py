@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ops import OPERATIONS, DenseWeight, Routing, StepMetadata, load_ops
+from ops import OPERATIONS, DenseWeight, GroupedRows, Routing, StepMetadata, load_ops
 from ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -272,3 +272,46 @@ def test_experts_leave_their_inputs_alone(dtype):
     for grouped_mm in (False, True):
         case.run(ReferenceOps(grouped_mm))
     assert all(torch.equal(old, new) for old, new in zip(before, vars(case).values(), strict=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("grouped_mm", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 5], [0, 0, 0, 0], [0, 0, 9, 0]])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_grouped_rows(counts, spare, grouped_mm, dtype):
+    """Each row through its expert alone; rows of no expert may hold anything."""
+    case = Experts(sum(counts) + spare, 4, 1, 4, dtype)
+    case.topk_ids = torch.arange(4).repeat_interleave(torch.tensor(counts))[:, None]
+    case.topk_weights = torch.ones(sum(counts), 1)
+    case.hidden_states[sum(counts) :] = torch.nan
+    weights = DenseWeight(case.gate_up), DenseWeight(case.down)
+    found = ReferenceOps(grouped_mm).experts(case.hidden_states, GroupedRows(torch.tensor(counts)), *weights)
+    assert found.shape == case.hidden_states.shape and found.dtype == dtype
+    case.hidden_states = case.hidden_states[: sum(counts)]
+    if sum(counts):
+        assert_near(found[: sum(counts)], case.expected(), dtype)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+def test_rows_sorted_by_expert_come_back(num_tokens):
+    hidden_states, weights = torch.randn(num_tokens, 8), torch.rand(num_tokens, 3)
+    ids = torch.rand(num_tokens, 6).topk(3).indices
+    rows, row_index, counts = OPS.sort_by_expert(hidden_states, ids, 6)
+    assert counts.tolist() == [(ids == expert).sum() for expert in range(6)] and counts.dtype == torch.int64
+    by_expert = [hidden_states[(ids == expert).any(dim=1)] for expert in range(6)]  # in the order of the tokens
+    assert torch.equal(rows, torch.cat(by_expert))
+    scaled = rows * torch.arange(6.0).repeat_interleave(counts)[:, None]
+    expected = hidden_states * (weights * ids).sum(dim=1, keepdim=True)
+    torch.testing.assert_close(OPS.weighted_sum(scaled, row_index, weights), expected)
+
+
+def test_regroup():
+    """Rows of three ranks by expert; one rank has none, one expert gets none."""
+    counts = torch.tensor([[2, 0, 1], [0, 0, 0], [1, 0, 3]])
+    names = [f"{rank}{expert}" for rank in range(3) for expert in range(3) for _ in range(counts[rank, expert])]
+    rows = torch.randn(len(names), 4)
+    found, order, per_expert = OPS.regroup(rows, counts)
+    assert [names[row] for row in order] == sorted(names, key=lambda name: name[::-1])
+    assert torch.equal(found, rows[order]) and per_expert.tolist() == [3, 0, 4]
+    none, order, per_expert = OPS.regroup(rows[:0], torch.zeros(2, 3, dtype=torch.int64))
+    assert none.shape == (0, 4) and order.shape == (0,) and per_expert.tolist() == [0, 0, 0]

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import executor.exchanges
 from executor import LLM, SamplingParams
 from executor.traffic import expected_run_bytes
 from models.layers.expert_exchange import AllToAllExchange
@@ -26,11 +27,16 @@ LAYOUTS = [
     (2, 1, 1, 1, True),
     (1, 4, 1, 1, False),
 ]
+EVEN = CONFIG | {"num_experts": 8, "num_experts_per_tok": 8}  # every token goes to every expert
+EVEN_LAYOUTS = [(1, 1, 1, 1, False), (2, 1, 1, 1, False), (2, 1, 1, 1, True), (1, 2, 1, 1, False), (2, 4, 1, 1, False)]
 PROMPT_TOKENS = [300, 200, 40]  # groups take them in turn
 NEW_TOKENS = 4
 
 
-def measure(folder: str, prompts: list[list[int]], layouts: list[tuple]) -> list[dict[str, float]]:
+def measure(folder: str, prompts: list[list[int]], layouts: list[tuple], all_to_all: bool) -> list[dict[str, float]]:
+    """all_to_all: that exchange, however much it sends."""
+    if all_to_all:
+        executor.exchanges.sent_bytes_per_token = lambda *_: {"gather": 1, "all_to_all": 0}
     results = []
     for attn_tp, moe_tp, embed_tp, lmhead_tp, sequence_parallel in layouts:
         llm = LLM(
@@ -64,7 +70,7 @@ def measure(folder: str, prompts: list[list[int]], layouts: list[tuple]) -> list
 def test_counted_bytes_and_tokens_follow_the_formulas(tmp_path):
     make_checkpoint(tmp_path, **CONFIG)
     prompts = [torch.randint(0, 208, (length,)).tolist() for length in PROMPT_TOKENS]
-    ranks = run_ranks(4, measure, tmp_path, str(tmp_path), prompts, LAYOUTS)
+    ranks = run_ranks(4, measure, tmp_path, str(tmp_path), prompts, LAYOUTS, False)
     used_all_to_all = False
     for results in ranks:
         for (attn_tp, *_), found in zip(LAYOUTS, results, strict=True):
@@ -74,3 +80,11 @@ def test_counted_bytes_and_tokens_follow_the_formulas(tmp_path):
             own = PROMPT_TOKENS[found["dp_index"] :: 4 // attn_tp]
             assert found["tokens"] == sum(own) + len(own) * (NEW_TOKENS - 1)
     assert used_all_to_all
+
+
+def test_all_to_all_sends_exactly_the_bytes_of_its_formula(tmp_path):
+    make_checkpoint(tmp_path, **EVEN)
+    prompts = [torch.randint(0, 208, (length,)).tolist() for length in PROMPT_TOKENS]
+    for results in run_ranks(4, measure, tmp_path, str(tmp_path), prompts, EVEN_LAYOUTS, True):
+        for found in results:
+            assert found["all_to_all"] and found["sent"] == pytest.approx(found["expected"], rel=1e-9)
