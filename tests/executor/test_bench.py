@@ -2,6 +2,8 @@
 """The bench command runs, its report has what readers of docs/results expect, and its floor is counted right."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 
@@ -13,6 +15,7 @@ from executor.bench.__main__ import main
 from executor.bench.floor import distinct_experts, step_bytes
 from executor.bench.throughput import measure
 from executor.bench.timing import process_age_s, read_ceiling, time_ms
+from executor.config import REPOSITORY
 from executor.peers import state_dict
 from executor.scheduler import Scheduler
 from ops import DenseWeight, TransposedWeight
@@ -202,3 +205,20 @@ def test_peer_does_not_share_transposed_weights(tmp_path):
     llm.parameters.values[name] = TransposedWeight(weight.data.transpose(-1, -2).contiguous())
     with pytest.raises(ValueError, match="^--peer: transformers cannot share the weights on device cpu"):
         state_dict(llm)
+
+
+def test_two_ranks(tmp_path, llm):
+    """The ranks are started; rank 0 reports what it sent and that it reads half of what one alone would."""
+    output = tmp_path / "report.json"
+    sizes = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--output", str(output))
+    command = [sys.executable, "-m", "executor.bench", "latency", "--yaml", "demo_2tp", "--set", "device=cpu", *sizes]
+    without_ranks = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, cwd=REPOSITORY, env=without_ranks, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tpot p50") == 2 and "sent B/token" in done.stdout  # said once
+    [result] = json.loads(output.read_text())["results"]
+    assert result["sent_bytes_per_token"] == result["formula_bytes_per_token"] > 0
+    alone = step_bytes(llm, 1, 8 + 1, result["distinct_experts_per_layer"])
+    assert result["read_bytes_per_step"]["experts"] == alone["experts"] / 2
+    assert result["read_bytes_per_step"]["cache"] == alone["cache"] / 2
+    assert alone["weights"] / 2 < result["read_bytes_per_step"]["weights"] < alone["weights"]
