@@ -98,13 +98,6 @@ class GroupedRows:
 
     tokens_per_expert: torch.Tensor  # [E] int64
 
-    def as_routing(self, num_rows: int) -> Routing:
-        """The same as one choice a row; rows of no expert are elsewhere."""
-        counts = self.tokens_per_expert
-        rows = torch.arange(num_rows, device=counts.device)
-        ids = torch.searchsorted(counts.cumsum(0), rows, right=True)
-        return Routing(torch.ones(num_rows, 1, device=counts.device), ids[:, None], has_elsewhere=True)
-
 
 class Ops:
     """The operations a model is built of: each is the largest piece of a layer that some backend runs as one kernel.

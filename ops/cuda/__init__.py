@@ -20,13 +20,13 @@ from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
-from ops.cuda.grouped import TILE_ROWS, GroupedExpertsCall, grouped_experts_support
+from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
 from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.moe import choose_experts_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, PrefillAttentionCall
-from ops.cuda.tiles import MAX_TOKENS
+from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
 from ops.reference import ReferenceOps
 
 logger = logging.getLogger(__name__)
@@ -213,19 +213,22 @@ class CudaOps(ReferenceOps):
 
     def experts_sorted(self, hidden_states, routing, gate_up, down):
         """`experts` of any number of tokens, sorted by expert."""
-        if isinstance(routing, GroupedRows):
-            routing = routing.as_routing(hidden_states.shape[0])
-        routing = routing.chosen()
-        top_k = routing.topk_ids.shape[1]
-        key = ("experts_sorted", id(gate_up), top_k)
-        call = self.calls.get(key)
+        is_sorted = isinstance(routing, GroupedRows)
+        if not is_sorted:
+            routing = routing.chosen()
         if hidden_states.shape[0] == 0 or not takes(hidden_states):
             return super().experts(hidden_states, routing, gate_up, down)
+        top_k = 1 if is_sorted else routing.topk_ids.shape[1]
+        key = ("experts_of_sorted" if is_sorted else "experts_sorted", id(gate_up), top_k)
+        call = self.calls.get(key)
         if call is None:
             if grouped_experts_support(hidden_states, gate_up.data, down.data):
                 num_experts = gate_up.data.shape[0]
-                order = self.orders.setdefault(num_experts, ExpertOrder(num_experts, TILE_ROWS))
-                call = GroupedExpertsCall(order, gate_up.data, down.data, top_k)
+                order = self.orders.setdefault(num_experts, ExpertOrder(num_experts, GROUPED_ROWS))
+                if is_sorted:
+                    call = SortedExpertsCall(order, gate_up.data, down.data)
+                else:
+                    call = GroupedExpertsCall(order, gate_up.data, down.data, top_k)
             else:
                 call = partial(super().experts, gate_up=gate_up, down=down)
             self.bind(key, gate_up, call)

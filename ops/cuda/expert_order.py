@@ -8,6 +8,7 @@ where its pairs of an expert go; further programs cut every expert's rows into t
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from ops.cuda.launch import BoundKernel
 
@@ -109,12 +110,24 @@ class ExpertOrder:
         num_pairs = expert_ids.numel()
         per_block = triton.cdiv(triton.cdiv(num_pairs, MAX_BLOCKS), CHUNK) * CHUNK
         num_blocks = triton.cdiv(num_pairs, per_block)
-        num_slots = num_pairs // self.tile_rows + min(num_pairs, self.num_experts)
         counts = expert_ids.new_empty(num_blocks, self.block_e, dtype=torch.int32)
         order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
-        slots = expert_ids.new_empty(num_slots, SLOT_FIELDS.value, dtype=torch.int32)
+        slots = self.new_slots(expert_ids, num_pairs)
         self.count.grid = (num_blocks, 1, 1)
         self.count(expert_ids, counts, num_pairs, per_block)
-        self.place.grid = (num_blocks + triton.cdiv(num_slots, CHUNK), 1, 1)
-        self.place(expert_ids, counts, order, slots, num_pairs, per_block, num_blocks, num_slots)
+        self.place.grid = (num_blocks + triton.cdiv(slots.shape[0], CHUNK), 1, 1)
+        self.place(expert_ids, counts, order, slots, num_pairs, per_block, num_blocks, slots.shape[0])
         return order, slots
+
+    def slots_of(self, tokens_per_expert: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """[E] int64 -> the slots of `num_rows` rows, or fewer, that stand by expert already."""
+        slots = self.new_slots(tokens_per_expert, num_rows)
+        counts = F.pad(tokens_per_expert.int(), (0, self.block_e - self.num_experts))  # as if of one block of pairs
+        self.place.grid = (1 + triton.cdiv(slots.shape[0], CHUNK), 1, 1)
+        self.place(tokens_per_expert, counts, slots, slots, 0, CHUNK, 1, slots.shape[0])
+        return slots
+
+    def new_slots(self, like: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """As many as the rows can need, however they fall to the experts."""
+        num_slots = num_rows // self.tile_rows + min(num_rows, self.num_experts)
+        return like.new_empty(num_slots, SLOT_FIELDS.value, dtype=torch.int32)

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ops import Routing
+from ops import GroupedRows, Routing
 from ops.cuda.expert_order import SLOT_FIELDS, ExpertOrder
 from ops.cuda.launch import BoundKernel, fits, power_of_two_factor
 from ops.cuda.moe import combine_kernel
+from ops.cuda.tiles import GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_WARPS, grouped_stages
 
-TILE_ROWS, TILE_COLUMNS, TILE_DEPTH = 128, 256, 64
-STAGES, WARPS = 4, 8
 LEAST_BLOCK = 16  # of the tensor cores
 COMBINE_BLOCK = 1024
 MAX_EXPERTS = 512
@@ -50,6 +49,7 @@ def gate_up_tile(
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
+    SORTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -58,8 +58,8 @@ def gate_up_tile(
     rows = first_row + tl.arange(0, ROWS)
     inside = rows < end_row
     rows = tl.minimum(rows, end_row - 1)
-    tokens = (tl.load(order + rows) // TOP_K).to(tl.int64)
-    addresses = hidden + tokens[:, None] * D + tl.arange(0, DEPTH)[None, :]
+    tokens = rows if SORTED else tl.load(order + rows) // TOP_K
+    addresses = hidden + tokens.to(tl.int64)[:, None] * D + tl.arange(0, DEPTH)[None, :]
     both = tl.zeros([ROWS, 2 * COLUMNS], tl.float32)
     for k in tl.range(0, D, DEPTH, num_stages=STAGES):
         x = tl.load(addresses)
@@ -74,14 +74,15 @@ def gate_up_tile(
 
 @triton.jit
 def grouped_gate_up_kernel(
-    hidden,  # [T, D]
-    order,  # [P] int32
+    hidden,  # [T, D]; [P, D] if the rows stand by expert already (SORTED)
+    order,  # [P] int32, or anything if SORTED
     slots,  # [S, SLOT_FIELDS] int32
     output,  # [P, F], rows in `order`
     weight,  # descriptor of [E * 2, F, D] in blocks [2, COLUMNS, DEPTH]
     D: tl.constexpr,
     F: tl.constexpr,
     TOP_K: tl.constexpr,
+    SORTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -94,10 +95,12 @@ def grouped_gate_up_kernel(
     f0 = column * COLUMNS
     if end - row <= ROWS // 2:
         gate_up_tile(
-            hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, ROWS // 2, COLUMNS, DEPTH, STAGES
+            hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, SORTED, ROWS // 2, COLUMNS, DEPTH, STAGES
         )
     else:
-        gate_up_tile(hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, ROWS, COLUMNS, DEPTH, STAGES)
+        gate_up_tile(
+            hidden, order, output, weight, expert, row, end, f0, D, F, TOP_K, SORTED, ROWS, COLUMNS, DEPTH, STAGES
+        )
 
 
 @triton.jit
@@ -112,6 +115,7 @@ def down_tile(
     d0,
     D: tl.constexpr,
     F: tl.constexpr,
+    SORTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -127,20 +131,21 @@ def down_tile(
         w = weight.load([expert * D + d0, k])
         y = tl.dot(x, w.T, y)
         addresses += DEPTH
-    pairs = tl.load(order + rows).to(tl.int64)
-    target = output + pairs[:, None] * D + d0 + tl.arange(0, COLUMNS)[None, :]
+    pairs = rows if SORTED else tl.load(order + rows)
+    target = output + pairs.to(tl.int64)[:, None] * D + d0 + tl.arange(0, COLUMNS)[None, :]
     tl.store(target, y.to(output.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def grouped_down_kernel(
     activated,  # [P, F], rows in `order`
-    order,  # [P] int32
+    order,  # [P] int32, or anything if SORTED
     slots,  # [S, SLOT_FIELDS] int32
-    output,  # [P, D], a row for each pair; those of pairs elsewhere stay unset
+    output,  # [P, D], a row for each pair, or `activated`'s rows if SORTED; those of no expert here stay unset
     weight,  # descriptor of [E * D, F] in blocks [COLUMNS, DEPTH]
     D: tl.constexpr,
     F: tl.constexpr,
+    SORTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -152,9 +157,11 @@ def grouped_down_kernel(
         return
     d0 = column * COLUMNS
     if end - row <= ROWS // 2:
-        down_tile(activated, order, output, weight, expert, row, end, d0, D, F, ROWS // 2, COLUMNS, DEPTH, STAGES)
+        down_tile(
+            activated, order, output, weight, expert, row, end, d0, D, F, SORTED, ROWS // 2, COLUMNS, DEPTH, STAGES
+        )
     else:
-        down_tile(activated, order, output, weight, expert, row, end, d0, D, F, ROWS, COLUMNS, DEPTH, STAGES)
+        down_tile(activated, order, output, weight, expert, row, end, d0, D, F, SORTED, ROWS, COLUMNS, DEPTH, STAGES)
 
 
 def grouped_experts_support(hidden_states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
@@ -164,47 +171,65 @@ def grouped_experts_support(hidden_states: torch.Tensor, gate_up: torch.Tensor, 
     return sizes_fit and hidden_states.dtype == gate_up.dtype == down.dtype and fits(hidden_states, gate_up, down)
 
 
+class GroupedLinear:
+    """The two products of a layer's experts, for any number of rows."""
+
+    def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, tile_rows: int, top_k: int, is_sorted: bool):
+        num_experts, d, f = down.shape
+        self.d, self.f = d, f
+        self.gate_up_columns = power_of_two_factor(f, GROUPED_COLUMNS // 2)
+        self.down_columns = power_of_two_factor(d, GROUPED_COLUMNS)
+        sizes = {"D": d, "F": f, "ROWS": tile_rows, "STAGES": grouped_stages(down.device), "SORTED": is_sorted}
+        depth = power_of_two_factor(d, GROUPED_DEPTH)
+        columns = {"COLUMNS": self.gate_up_columns, "DEPTH": depth, "TOP_K": top_k}
+        by_gate_and_up = gate_up.view(num_experts * 2, f, d)
+        weight = TensorDescriptor.from_tensor(by_gate_and_up, [2, self.gate_up_columns, depth])
+        self.gate_up = BoundKernel(grouped_gate_up_kernel, (1,), GROUPED_WARPS, False, (weight,), **sizes, **columns)
+        depth = power_of_two_factor(f, GROUPED_DEPTH)
+        columns = {"COLUMNS": self.down_columns, "DEPTH": depth}
+        weight = TensorDescriptor.from_tensor(down.view(num_experts * d, f), [self.down_columns, depth])
+        self.down = BoundKernel(grouped_down_kernel, (1,), GROUPED_WARPS, False, (weight,), **sizes, **columns)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, order: torch.Tensor, slots: torch.Tensor, num_pairs: int
+    ) -> torch.Tensor:
+        """-> [num_pairs, D], see `grouped_down_kernel`."""
+        activated = hidden_states.new_empty(num_pairs, self.f)
+        self.gate_up.grid = (slots.shape[0] * (self.f // self.gate_up_columns), 1, 1)
+        self.gate_up(hidden_states, order, slots, activated)
+        output = hidden_states.new_empty(num_pairs, self.d)
+        self.down.grid = (slots.shape[0] * (self.d // self.down_columns), 1, 1)
+        self.down(activated, order, slots, output)
+        return output
+
+
 class GroupedExpertsCall:
     """`Ops.experts` of any number of tokens, bound to the weights of a layer."""
 
     def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor, top_k: int):
-        num_experts, d, f = down.shape
+        num_experts, d, _ = down.shape
         self.order = order
-        self.d, self.f = d, f
-        self.gate_up_columns = power_of_two_factor(f, TILE_COLUMNS // 2)
-        self.down_columns = power_of_two_factor(d, TILE_COLUMNS)
-        sizes = {"D": d, "F": f, "ROWS": order.tile_rows, "STAGES": STAGES}
-        depth = power_of_two_factor(d, TILE_DEPTH)
-        by_gate_and_up = gate_up.view(num_experts * 2, f, d)
-        descriptor = TensorDescriptor.from_tensor(by_gate_and_up, [2, self.gate_up_columns, depth])
-        columns = {"COLUMNS": self.gate_up_columns, "DEPTH": depth}
-        self.gate_up = BoundKernel(
-            grouped_gate_up_kernel, (1,), WARPS, False, (descriptor,), **sizes, **columns, TOP_K=top_k
-        )
-        depth = power_of_two_factor(f, TILE_DEPTH)
-        descriptor = TensorDescriptor.from_tensor(down.view(num_experts * d, f), [self.down_columns, depth])
-        columns = {"COLUMNS": self.down_columns, "DEPTH": depth}
-        self.down = BoundKernel(grouped_down_kernel, (1,), WARPS, False, (descriptor,), **sizes, **columns)
-        self.combine = BoundKernel(
-            combine_kernel,
-            (1,),
-            4,
-            D=d,
-            NUM_EXPERTS=num_experts,
-            TOP_K=top_k,
-            BLOCK=min(COMBINE_BLOCK, triton.next_power_of_2(d)),
-        )
+        self.products = GroupedLinear(gate_up, down, order.tile_rows, top_k, is_sorted=False)
+        self.block = min(COMBINE_BLOCK, triton.next_power_of_2(d))
+        sizes = {"D": d, "NUM_EXPERTS": num_experts, "TOP_K": top_k, "BLOCK": self.block}
+        self.combine = BoundKernel(combine_kernel, (1,), 4, **sizes)
 
     def __call__(self, hidden_states: torch.Tensor, routing: Routing) -> torch.Tensor:
-        num_pairs = routing.topk_ids.numel()
         order, slots = self.order(routing.topk_ids)
-        activated = hidden_states.new_empty(num_pairs, self.f)
-        self.gate_up.grid = (slots.shape[0] * (self.f // self.gate_up_columns), 1, 1)
-        self.gate_up(hidden_states, order, slots, activated)
-        expert_output = hidden_states.new_empty(num_pairs, self.d)
-        self.down.grid = (slots.shape[0] * (self.d // self.down_columns), 1, 1)
-        self.down(activated, order, slots, expert_output)
+        expert_output = self.products(hidden_states, order, slots, routing.topk_ids.numel())
         output = torch.empty_like(hidden_states)
-        self.combine.grid = (hidden_states.shape[0], triton.cdiv(self.d, self.combine.constants["BLOCK"]), 1)
+        self.combine.grid = (output.shape[0], triton.cdiv(output.shape[1], self.block), 1)
         self.combine(expert_output, routing.topk_weights, routing.topk_ids, output)
         return output
+
+
+class SortedExpertsCall:
+    """`Ops.experts` of rows that stand by expert already, bound to the weights of a layer."""
+
+    def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor):
+        self.order = order
+        self.products = GroupedLinear(gate_up, down, order.tile_rows, top_k=1, is_sorted=True)
+
+    def __call__(self, rows: torch.Tensor, routing: GroupedRows) -> torch.Tensor:
+        slots = self.order.slots_of(routing.tokens_per_expert, rows.shape[0])
+        return self.products(rows, slots, slots, rows.shape[0])

@@ -23,6 +23,9 @@ ATTENTION_SPLITS_GROWTH = 2  # up to so many times as many; then the splits take
 # sequences, query heads of a program, splits of the cache, warps
 ATTENTION_SPLITS = ((1, 4, 16, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
+# grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
+GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
+GROUPED_BARRIERS = 256  # bytes of shared memory, more than stand beside the stages
 GEMV_ELEMENTS = 32768  # of the matrix in one program's registers
 DOWN_ELEMENTS = 24576
 SHARED_ELEMENTS = 16384
@@ -94,6 +97,15 @@ def shared_down_tile(f: int, d: int) -> tuple[int, int]:
     if sizes := sizes_of("shared_down", f, d):
         return sizes[0], sizes[1]
     return power_of_two_factor(d, rounded_down(min(16, SHARED_ELEMENTS // f))), 4
+
+
+def grouped_stages(device: torch.device) -> int:
+    """As many as were fastest, or as the device's shared memory holds."""
+    if device.type != "cuda":  # interpreted
+        return GROUPED_STAGES
+    stage_bytes = (GROUPED_ROWS + GROUPED_COLUMNS) * GROUPED_DEPTH * 2
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return min(GROUPED_STAGES, (most - GROUPED_BARRIERS) // stage_bytes)
 
 
 def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]:

@@ -320,13 +320,16 @@ def test_expert_order(num_experts, tile_rows, num_pairs):
     assert (slots[len(expected) :, 0] == -1).all()
 
 
-def test_experts_of_grouped_rows():
-    num_experts, d, f, _ = EXPERT_SIZES[0]
-    counts = torch.tensor([1, 0, 5] + [0] * (num_experts - 3), device=DEVICE)
-    ops, x = CudaOps(), random(8, d)  # the last two are of no expert
-    gate_up, down = expert_weights(num_experts, d, f)
-    output = run_twice(ops, lambda: [ops.experts(x, GroupedRows(counts), gate_up, down)])[0][:6]
-    expected = REFERENCE.experts(x.float(), GroupedRows(counts), float_weight(gate_up), float_weight(down))[:6]
+@pytest.mark.parametrize("spare_rows", [0, 70])
+def test_experts_of_grouped_rows(spare_rows):
+    d, f = (2048, 768) if ON_GPU else (32, 16)
+    rows = GroupedRows(torch.tensor([64, 0, 65, 130, 0], device=DEVICE))
+    here = int(rows.tokens_per_expert.sum())
+    ops, x = CudaOps(), random(here + spare_rows, d)
+    x[here:] = float("nan")  # of no expert
+    gate_up, down = expert_weights(len(rows.tokens_per_expert), d, f)
+    [output] = run_twice(ops, lambda: [ops.experts(x, rows, gate_up, down)[:here]])
+    expected = REFERENCE.experts(x[:here].float(), rows, float_weight(gate_up), float_weight(down))
     assert relative_error(output, expected) < TOLERANCE
 
 
