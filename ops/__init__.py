@@ -260,6 +260,7 @@ class Ops:
         raise NotImplementedError
 
 
+# those of a layer on one rank
 OPERATIONS = "embedding add_norm linear norm_linear silu_and_mul attention route experts".split()
 
 

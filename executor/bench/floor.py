@@ -9,7 +9,7 @@ import torch
 from executor.llm import LLM
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
-from ops import Weight
+from ops import GroupedRows, RouterLogits, Routing, Weight
 
 COUNTED_STEPS = 8
 
@@ -47,13 +47,20 @@ def held_bytes(value: torch.Tensor | Weight) -> int:
     return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
+def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> int:
+    """How many of the experts that this rank holds got a row."""
+    if isinstance(routing, GroupedRows):
+        return int((routing.tokens_per_expert > 0).sum())
+    ids = routing.chosen().topk_ids.cpu()
+    return ids[ids < held].unique().numel()  # larger ones are on other ranks
+
+
 def distinct_experts(llm: LLM, prompts: list[list[int]]) -> float:
     """Experts of this rank that a layer of a decode step reads: the mean over layers and some steps, 0 without any."""
     counts: list[int] = []
 
     def counting_experts(hidden_states, routing, gate_up, down):
-        ids = routing.chosen().topk_ids.cpu()
-        counts.append(ids[ids < held_experts(llm)].unique().numel())  # larger ones are on other ranks
+        counts.append(experts_read(routing, held_experts(llm)))
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 
     def eager_decode(runner, *arguments):  # a captured step cannot be looked into

@@ -12,13 +12,13 @@ import torch
 
 from executor import LLM
 from executor.bench.__main__ import main
-from executor.bench.floor import distinct_experts, step_bytes
+from executor.bench.floor import distinct_experts, experts_read, step_bytes
 from executor.bench.throughput import measure
 from executor.bench.timing import process_age_s, read_ceiling, time_ms
 from executor.config import REPOSITORY
 from executor.peers import state_dict
 from executor.scheduler import Scheduler
-from ops import DenseWeight, TransposedWeight
+from ops import DenseWeight, GroupedRows, RouterLogits, Routing, TransposedWeight
 from ops.reference import ReferenceOps
 from tests.checkpoints import make_checkpoint
 
@@ -88,6 +88,15 @@ def test_distinct_experts(llm):
     assert top_k < distinct_experts(llm, [[5, 6, 7], [100, 3], [42]]) <= min(3 * top_k, llm.config.num_experts)
     assert not {"experts", "decode"} & {*vars(llm.ops), *vars(llm.runner)}
     assert llm.generate([[5, 6, 7]])[0].token_ids == before[0].token_ids
+
+
+def test_experts_read():
+    """Of four experts, in every form of a routing; an id of four is elsewhere."""
+    ids = torch.tensor([[0, 2], [2, 4]])
+    assert experts_read(Routing(torch.ones(2, 2), ids, has_elsewhere=True), held=4) == 2
+    assert experts_read(GroupedRows(torch.tensor([0, 3, 1, 0])), held=4) == 2
+    logits = torch.tensor([[0.0, 5.0, 4.0, 1.0], [0.0, 1.0, 4.0, 5.0]])
+    assert experts_read(RouterLogits(logits, top_k=2, renormalize=True), held=4) == 3
 
 
 def test_step_bytes(llm):
