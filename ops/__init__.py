@@ -7,7 +7,7 @@ F expert width, N output width, L cache blocks, S cache block size.
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,12 @@ class Routing:
     def chosen(self) -> "Routing":
         return self
 
+    def of_rank(self, first: int, count: int) -> "Routing":
+        """The same over `count` experts from number `first`: they become 0, 1, ..., all others "on another rank"."""
+        ids = self.topk_ids - first
+        ids = ids.masked_fill((ids < 0) | (ids >= count), count)
+        return Routing(self.topk_weights, ids, has_elsewhere=True)
+
 
 @dataclass(frozen=True)
 class RouterLogits:
@@ -79,13 +85,20 @@ class RouterLogits:
     logits: torch.Tensor  # [T, E]
     top_k: int
     renormalize: bool  # whether a token's weights sum to 1
+    first: int = 0  # of the experts on this rank,
+    count: int | None = None  # which has so many, or all
 
     def chosen(self) -> Routing:
         """Softmax over all experts, then the largest."""
         topk_weights, topk_ids = self.logits.softmax(dim=-1, dtype=torch.float32).topk(self.top_k, dim=-1)
         if self.renormalize:
             topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
-        return Routing(topk_weights, topk_ids)
+        routing = Routing(topk_weights, topk_ids)
+        return routing if self.count is None else routing.of_rank(self.first, self.count)
+
+    def of_rank(self, first: int, count: int) -> "RouterLogits":
+        """As `Routing.of_rank`."""
+        return replace(self, first=first, count=count)
 
 
 @dataclass(frozen=True)

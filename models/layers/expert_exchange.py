@@ -52,15 +52,14 @@ class GatherExchange:
             group, count = self.parallel.world, share_of(step.max_dp_tokens, self.parallel.attn_tp.size)
         if group.size == 1 and self.parallel.moe_ep.size == 1:
             return Dispatched(hidden_states, routing)
-        routing = routing.chosen()
-        weights, ids = routing.topk_weights, routing.topk_ids
         if group.size > 1:
+            routing = routing.chosen()
             hidden_states = group.all_gather(pad_rows(hidden_states, count))
-            weights = group.all_gather(pad_rows(weights, count))
-            ids = group.all_gather(pad_rows(ids.int(), count, value=NO_EXPERT)).to(ids.dtype)
-        ids = ids - self.parallel.moe_ep.index * self.num_local_experts
-        ids = ids.masked_fill((ids < 0) | (ids >= self.num_local_experts), self.num_local_experts)
-        return Dispatched(hidden_states, Routing(weights, ids, has_elsewhere=True))
+            weights = group.all_gather(pad_rows(routing.topk_weights, count))
+            ids = group.all_gather(pad_rows(routing.topk_ids.int(), count, value=NO_EXPERT)).to(routing.topk_ids.dtype)
+            routing = Routing(weights, ids)
+        first = self.parallel.moe_ep.index * self.num_local_experts
+        return Dispatched(hidden_states, routing.of_rank(first, self.num_local_experts))
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         if step.sequence_parallel:

@@ -32,9 +32,10 @@ class ExpertsCall:
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool
     ):
-        num_tokens, top_k = normed.shape[0], routing.top_k
-        num_experts, d, f = down.shape
+        num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
+        count, d, f = down.shape
         sizes = {"D": d, "F": f, "E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
+        sizes |= {"FIRST": routing.first, "COUNT": count}
         self.activated = normed.new_empty(num_tokens, top_k, f)
         self.output = torch.empty_like(normed)
         rows, warps = gate_up_tile(f, d)
@@ -67,10 +68,10 @@ class SharedExpertsCall:
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool
     ):
-        num_tokens, top_k = normed.shape[0], routing.top_k
-        num_experts, d, f = down.shape
+        num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
+        count, d, f = down.shape
         sizes = {"D": d, "F": f, "T": num_tokens, "TOP_K": top_k}
-        num_slots = min(num_tokens * top_k, num_experts)
+        num_slots = min(num_tokens * top_k, count)
         slots = normed.new_empty(num_slots + 1, 2 + num_tokens, dtype=torch.int32)  # one past the last pair may be read
         weights = normed.new_empty(num_tokens, top_k, dtype=torch.float32)
         self.activated = normed.new_empty(num_tokens, top_k, f)
@@ -87,6 +88,8 @@ class SharedExpertsCall:
             E=num_experts,
             BLOCK_E=triton.next_power_of_2(num_experts),
             TOP_K=top_k,
+            FIRST=routing.first,
+            COUNT=count,
             NUM_SLOTS=num_slots,
             RENORMALIZE=routing.renormalize,
             PDL=pdl,
@@ -101,7 +104,8 @@ class SharedExpertsCall:
         self.down = BoundKernel(down_shared_kernel, grid, warps, pdl, fixed, **sizes, ROWS=rows, CHUNK=chunk, PDL=pdl)
         block = min(SUM_BLOCK, d)
         grid, fixed = (d // block, num_tokens), (weights, self.partial, self.output)
-        self.sum = BoundKernel(weighted_sum_kernel, grid, 2, pdl, fixed, D=d, TOP_K=top_k, BLOCK=block, PDL=pdl)
+        constants = {"D": d, "TOP_K": top_k, "BLOCK": block, "ELSEWHERE": count < num_experts}
+        self.sum = BoundKernel(weighted_sum_kernel, grid, 2, pdl, fixed, **constants, PDL=pdl)
 
     def __call__(self, normed: torch.Tensor, routing: RouterLogits) -> torch.Tensor:
         self.plan(routing.logits)

@@ -52,17 +52,19 @@ def logit_of(key, BLOCK: tl.constexpr):
 def gate_up_kernel(
     normed,  # [T, D]
     logits,  # [T, E] float32
-    weight,  # [E, 2F, D]
+    weight,  # [COUNT, 2F, D]
     output,  # [T, TOP_K, F]
     D: tl.constexpr,
     F: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
+    FIRST: tl.constexpr,  # expert on this rank, which has
+    COUNT: tl.constexpr,  # of the E
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up of one token and one of its experts."""
+    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up of one token and one of its experts, if that is here."""
     pair = tl.program_id(1)
     token = pair // TOP_K
     d = tl.arange(0, D)
@@ -70,7 +72,11 @@ def gate_up_kernel(
     pdl_wait(PDL)
     pdl_trigger(PDL)
     best = key_at(sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E), pair % TOP_K)
-    rows = weight + expert_of(best, BLOCK_E) * (2 * F * D) + f[:, None] * D + d[None, :]
+    expert = expert_of(best, BLOCK_E) - FIRST
+    if COUNT < E:  # noqa: SIM102  decided when compiled, the inner one when run
+        if (expert < 0) | (expert >= COUNT):
+            return
+    rows = weight + expert * (2 * F * D) + f[:, None] * D + d[None, :]
     gate_weight = tl.load(rows, eviction_policy="evict_first")
     up_weight = tl.load(rows + F * D, eviction_policy="evict_first")
     x = tl.load(normed + token * D + d).to(tl.float32)
@@ -83,7 +89,7 @@ def gate_up_kernel(
 def down_kernel(
     logits,  # [T, E] float32
     activated,  # [T, TOP_K, F]
-    weight,  # [E, D, F]
+    weight,  # [COUNT, D, F]
     output,  # [T, D]
     D: tl.constexpr,
     F: tl.constexpr,
@@ -91,11 +97,16 @@ def down_kernel(
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
+    FIRST: tl.constexpr,  # expert on this rank, which has
+    COUNT: tl.constexpr,  # of the E
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,  # a power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, T): a token's experts, weighted and summed. All their rows are requested before the wait."""
+    """Grid (D / ROWS, T): a token's experts that are here, weighted and summed.
+
+    All their rows are requested before the wait.
+    """
     token = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
@@ -107,6 +118,7 @@ def down_kernel(
         total = tl.sum(tl.exp(logit_of(keys, BLOCK_E) - highest), axis=0)
     tiles = ()
     factors = ()
+    is_used = ()
     for _ in tl.static_range(TOP_K):
         best = tl.max(keys, axis=0)
         keys = tl.where(keys == best, TAKEN, keys)
@@ -114,14 +126,23 @@ def down_kernel(
         factors = factors + (factor,)
         if RENORMALIZE:
             total += factor
-        rows = weight + expert_of(best, BLOCK_E) * (D * F) + n[:, None] * F + k[None, :]
+        expert = expert_of(best, BLOCK_E) - FIRST
+        rows = weight + expert * (D * F) + n[:, None] * F + k[None, :]
+        is_here = (k >= 0) & (expert >= 0) & (expert < COUNT)
+        is_used = is_used + (is_here,)
         for i in tl.static_range(F // CHUNK):
-            tiles = tiles + (tl.load(rows + i * CHUNK, eviction_policy="evict_first"),)
+            if COUNT < E:
+                tile = tl.load(rows + i * CHUNK, mask=is_here[None, :], other=0.0, eviction_policy="evict_first")
+            else:
+                tile = tl.load(rows + i * CHUNK, eviction_policy="evict_first")
+            tiles = tiles + (tile,)
     pdl_wait(PDL)
     accumulated = tl.zeros([ROWS, CHUNK], tl.float32)
     for e in tl.static_range(TOP_K):
         for i in tl.static_range(F // CHUNK):
-            x = tl.load(activated + (token * TOP_K + e) * F + i * CHUNK + k).to(tl.float32) * factors[e]
+            address = activated + (token * TOP_K + e) * F + i * CHUNK + k
+            x = tl.load(address, mask=is_used[e], other=0.0) if COUNT < E else tl.load(address)
+            x = x.to(tl.float32) * factors[e]
             accumulated += tiles[e * (F // CHUNK) + i].to(tl.float32) * x[None, :]
     y = tl.sum(accumulated, axis=1) / total
     tl.store(output + token * D + n, y.to(output.dtype.element_ty))

@@ -22,6 +22,8 @@ def plan_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
+    FIRST: tl.constexpr,  # expert on this rank, which has
+    COUNT: tl.constexpr,  # of the E
     NUM_SLOTS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
@@ -43,10 +45,17 @@ def plan_kernel(
         remaining = tl.where(is_best, TAKEN, remaining)
     is_chosen = (places < TOP_K) & is_token[:, None]
     total = tl.sum(tl.where(is_chosen | (not RENORMALIZE), exponentials, 0.0), axis=1)
-    tl.store(weights + t[:, None] * TOP_K + places, exponentials / total[:, None], mask=is_chosen)
+    here = e - FIRST
+    is_here = (here >= 0) & (here < COUNT)
+    factors = exponentials / total[:, None]
+    if COUNT < E:
+        factors = tl.where(is_here[None, :], factors, 0.0)
+    tl.store(weights + t[:, None] * TOP_K + places, factors, mask=is_chosen)
+    if COUNT < E:
+        is_chosen = is_chosen & is_here[None, :]
     has_slot = tl.max(is_chosen.to(tl.int32), axis=0)
     slot = tl.cumsum(has_slot, axis=0) - 1
-    tl.store(slots + slot * (2 + T), e, mask=has_slot > 0)
+    tl.store(slots + slot * (2 + T), here, mask=has_slot > 0)
     tl.store(slots + slot * (2 + T) + 1, tl.sum(is_chosen.to(tl.int32), axis=0), mask=has_slot > 0)
     order = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
     pairs = t[:, None] * TOP_K + places
@@ -59,7 +68,7 @@ def plan_kernel(
 def gate_up_shared_kernel(
     normed,  # [T, D]
     slots,  # [NUM_SLOTS, 2 + T] int32
-    weight,  # [E, 2F, D]
+    weight,  # [COUNT, 2F, D]
     output,  # [T, TOP_K, F]
     D: tl.constexpr,
     F: tl.constexpr,
@@ -96,7 +105,7 @@ def gate_up_shared_kernel(
 def down_shared_kernel(
     slots,  # [NUM_SLOTS, 2 + T] int32
     activated,  # [T, TOP_K, F]
-    weight,  # [E, D, F]
+    weight,  # [COUNT, D, F]
     output,  # [T, TOP_K, D] float32
     D: tl.constexpr,
     F: tl.constexpr,
@@ -141,6 +150,7 @@ def weighted_sum_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    ELSEWHERE: tl.constexpr,  # whether experts may be on other ranks: their weight is 0 and `partial` holds anything
     PDL: tl.constexpr,
 ):
     """Grid (D / BLOCK, T)."""
@@ -150,5 +160,10 @@ def weighted_sum_kernel(
     pdl_wait(PDL)
     y = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
-        y += tl.load(partial + (token * TOP_K + i) * D + n) * tl.load(weights + token * TOP_K + i)
+        factor = tl.load(weights + token * TOP_K + i)
+        address = partial + (token * TOP_K + i) * D + n
+        is_here = (n >= 0) & (
+            factor.to(tl.int32, bitcast=True) != 0
+        )  # Triton's interpreter combines no float comparisons
+        y += (tl.load(address, mask=is_here, other=0.0) if ELSEWHERE else tl.load(address)) * factor
     tl.store(output + token * D + n, y.to(output.dtype.element_ty))

@@ -260,6 +260,26 @@ def test_experts_of_few_tokens(num_experts, d, f, top_k, num_tokens, renormalize
     assert relative_error(output, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("num_tokens", TOKEN_COUNTS)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_experts_of_few_tokens_on_one_of_three_ranks(rank, num_tokens, renormalize):
+    """The last rank has experts that no token chose; there, the sum is of nothing."""
+    num_experts, d, f, top_k = (96, 2048, 768, 8) if ON_GPU else (9, 64, 48, 3)
+    count = num_experts // 3
+    ops, x = CudaOps(), random(num_tokens, d)
+    gate_up, down = expert_weights(count, d, f)
+    logits = random(num_tokens, num_experts, std=2, dtype=torch.float32)
+    logits[:, 2 * count :] -= 100
+    routing = RouterLogits(logits, top_k, renormalize).of_rank(rank * count, count)
+    [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
+    expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
+    if rank == 2:
+        assert not output.any() and not expected.any()
+    else:
+        assert relative_error(output, expected) < TOLERANCE
+
+
 def test_equal_logits_choose_the_lower_expert():
     ops, x = CudaOps(), random(2, 32)
     gate_up, down = expert_weights(8, 32, 16)
