@@ -12,7 +12,7 @@ import executor.llm
 from executor import LLM, SamplingParams
 from executor.model_runner import DecodeInputs
 from ops import load_ops
-from tests.npu.emulated import DEMO, LONG_PROMPT, PROMPTS
+from tests.npu.emulated import DEMO, LONG_PROMPT, PROMPTS, CalledOperations, emulate_communicators
 from tests.npu.emulator import install
 
 NEW_TOKENS = 9  # the longest prompt gets into its third cache block
@@ -35,13 +35,16 @@ def run_graphs(wheel: str, batch_sizes: dict[str, list[int]], with_broken: bool)
     return found
 
 
-def run_layout(wheel: str, settings: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-    """One rank's tokens in eager and in graph mode."""
-    install(wheel)
+def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One rank's tokens in eager and in graph mode, and how often the latter called each vendor operation."""
+    install(wheel, product)
+    emulate_communicators()
     from ops.npu import NpuOps
 
-    eager, graph = (generate(NpuOps("cpu"), exe_mode=mode, **settings) for mode in ("eager", "graph"))
-    return eager, graph
+    eager = generate(NpuOps("cpu"), **settings)
+    with CalledOperations() as called:
+        graph = generate(NpuOps("cpu"), exe_mode="graph", **settings)
+    return {"eager": eager, "graph": graph, "called": dict(called.counts)}
 
 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:

@@ -50,8 +50,11 @@ def test_task_queue_that_refuses_graphs(runs):
     assert runs(VERSIONS[0])["broken"]["task queue"].startswith("TASK_QUEUE_ENABLE: 2 is not possible with exe_mode: ")
 
 
-def test_two_ranks(tmp_path):
-    """Different requests, experts and parts of the vocabulary: gathers and scatters are in the graph."""
+@pytest.mark.parametrize(("product", "dispatches"), [("A3", False), ("A2", True)])  # A3 dispatches no rows so short
+def test_two_ranks(product, dispatches, tmp_path):
+    """Different requests, experts and parts of the vocabulary: their exchanges are in the graph."""
     sizes = {"attn_tp_size": 1, "moe_tp_size": 1, "embed_tp_size": 2, "lmhead_tp_size": 2}
-    for eager, graph in run_ranks(2, run_layout, tmp_path, wheel_or_skip(VERSIONS[0]), {"world_size": 2, **sizes}):
-        assert graph == eager
+    settings = {"world_size": 2, **sizes}
+    for found in run_ranks(2, run_layout, tmp_path, wheel_or_skip(VERSIONS[0]), product, settings):
+        assert found["graph"] == found["eager"]
+        assert ("npu_moe_distribute_dispatch_v2" in found["called"]) == dispatches
