@@ -20,7 +20,7 @@ from executor.rank import fail
 if TYPE_CHECKING:
     import torch
 
-    from executor.doctor.comparisons import Finding
+    from executor.doctor.findings import Finding
     from executor.doctor.inputs import Shapes
 
 SLICES = (2, 4, 8)
@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any]:
     """Prints what is found while it is found; returns all of it."""
-    from executor.doctor.comparisons import Comparisons
+    from executor.doctor.comparisons import compare_all, compare_last
     from executor.doctor.inputs import Shapes
     from executor.doctor.machine import facts
     from ops.npu import NpuOps
@@ -73,9 +73,11 @@ def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any
     ops = NpuOps(device.type)
     print("in use:", ", ".join(f"{what}: {name}" for what, name in ops.bindings.items()), flush=True)
     findings: list[Finding] = []
-    for part in shapes or (Shapes(), *map(Shapes().slice, SLICES)):
+    shapes = shapes or (Shapes(), *map(Shapes().slice, SLICES))
+    for part in shapes:
         print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
-        findings += Comparisons(ops, device, part).run()
+        findings += compare_all(ops, device, part)
+    findings.append(compare_last(ops, device, shapes[0]))
     print(f"\n{verdicts(findings)}")
     fine = all(finding.fine for finding in findings)
     print("\nall agree" if fine else "\nsomething differs or fails")
@@ -92,7 +94,7 @@ def verdicts(findings: "list[Finding]") -> str:
         groups.setdefault((finding.operation, finding.variant), []).append(finding)
     rows, remarks = [], []
     for (operation, variant), members in groups.items():
-        worst = max(members, key=lambda member: math.inf if member.error is None else member.error / member.limit)
+        worst = max(members, key=lambda member: math.inf if member.error is None else member.error)
         error = None if worst.error is None else f"{worst.error:.4f}"
         rows.append([operation, variant, len(members), error, worst.limit, worst.verdict])
         if worst.verdict != "ok":

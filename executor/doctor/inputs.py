@@ -69,6 +69,11 @@ class Inputs:
         values = self.random(*shape, std=shape[-1] ** -0.5)
         return DenseWeight(values), ops.prepare_weight(DenseWeight(self.to_device(values)))
 
+    def topk_ids(self, tokens: int) -> torch.Tensor:
+        """[T, K] int64, distinct experts of each token."""
+        shapes = self.shapes
+        return torch.rand(tokens, shapes.num_experts, generator=self.generator).topk(shapes.top_k).indices
+
     def step(self, lens: list[int], is_prefill: bool) -> StepMetadata:
         """Sequences of these lengths in shuffled cache blocks, block 0 left out; on the CPU."""
         counts = [-(-length // BLOCK_SIZE) for length in lens]

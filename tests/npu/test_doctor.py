@@ -15,6 +15,8 @@ HEALTHY = ("", "")
 WRONG = {
     "npu_add_rms_norm": "add_norm",
     "npu_swiglu": "silu_and_mul",
+    "npu_moe_init_routing_v2": "sort_by_expert",
+    "npu_grouped_matmul": "grouped_linear",
     "npu_scatter_pa_kv_cache": "attention",
     "npu_rotary_mul": "attention",  # this and the next are not in use where the best is there
     "npu_moe_token_unpermute": "experts",
@@ -47,7 +49,9 @@ def verdicts(run) -> dict[tuple[str, str], set[str]]:
 def test_healthy(runs):
     run = runs[HEALTHY]
     assert run["code"] == 0 and run["report"]["fine"], run["output"]
-    assert set.union(*verdicts(run).values()) == {"ok"}
+    found = verdicts(run)
+    assert found.pop(("attention", "npu_scatter_pa_kv_cache, slot -1")) == {"not usable"}  # its page knows no such slot
+    assert set.union(*found.values()) == {"ok"}
     assert "all agree" in run["output"] and "npu_fused_infer_attention_score_v2" in run["output"]
     assert {"torch", "CANN", "product", "free memory", "environment"} <= run["report"]["machine"].keys()
 
