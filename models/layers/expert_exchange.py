@@ -45,13 +45,14 @@ class GatherExchange:
     def __init__(self, parallel: ParallelContext, num_local_experts: int):
         self.parallel = parallel
         self.num_local_experts = num_local_experts
+        self.has_all = parallel.attn_dp.size == parallel.moe_ep.size == 1  # tokens and experts
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
+        if self.has_all and not step.sequence_parallel:
+            return Dispatched(hidden_states, routing)
         group, count = self.parallel.attn_dp, step.max_dp_tokens
         if step.sequence_parallel:
             group, count = self.parallel.world, share_of(step.max_dp_tokens, self.parallel.attn_tp.size)
-        if group.size == 1 and self.parallel.moe_ep.size == 1:
-            return Dispatched(hidden_states, routing)
         if group.size > 1:
             routing = routing.chosen()
             hidden_states = group.all_gather(pad_rows(hidden_states, count))
@@ -65,8 +66,9 @@ class GatherExchange:
         if step.sequence_parallel:
             own = self.parallel.world.reduce_scatter(output)
             return own[: share_of(step.num_tokens, self.parallel.attn_tp.size)]
-        own = self.parallel.attn_dp.reduce_scatter(output)
-        return self.parallel.attn_tp.all_reduce(own[: step.num_tokens])
+        if self.parallel.attn_dp.size > 1:
+            output = self.parallel.attn_dp.reduce_scatter(output)[: step.num_tokens]
+        return self.parallel.attn_tp.all_reduce(output)
 
 
 class AllToAllExchange:
