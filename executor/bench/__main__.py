@@ -12,6 +12,7 @@ COMMANDS = {
     "throughput": "tokens a second of many prompts, offline",
     "kernels": "each operation alone against its floor",
     "plot": "a picture of reports of latency",
+    "host-time": "what the host adds to an eager decode step's vendor calls on an NPU",
 }
 
 

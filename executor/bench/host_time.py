@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host time of an eager decode step on an NPU, against the same vendor calls in a bare loop.
+
+Eager decode is bound by the host wherever preparing and launching the calls takes longer than the device's work. What
+no program can save is the calls themselves. So one real step is recorded: every call that gives the device work,
+copies and casts included, with the arguments it got; views and allocations are left out. The bare loop makes exactly
+these calls again, from a list. Steps (from the scheduler's books to the sampled token) and bare loops take turns; both
+hold the copy of the token to the host, which waits for the device.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from executor.bench.common import (
+    build_llm,
+    command_parser,
+    describe_device,
+    random_prompts,
+    settings_of,
+    write_report,
+)
+from executor.llm import LLM
+from executor.sampling_params import SamplingParams
+from executor.utils.report import percentiles, table
+
+WARMUP_ROUNDS = 5
+FASTEST_FORM = {torch.ops.aten.mm.default: torch.mm, torch.ops.aten.linear.default: F.linear}
+
+
+def run(command_line: list[str]) -> None:
+    """Measures, prints the figures and writes the report."""
+    arguments = parse(command_line)
+    settings = settings_of(arguments, "exe_mode=eager")
+    if settings.world_size > 1:
+        raise ValueError("world_size: host time is measured on one rank")
+    if arguments.repeats < 1:
+        raise ValueError("--repeats: at least 1 is needed")
+    new_tokens = arguments.repeats + WARMUP_ROUNDS + 3  # the prefill's token, a step to warm up, and the recorded one
+    llm = build_llm(settings, arguments.prompt_tokens, new_tokens, arguments.batch_size, arguments.allow_fallback)
+    if llm.device.type != "npu":
+        raise ValueError(f"device: host-time compares with an NPU's vendor calls, {llm.device.type} makes none")
+    result = measure(llm, arguments.batch_size, arguments.prompt_tokens, arguments.repeats)
+    keys = ("layers", "batch_size", "launches", "read_backs", "TASK_QUEUE_ENABLE", "step_over_bare")
+    row = [result["step_ms"]["p50"], result["bare_ms"]["p50"], *(result[key] for key in keys)]
+    print(table(["step ms", "bare ms", *keys], [row]))
+    write_report(arguments.output, [result], **describe_device(llm))
+
+
+def parse(command_line: list[str]) -> argparse.Namespace:
+    parser = command_parser("host-time", __doc__)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=50)
+    return parser.parse_args(command_line)
+
+
+@torch.inference_mode()
+def measure(llm: LLM, batch_size: int, prompt_tokens: int, repeats: int) -> dict[str, Any]:
+    sampling = SamplingParams(max_new_tokens=llm.settings.data_config.max_new_tokens, ignore_eos=True)
+    prompts = random_prompts(llm, batch_size, prompt_tokens)
+    sequences = llm.requests([("", prompt) for prompt in prompts], sampling)
+    for sequence in sequences:
+        llm.engine.schedulers[0].add(sequence)
+
+    def step() -> None:
+        known = len(sequences[0].token_ids)
+        while len(sequences[0].token_ids) == known:
+            llm.engine.step()
+
+    step()  # the prefill
+    step()
+    with LaunchRecorder(llm.device.type) as recorder:
+        step()
+
+    def bare() -> None:
+        for operation, args, kwargs in recorder.launches:
+            operation(*args, **kwargs)
+
+    times_ms: tuple[list[float], list[float]] = ([], [])
+    for _ in range(WARMUP_ROUNDS + repeats):
+        for work, measured in zip((step, bare), times_ms, strict=True):
+            start_s = time.perf_counter()
+            work()
+            measured.append((time.perf_counter() - start_s) * 1e3)
+    step_ms, bare_ms = (percentiles(measured[WARMUP_ROUNDS:]) for measured in times_ms)
+    return {
+        "layers": llm.config.num_hidden_layers,
+        "dtype": llm.settings.model_config.dtype,
+        "batch_size": batch_size,
+        "prompt_tokens": prompt_tokens,
+        "repeats": repeats,
+        "TASK_QUEUE_ENABLE": os.environ.get("TASK_QUEUE_ENABLE", "unset"),
+        "launches": len(recorder.launches),
+        "read_backs": recorder.read_backs,
+        "step_ms": step_ms,
+        "bare_ms": bare_ms,
+        "step_over_bare": round(step_ms["p50"] / bare_ms["p50"], 3),
+    }
+
+
+class LaunchRecorder(TorchDispatchMode):
+    """Keeps the calls that give a device work, with their arguments, in the form that costs the host least.
+
+    `read_backs` counts those that bring a tensor or a number to the host.
+    """
+
+    def __init__(self, device_type: str):
+        super().__init__()
+        self.device_type = device_type
+        self.launches: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
+        self.read_backs = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        given, got = list(tensors([*args, *kwargs.values()])), list(tensors([result]))
+        if any(tensor.device.type == self.device_type for tensor in given + got):
+            to_host = result is not None and all(tensor.device.type == "cpu" for tensor in got)
+            if to_host or computes(operation, given, got):
+                self.launches.append((FASTEST_FORM.get(operation, operation), args, kwargs))
+                self.read_backs += to_host
+        return result
+
+
+def computes(operation: torch._ops.OpOverload, given: list[torch.Tensor], got: list[torch.Tensor]) -> bool:
+    """Whether a call writes memory, rather than only views or allocates it."""
+    if operation.namespace == "npu" or operation._schema.is_mutable:  # the vendor's schemas do not always say so
+        return True
+    memory = {tensor.untyped_storage().data_ptr() for tensor in given}
+    return "empty" not in operation.name() and any(tensor.untyped_storage().data_ptr() not in memory for tensor in got)
+
+
+def tensors(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
