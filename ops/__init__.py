@@ -8,7 +8,7 @@ F expert width, N output width, L cache blocks, S cache block size.
 import importlib.util
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,8 +60,7 @@ class StepMetadata:
         return max(self.dp_num_tokens)
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """Which experts each token goes to."""
 
     topk_weights: torch.Tensor  # [T, K] float32, or the model's dtype where a backend's kernels want that

@@ -62,7 +62,7 @@ class Group:
     small: SmallExchange | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
-    @property
+    @cached_property
     def size(self) -> int:
         return len(self.ranks)
 

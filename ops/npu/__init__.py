@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ops import GroupedRows, Routing, StepMetadata
 from ops.ascend import choose_algorithm, product_of
+from ops.npu.calls import npu
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
 from ops.npu.recorder import NpuGraphRecorder
@@ -35,7 +36,6 @@ from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 logger = logging.getLogger(__name__)
-npu = torch.ops.npu
 
 FRACTAL_NZ = 29  # the tiled format that matrix units read without rearranging
 MAX_INNER_SIZE = 65535  # of a weight's rows and columns, in matmuls of that format
@@ -81,6 +81,7 @@ class NpuOps(ReferenceOps):
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.product = product_of(torch_npu.npu.get_device_name())
         self.side_stream = None
+        self.paged_views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.bindings: dict[str, str] = {}  # which variant stands behind each of these
         self.replaced: list[str] = []  # those that have a better one, which does not work here
         self.rotate = self.bind("rotary", ROTARY, device)
@@ -198,10 +199,13 @@ class NpuOps(ReferenceOps):
         return npu.npu_swiglu(gate_up, -1)
 
     def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
-        block_size, num_kv_heads, head_dim = key_cache.shape[1:]
-        heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)  # [T, H + 2G, C]
-        query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
-        if step.num_tokens == 0:
+        _, block_size, num_kv_heads, head_dim = key_cache.shape
+        num_tokens, width = qkv.shape
+        num_heads = width // head_dim - 2 * num_kv_heads
+        heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+        # torch.split would spend longer in Python than this takes in all
+        query, key, value = torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), 1)
+        if num_tokens == 0:
             return query.flatten(1)
         query = npu.npu_rms_norm(query, q_norm_weight, eps)[0]
         key = npu.npu_rms_norm(key, k_norm_weight, eps)[0]
@@ -211,10 +215,16 @@ class NpuOps(ReferenceOps):
         if step.is_prefill:  # lengths of unpaged keys are counted up like those of queries
             lengths, paged = step.query_ends, (None, 0)
         else:  # and of paged ones are not
-            key, value = key_cache.flatten(2), value_cache.flatten(2)
+            key, value = self.paged(key_cache), self.paged(value_cache)
             lengths, paged = step.seq_lens_list, (step.block_table, block_size)
         output = self.attend(query, key, value, num_kv_heads, self.causal_mask, step.query_ends, lengths, *paged)
         return output.flatten(1)
+
+    def paged(self, cache: torch.Tensor) -> torch.Tensor:
+        """A cache [L, S, G, C] as paged attention takes it, [L, S, G * C]: one view for all steps."""
+        if id(cache) not in self.paged_views:
+            self.paged_views[id(cache)] = cache, cache.flatten(2)  # while the cache is kept, nothing else has its id
+        return self.paged_views[id(cache)][1]
 
     def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
         normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)

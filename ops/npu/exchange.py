@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch_npu  # noqa: F401  registers torch.ops.npu
 
 from ops.ascend import Algorithm, ExchangeSizes, buffer_setting
 from ops.comm import Group
+from ops.npu.calls import npu
 
 logger = logging.getLogger(__name__)
-npu = torch.ops.npu
 
 DISPATCH_AND_COMBINE = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")
 BUFFER_VARIABLE = "HCCL_BUFFSIZE"
@@ -126,7 +125,7 @@ class DispatchCombine:
             rows, _, sent = self.dispatch(nothing, choices, choices, 0)
             self.combine(torch.zeros_like(rows), sent)
             if device.type == "npu":
-                torch_npu.npu.synchronize()  # launches fail late
+                torch.npu.synchronize()  # launches fail late
         except (RuntimeError, AttributeError) as error:
             logger.info("ops: npu lacks %s: %s", self.name, str(error).splitlines()[0])
             return False

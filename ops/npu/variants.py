@@ -7,11 +7,9 @@ Each family has one signature. Letters as in ops/__init__.py, R = T * K rows of 
 from collections.abc import Callable
 
 import torch
-import torch_npu  # noqa: F401  registers torch.ops.npu
 
+from ops.npu.calls import npu
 from ops.reference import ReferenceOps
-
-npu = torch.ops.npu
 
 HEAD_DIM = 128  # all that fused attention takes in the TND layout without separate rotary parts
 

@@ -241,7 +241,7 @@ def run_all(wheel: Path) -> dict[str, Any]:
 def backend_of(sources: dict[str, str]) -> Any:
     """The package ops.npu made of these sources, by the name of each module."""
     package = module("ops.npu")
-    for name in sorted(sources, key=lambda name: name == "__init__"):  # which imports the others
+    for name in sorted(sources, key=lambda name: (name == "__init__", name)):  # which imports the others, in this order
         made = package if name == "__init__" else module(f"ops.npu.{name}")
         exec(compile(sources[name], f"ops/npu/{name}.py", "exec"), made.__dict__)
     return package

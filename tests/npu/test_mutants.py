@@ -30,7 +30,6 @@ MUTANTS = [
     ("topk_weights.to(rows.dtype)", "topk_weights.float()"),
     ("topk_ids.int(),\n", "topk_ids.long(),\n"),
     ("(residual, hidden_states, norm_weight, eps)", "(residual, hidden_states, norm_weight)"),
-    ("if step.num_tokens == 0:", "if False:"),
     ("npu_moe_re_routing(rows, tokens_per_rank)", "npu_moe_re_routing(rows, tokens_per_rank.int())"),
     ("expert_scales=weights if self.algorithm.takes_scales else None,", ""),
     ("expert_scales=weights if self.algorithm.takes_scales else None,", "expert_scales=weights,"),
@@ -52,6 +51,7 @@ MUTANTS = [
         "output = npu.npu_mm_all_reduce_base(hidden_states,",
         "output = npu.npu_mm_all_reduce_base(hidden_states.t().contiguous().t(),",
     ),
+    ("if num_tokens == 0:", "if False:"),
 ]
 
 
