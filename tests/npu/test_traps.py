@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the vendor's operations compute something else than one expects: falling in, once each, must be noticed."""
+
+import types
+
+import pytest
+
+from ops import ascend
+from ops.ascend import MIB, ExchangeSizes
+from tests.npu.emulator import exchange_rules, set_product
+from tests.npu.schemas import BACKEND
+from tests.npu.trap_runs import refusal_of_buffer, run_sources
+from tests.npu.wheels import VERSIONS, wheel
+from tests.parallel.ranks import run_ranks
+
+MASK = "self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).tril(-1)"
+ROTATION = "query, key = self.rotate(query, key, *cos_sin)"
+# numbered as people meet them, from routing to quantisation
+TRAPS = {
+    "1 gating alone does not renormalise": ("renorm=int(renormalize)", "renorm=0"),
+    "2 the other kind of row index is the reverse one": ("row_idx_type=0,", "row_idx_type=1,"),
+    "3 finalize_routing reads the index choice by choice": ("None, drop_pad_mode=2)", "None)"),
+    "4 grouped_matmul takes running sums": ("group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,", ""),
+    "5 the range of experts freezes at the first": ("active_expert_range=[0, num_experts],", ""),
+    "6 attention does not scale": ("softmax_scale=query.shape[2] ** -0.5,", ""),
+    "6 True in a mask hides": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
+    "7 lengths of paged keys are not summed up": ("paged = step.seq_lens_list,", "paged = step.query_ends,"),
+    "8 rotary embedding works in place": (ROTATION, f"{ROTATION.partition('= ')[2]}\n        {ROTATION}"),
+    # of quantised experts, which are not here: what calls it without a contract of its own is refused
+    "9 dequant_swiglu_quant wants a multiple of 64": (
+        "npu.npu_swiglu(gate_up, -1)",
+        "npu.npu_dequant_swiglu_quant(gate_up, activate_left=True)[0]",
+    ),
+}
+BUFFERS = {
+    "10 a row on its way is longer than its numbers": (
+        "round_up(round_up(2 * sizes.hidden_size, 32) + 64, 512)",
+        "2 * sizes.hidden_size",
+    ),
+    "10 the buffer is there twice": ("return 2 * (received", "return (received"),
+    "10 A2 keeps 2 MB more": (" + 2 * MIB)", ")"),
+}
+
+
+def wheel_or_skip() -> str:
+    path = wheel(VERSIONS[0])
+    if path is None:
+        pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, list[str]]:
+    sources = {file.stem: file.read_text(encoding="utf-8") for file in BACKEND.glob("*.py")}
+    broken = {"": sources}
+    for trap, (old, new) in TRAPS.items():
+        [changed] = [name for name, source in sources.items() if old in source]
+        broken[trap] = sources | {changed: sources[changed].replace(old, new, 1)}
+    return run_ranks(1, run_sources, tmp_path_factory.mktemp("traps"), wheel_or_skip(), broken)[0]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_noticed(found, trap):
+    assert not found[""], "the backend itself agrees with the reference"
+    assert found[trap]
+
+
+def disagreements(rules: types.ModuleType) -> int:
+    """Sizes for which a table of products and the emulator's, made from the same pages, want different buffers."""
+    count = 0
+    for product, algorithms in rules.ALGORITHMS.items():
+        set_product(product)
+        for algorithm in algorithms:
+            for ranks in (16, 64):
+                for tokens in (1, 7, 128, 256):
+                    for hidden in (1056, 2048, 4096):
+                        sizes = ExchangeSizes(ranks=ranks, tokens=tokens, experts=128, top_k=8, hidden_size=hidden)
+                        exchange = exchange_rules.Exchange(
+                            ranks=ranks,
+                            rank=0,
+                            experts=128,
+                            tokens=tokens,
+                            hidden=hidden,
+                            k=8,
+                            global_bs=0,
+                            algorithm=algorithm.name,
+                            quant_mode=0,
+                            shared=(algorithm.shared_expert_num, 0),
+                        )
+                        exchange_rules.check(exchange._replace(tokens=1), combine=False)
+                        count += algorithm.buffer_bytes(sizes) != exchange_rules.buffer_bytes(exchange)
+    return count
+
+
+def test_buffers_are_those_of_the_emulator():
+    assert disagreements(ascend) == 0
+
+
+@pytest.mark.parametrize("trap", BUFFERS)
+def test_a_buffer_too_small_is_noticed(trap):
+    old, new = BUFFERS[trap]
+    source = (BACKEND.parent / "ascend.py").read_text(encoding="utf-8")
+    assert source.count(old) == 1
+    rules = types.ModuleType("rules")
+    exec(compile(source.replace(old, new), "ascend.py", "exec"), rules.__dict__)
+    assert disagreements(rules) > 0
+
+
+def test_a_buffer_of_the_user_is_too_small(tmp_path):
+    """2 MB and room for 512 rows from each of the 2 ranks, of 128 numbers and 4 experts, all of it twice."""
+    need = -(-2 * (2 * 256 * 4 * 128 * 2 + 2 * MIB) // MIB)
+    [said] = run_ranks(1, refusal_of_buffer, tmp_path, wheel_or_skip(), "4")
+    assert said.startswith(
+        "HCCL_BUFFSIZE: 4 MB given, but dispatch and combine (fullmesh, 2 ranks, 256 tokens on each)"
+    )
+    assert said.endswith(f"need {need} MB; raise it, or leave it unset")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources of the NPU backend, some of them broken, compared with the reference on emulated operations."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from executor import LLM
+from tests.npu.doctor_runs import SMALL
+from tests.npu.emulated import DEMO
+from tests.npu.emulator import install
+
+
+def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """What does not agree, of each backend: the doctor's comparisons of the operations in use."""
+    install(wheel)
+    from executor.doctor import experts, layers
+    from executor.doctor.findings import Context
+    from tests.npu.meta_run import backend_of
+
+    comparisons = (layers.attention, layers.route, experts.experts, experts.regroup)
+
+    found = {}
+    for name, changed in sources.items():
+        try:
+            context = Context(backend_of(changed).NpuOps("cpu"), torch.device("cpu"), SMALL)
+            findings = [finding for compare in comparisons for finding in compare(context, "in use")]
+            found[name] = [
+                f"{finding.case} {finding.error} {finding.problem}" for finding in findings if not finding.fine
+            ]
+        except Exception as error:  # no backend can be built on it
+            found[name] = [str(error)]
+    return found
+
+
+def refusal_of_buffer(wheel: str, megabytes: str) -> str:
+    """What an LLM of two ranks says to this HCCL_BUFFSIZE, before any rank meets another."""
+    install(wheel, "A2")
+    import executor.llm
+    from ops.npu import NpuOps
+
+    executor.llm.load_ops = lambda device_type: NpuOps("cpu")
+    os.environ.update(HCCL_BUFFSIZE=megabytes, WORLD_SIZE="2")
+    settings: dict[str, Any] = {"dtype": "float16", "world_size": 2, "batch_size": 512}
+    with pytest.raises(ValueError) as raised:
+        LLM(DEMO, device="cpu", **settings)
+    return str(raised.value)
