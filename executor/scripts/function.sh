@@ -169,7 +169,7 @@ export_npu_settings() {
     npu_visible || return 0
     local setting name found=() devices line
     mapfile -t devices < <(compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}")
-    line="NPU environment (device files: ${#devices[@]}):"
+    line="NPU environment: device_files=${#devices[@]}"
     for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES; do
         [[ -z "${!name+set}" ]] || line+=" $name=${!name}"
     done

@@ -121,3 +121,22 @@ def test_profiler(environment, tmp_path):
     done = infer(ROOT, tmp_path / "result.jsonl", environment, "--set", "model_config.enable_profiler=True")
     assert "libmsprofiler.so: cannot open shared object file" in done.stdout + done.stderr
     assert done.returncode == 1 and "left no kernel_details.csv in" in done.stderr.splitlines()[-1]
+
+
+def test_doctor(environment):
+    """Its calls are taken, captures aside, and that nothing is computed is seen."""
+    small = "hidden_size=256, num_heads=4, num_kv_heads=2, num_experts=16, top_k=4, width=64, vocab_size=1000"
+    program = f"""import sys
+from executor.doctor.__main__ import main
+from executor.doctor.inputs import Shapes
+sys.exit(main(["npu"], shapes=[Shapes(name="small", {small})]))"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert "torch_npu: 2.13.0\n" in done.stdout and "product: Ascend910_9391\n" in done.stdout
+    assert "DIFFERS: grouped_linear, npu_grouped_matmul, small, " in done.stdout
+    failures = [line for line in done.stdout.splitlines() if line.startswith("FAILS: ")]
+    assert [line.split(", small")[0] for line in failures] == [
+        "FAILS: sort_by_expert, npu_moe_init_routing_v2",  # the order it gives is checked first
+        "FAILS: attention, npu_fused_infer_attention_score_v2, graph",
+    ]

@@ -228,7 +228,7 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     }
     assert started(result).items() >= expected.items()
     line = " ".join(f"{name}={value}" for name, value in expected.items())
-    assert result.stderr == f"NPU environment (device files: 2): {line}\n"
+    assert result.stderr == f"NPU environment: device_files=2 {line}\n"
     assert not started(infer(repo)).keys() & expected.keys() and not infer(repo).stderr
 
 
