@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints run by the NPU backend on emulated operations; for processes that may be taken over."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,29 @@ def run_emulated(
         executor.exchanges.sent_bytes_per_token = lambda *arguments: cost(*arguments) | {"all_to_all": FREE}
     with CalledOperations() as called:
         results = run_model(*(model or (DEMO,)), **settings)
-    return results | {"bindings": dict(bound[0].bindings), "called": dict(called.counts)}
+    buffer = os.environ.get("HCCL_BUFFSIZE")
+    return results | {"bindings": dict(bound[0].bindings), "called": dict(called.counts), "buffer": buffer}
+
+
+def exchange_where_one_rank_fails(wheel: str) -> str:
+    """The decode exchange of a rank of two, the second of which gets an error from what it combines."""
+    install(wheel, "A2")
+    emulate_communicators()
+    import executor.llm
+    from ops.npu import NpuOps
+    from ops.npu.exchange import DispatchCombine
+
+    combine = DispatchCombine.combine
+
+    def fails_on_one(self: DispatchCombine, *arguments: Any) -> torch.Tensor:
+        result = combine(self, *arguments)
+        if self.rank == 1:
+            raise RuntimeError("not supported here")
+        return result
+
+    DispatchCombine.combine = fails_on_one
+    executor.llm.load_ops = lambda device_type: NpuOps("cpu")
+    return type(LLM(DEMO, device="cpu", dtype="float16", world_size=2).exchange(is_prefill=False)).__name__
 
 
 def emulate_communicators() -> None:

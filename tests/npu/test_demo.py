@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_model
-from tests.npu.emulated import NEW_TOKENS, run_emulated, run_model
+from tests.npu.emulated import NEW_TOKENS, exchange_where_one_rank_fails, run_emulated, run_model
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
@@ -84,11 +84,27 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
         assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
         assert found["bindings"] == BINDINGS and found["exchanges"] == exchanges
+        assert found["buffer"] == ("200" if exchanges[1] == FUSED else None)
         called = found["called"]
         # beyond the trial: each rank's prefill step at least, or it would be another backend that computes
         assert called["npu_swiglu"] > LAYERS and called["npu_grouped_matmul"] == 2 * called["npu_swiglu"]
         trials = {"npu_moe_re_routing": 1}
         assert {name: called.get(name, 0) for name in COUNTED} == dict.fromkeys(COUNTED, 0) | trials | counts
+
+
+def test_groups_of_ranks_share_their_tokens_out(reference, tmp_path):
+    """Heads and experts split, two groups of two: a rank of a group may have no token of a step to dispatch."""
+    path = needed_wheel(VERSIONS[0])
+    settings = {"dtype": "float16", "world_size": 4, "attn_tp_size": 2, "moe_tp_size": 1}
+    for found in run_ranks(4, run_emulated, tmp_path, str(path), "A2", settings, True):
+        assert found["exchanges"] == [ALL_TO_ALL, FUSED]
+        exact = reference["float32"]
+        assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
+
+
+def test_all_ranks_gather_where_one_cannot_dispatch(tmp_path):
+    path = needed_wheel(VERSIONS[0])
+    assert run_ranks(2, exchange_where_one_rank_fails, tmp_path, str(path)) == [GATHER] * 2
 
 
 def make_decisive_checkpoint(folder: Path) -> None:
