@@ -9,7 +9,7 @@ from ops import ascend
 from ops.ascend import MIB, ExchangeSizes
 from tests.npu.emulator import exchange_rules, set_product
 from tests.npu.schemas import BACKEND
-from tests.npu.trap_runs import refusal_of_buffer, run_sources
+from tests.npu.trap_runs import refusals, run_sources
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
@@ -106,10 +106,22 @@ def test_a_buffer_too_small_is_noticed(trap):
     assert disagreements(rules) > 0
 
 
-def test_a_buffer_of_the_user_is_too_small(tmp_path):
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict:
+    return run_ranks(1, refusals, tmp_path_factory.mktemp("refusals"), wheel_or_skip(), "4")[0]
+
+
+def test_a_trap_of_fusing_o_proj_is_refused(refused):
+    """By the operation's page only A2 has it, over 1, 2, 4 or 8 ranks; one rank has nothing to sum."""
+    assert [ranks for ranks, why in refused["A2"].items() if why is None] == [2, 4, 8]
+    assert refused["A2"][16] == "parallel_config.attn_tp_size would have to be 2, 4 or 8, it is 16"
+    assert set(refused["A3"].values()) == {"only possible on Atlas A2, this is A3"}
+
+
+def test_a_buffer_of_the_user_is_too_small(refused):
     """2 MB and room for 512 rows from each of the 2 ranks, of 128 numbers and 4 experts, all of it twice."""
     need = -(-2 * (2 * 256 * 4 * 128 * 2 + 2 * MIB) // MIB)
-    [said] = run_ranks(1, refusal_of_buffer, tmp_path, wheel_or_skip(), "4")
+    said = refused["buffer"]
     assert said.startswith(
         "HCCL_BUFFSIZE: 4 MB given, but dispatch and combine (fullmesh, 2 ranks, 256 tokens on each)"
     )

@@ -10,7 +10,7 @@ import torch
 from executor import LLM
 from tests.npu.doctor_runs import SMALL
 from tests.npu.emulated import DEMO
-from tests.npu.emulator import install
+from tests.npu.emulator import install, set_product
 
 
 def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, list[str]]:
@@ -35,8 +35,11 @@ def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, lis
     return found
 
 
-def refusal_of_buffer(wheel: str, megabytes: str) -> str:
-    """What an LLM of two ranks says to this HCCL_BUFFSIZE, before any rank meets another."""
+def refusals(wheel: str, megabytes: str) -> dict[str, Any]:
+    """What an LLM of two ranks says to this HCCL_BUFFSIZE, before any rank meets another.
+
+    And which numbers of ranks o_proj may be fused over, by product.
+    """
     install(wheel, "A2")
     import executor.llm
     from ops.npu import NpuOps
@@ -46,4 +49,9 @@ def refusal_of_buffer(wheel: str, megabytes: str) -> str:
     settings: dict[str, Any] = {"dtype": "float16", "world_size": 2, "batch_size": 512}
     with pytest.raises(ValueError) as raised:
         LLM(DEMO, device="cpu", **settings)
-    return str(raised.value)
+    found: dict[str, Any] = {"buffer": str(raised.value)}
+    for product in ("A2", "A3"):
+        set_product(product)
+        ops = NpuOps("cpu")
+        found[product] = {ranks: ops.refuses_linear_all_reduce(ranks) for ranks in (1, 2, 3, 4, 8, 16)}
+    return found
