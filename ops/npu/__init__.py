@@ -38,6 +38,7 @@ from ops.weight import DenseWeight, TransposedWeight, Weight
 logger = logging.getLogger(__name__)
 
 FRACTAL_NZ = 29  # the tiled format that matrix units read without rearranging
+STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
 MAX_INNER_SIZE = 65535  # of a weight's rows and columns, in matmuls of that format
 MAX_EXPERT_TOKENS = 8192  # at once: the rows of their experts need 8 times the memory and more
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
@@ -166,7 +167,7 @@ class NpuOps(ReferenceOps):
 
     def prepare_attention(self, cos_sin, step, dtype):
         cos, sin = (part.to(dtype)[:, None] for part in cos_sin)  # [T, 1, C]
-        fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(StepMetadata)}
+        fields = {name: getattr(step, name) for name in STEP_FIELDS}
         fields["block_table"] = step.block_table.int()
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
 
@@ -267,7 +268,11 @@ class NpuOps(ReferenceOps):
         return rows, row_index, counts
 
     def weighted_sum(self, rows, row_index, topk_weights):
-        return self.combine(rows, row_index, topk_weights.to(rows.dtype)) if rows.shape[0] else rows
+        if rows.shape[0] == 0:
+            return rows
+        if topk_weights.dtype is not rows.dtype:  # asked first: a cast to the same costs the host as much as a view
+            topk_weights = topk_weights.to(rows.dtype)
+        return self.combine(rows, row_index, topk_weights)
 
     def regroup(self, rows, tokens_per_rank):
         if rows.shape[0] == 0:

@@ -27,7 +27,7 @@ MUTANTS = [
     ("value = value.contiguous()", "pass"),
     ("(part.to(dtype)[:, None] for part in cos_sin)", "(part[:, None] for part in cos_sin)"),
     (', cache_mode="Norm")', ")"),
-    ("topk_weights.to(rows.dtype)", "topk_weights.float()"),
+    ("self.combine(rows, row_index, topk_weights)", "self.combine(rows, row_index, topk_weights.float())"),
     ("topk_ids.int(),\n", "topk_ids.long(),\n"),
     ("(residual, hidden_states, norm_weight, eps)", "(residual, hidden_states, norm_weight)"),
     ("npu_moe_re_routing(rows, tokens_per_rank)", "npu_moe_re_routing(rows, tokens_per_rank.int())"),
