@@ -304,7 +304,7 @@ def test_experts_of_many_tokens(num_experts, d, f, top_k, has_elsewhere, num_tok
     if has_elsewhere:
         elsewhere = torch.rand(num_tokens, top_k, device=DEVICE) < 0.3
         elsewhere[0, 0] = False
-        routing = replace(routing, topk_ids=routing.topk_ids.masked_fill(elsewhere, num_experts), has_elsewhere=True)
+        routing = routing._replace(topk_ids=routing.topk_ids.masked_fill(elsewhere, num_experts), has_elsewhere=True)
     [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
     expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
     assert relative_error(output, expected) < TOLERANCE
