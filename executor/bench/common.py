@@ -45,6 +45,13 @@ def new_file(name: str) -> Path:
     return file
 
 
+def positive(text: str) -> int:
+    """A number of something there has to be one of."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
+    return int(text)
+
+
 def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:
     """What `--yaml` and `--set` say, and `overrides` over them."""
     yaml_file = Path(arguments.yaml)

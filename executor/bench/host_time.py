@@ -22,6 +22,7 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
+    positive,
     random_prompts,
     settings_of,
     write_report,
@@ -40,8 +41,6 @@ def run(command_line: list[str]) -> None:
     settings = settings_of(arguments, "exe_mode=eager")
     if settings.world_size > 1:
         raise ValueError("world_size: host time is measured on one rank")
-    if arguments.repeats < 1:
-        raise ValueError("--repeats: at least 1 is needed")
     new_tokens = arguments.repeats + WARMUP_ROUNDS + 3  # the prefill's token, a step to warm up, and the recorded one
     llm = build_llm(settings, arguments.prompt_tokens, new_tokens, arguments.batch_size, arguments.allow_fallback)
     if llm.device.type != "npu":
@@ -55,9 +54,9 @@ def run(command_line: list[str]) -> None:
 
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("host-time", __doc__)
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--prompt-tokens", type=positive, default=32)
+    parser.add_argument("--batch-size", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=50)
     return parser.parse_args(command_line)
 
 

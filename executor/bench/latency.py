@@ -16,6 +16,7 @@ from executor.bench.common import (
     describe_device,
     is_first_rank,
     new_file,
+    positive,
     random_prompts,
     settings_of,
     start_ranks,
@@ -65,10 +66,10 @@ def run(command_line: list[str]) -> None:
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("latency", __doc__)
     parser.add_argument("--exe-mode", nargs="+", default=["eager"], metavar="MODE", help="eager and/or graph")
-    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1], help="prompts of distinct random tokens")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt-tokens", type=positive, nargs="+", default=[512])
+    parser.add_argument("--new-tokens", type=positive, default=64)
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], help="prompts of distinct random tokens")
+    parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
     parser.add_argument(
         "--plot", type=new_file, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"

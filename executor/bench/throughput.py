@@ -16,6 +16,7 @@ from executor.bench.common import (
     command_parser,
     describe_device,
     is_first_rank,
+    positive,
     random_prompts,
     settings_of,
     start_ranks,
@@ -51,8 +52,8 @@ def run(command_line: list[str]) -> None:
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("throughput", __doc__)
     parser.add_argument("--scenario", type=scenario, nargs="+", default=[(1, 1024), (3500, 1500)], metavar="IN:OUT")
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 2, 4, 6, 8, 16])
-    parser.add_argument("--rounds", type=int, default=1, help="prompts for each place of the batch")
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 2, 4, 6, 8, 16])
+    parser.add_argument("--rounds", type=positive, default=1, help="prompts for each place of the batch")
     return parser.parse_args(command_line)
 
 

@@ -198,11 +198,19 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("--scenario", "5:1"), "'5:1' is not IN:OUT"), (("--output", "/nowhere/report.json"), "/nowhere/report.json is")],
+    [
+        (("throughput", "--scenario", "5:1"), "'5:1' is not IN:OUT"),
+        (("throughput", "--output", "/nowhere/report.json"), "/nowhere/report.json is"),
+        (("throughput", "--rounds", "0"), "--rounds: '0' is not a whole number, at least 1"),
+        (("latency", "--repeats", "-1"), "--repeats: '-1' is"),
+        (("latency", "--batch-size", "1", "0"), "--batch-size: '0' is"),
+        (("kernels", "--cached-tokens", "0"), "--cached-tokens: '0' is"),
+        (("host-time", "--repeats", "x"), "--repeats: 'x' is"),
+    ],
 )
 def test_options_are_checked_first(arguments, named, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
-        throughput(monkeypatch, *arguments)
+        bench(monkeypatch, *arguments, "--yaml", "demo", "--set", "device=cpu")
     assert ended.value.code == 2 and named in capsys.readouterr().err
 
 
