@@ -57,7 +57,9 @@ def run(command_line: list[str]) -> None:
 
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("kernels", __doc__)
-    parser.add_argument("--batch-size", type=positive, nargs="*", default=[1, 2, 4, 8], help="sequences of decode steps")
+    parser.add_argument(
+        "--batch-size", type=positive, nargs="*", default=[1, 2, 4, 8], help="sequences of decode steps"
+    )
     parser.add_argument("--cached-tokens", type=positive, default=1024, help="length of each sequence in decode steps")
     parser.add_argument("--prompt-tokens", type=positive, nargs="*", default=[4080], help="lengths of prefills")
     return parser.parse_args(command_line)

@@ -17,7 +17,7 @@ import triton
 from torch.nn import functional as F
 
 from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
-from ops.cuda.attention import DecodeAttentionCall, NormRotaryCacheCall, attention_supports
+from ops.cuda.attention import DecodeAttentionCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
@@ -25,12 +25,13 @@ from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.moe import choose_experts_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
-from ops.cuda.prefill_attention import LONGEST, PrefillAttentionCall
+from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
 from ops.reference import ReferenceOps
 
 logger = logging.getLogger(__name__)
 
+LEAST_CAPABILITY = (8, 0)  # Ampere: before, a tile of attention does not fit shared memory
 MAX_NORM_WIDTH = 16384
 ELEMENTWISE_BLOCK = 1024
 DTYPES = (torch.bfloat16, torch.float16)
@@ -52,6 +53,17 @@ class CudaOps(ReferenceOps):
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
         self.orders: dict[int, ExpertOrder] = {}  # by number of experts
+
+    def check_model(self, dtype, head_dim):
+        if not torch.cuda.is_available():
+            return  # interpreted
+        capability = torch.cuda.get_device_capability()
+        if capability < LEAST_CAPABILITY:
+            found, least = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
+            raise ValueError(
+                f"device: cuda: {torch.cuda.get_device_name()} has compute capability {found}, the kernels need "
+                f"{least} or later; device: cpu runs anywhere"
+            )
 
     def fallbacks(self, dtype):
         return super().fallbacks(dtype) if dtype in DTYPES else OPERATIONS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over the paged cache for decode steps, and what comes before attention in prefill steps."""
+"""Attention of decode steps: over the paged cache, with all that stands between the qkv product and it."""
 
 import torch
 import triton
@@ -9,7 +9,6 @@ from ops import StepMetadata
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
 from ops.cuda.tiles import ATTENTION_BLOCK, ATTENTION_MAX_ROUNDS, ATTENTION_SPLITS_GROWTH, attention_split
 
-PREFILL_HEADS = 8  # of a program
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -169,62 +168,8 @@ def decode_attention_kernel(
                 tl.store(addresses, combined.to(output.dtype.element_ty))
 
 
-@triton.jit
-def norm_rotary_cache_kernel(
-    qkv,  # [T, (H + 2G) * C]
-    cos,  # [T, C] float32
-    sin,  # [T, C] float32
-    key_cache,  # [L, S, G, C]
-    value_cache,  # [L, S, G, C]
-    slot_mapping,  # [T] int64
-    query_key_output,  # [T, H + G, C]
-    q_norm_weight,  # [C]
-    k_norm_weight,  # [C]
-    H: tl.constexpr,
-    G: tl.constexpr,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,  # of a program
-    EPS: tl.constexpr,
-):
-    """Grid (T, ceil((H + 2G) / HEADS)): q and k are normalised and rotated; k and v are written to the cache."""
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    half = tl.arange(0, C // 2)
-    is_value = (h >= H + G) & (h < H + 2 * G)
-    is_key = (h >= H) & (h < H + G)
-    is_rotated = h < H + G
-    source = qkv + token * ((H + 2 * G) * C) + h[:, None] * C + half[None, :]
-    in_qkv = (h < H + 2 * G)[:, None]
-    x_1 = tl.load(source, mask=in_qkv, other=0.0)
-    x_2 = tl.load(source + C // 2, mask=in_qkv, other=0.0)
-    cache_row = tl.load(slot_mapping + token) * (G * C)
-    value_address = value_cache + cache_row + (h - H - G)[:, None] * C + half[None, :]
-    tl.store(value_address, x_1, mask=is_value[:, None])
-    tl.store(value_address + C // 2, x_2, mask=is_value[:, None])
-    y_1 = x_1.to(tl.float32)
-    y_2 = x_2.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(y_1 * y_1 + y_2 * y_2, axis=1) / C + EPS)[:, None]
-    is_query = (h < H)[:, None]
-    q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)[None, :]
-    q_gain_2 = tl.load(q_norm_weight + C // 2 + half).to(tl.float32)[None, :]
-    k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)[None, :]
-    k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)[None, :]
-    y_1 = y_1 * scale * tl.where(is_query, q_gain_1, k_gain_1)
-    y_2 = y_2 * scale * tl.where(is_query, q_gain_2, k_gain_2)
-    cos_half = tl.load(cos + token * C + half)[None, :]
-    sin_half = tl.load(sin + token * C + half)[None, :]
-    z_1 = (y_1 * cos_half - y_2 * sin_half).to(qkv.dtype.element_ty)
-    z_2 = (y_2 * cos_half + y_1 * sin_half).to(qkv.dtype.element_ty)
-    target = query_key_output + token * ((H + G) * C) + h[:, None] * C + half[None, :]
-    tl.store(target, z_1, mask=is_rotated[:, None])
-    tl.store(target + C // 2, z_2, mask=is_rotated[:, None])
-    key_address = key_cache + cache_row + (h - H)[:, None] * C + half[None, :]
-    tl.store(key_address, z_1, mask=is_key[:, None])
-    tl.store(key_address + C // 2, z_2, mask=is_key[:, None])
-
-
 def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key_cache: torch.Tensor) -> bool:
-    """Whether the kernels of this file take these tensors."""
+    """Whether the kernels of this file and of prefill_attention.py take these tensors."""
     cos, sin = cos_sin
     block_size, _, head_dim = key_cache.shape[1:]
     sizes_fit = is_power_of_two(head_dim) and 32 <= head_dim <= 256 and block_size % ATTENTION_BLOCK == 0
@@ -302,46 +247,3 @@ class DecodeAttentionCall:
         if tiles <= 1:
             return 1
         return min(self.max_splits, max(min(tiles, self.splits), triton.cdiv(tiles, ATTENTION_MAX_ROUNDS)) + 1)
-
-
-class NormRotaryCacheCall:
-    """q/k norm, rotary embedding and cache write of a prefill step, bound to the norms of a layer."""
-
-    def __init__(
-        self,
-        qkv: torch.Tensor,
-        q_norm_weight: torch.Tensor,
-        k_norm_weight: torch.Tensor,
-        eps: float,
-        key_cache: torch.Tensor,
-    ):
-        _, num_kv_heads, head_dim = key_cache.shape[1:]
-        all_heads = qkv.shape[1] // head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = all_heads - 2 * num_kv_heads, num_kv_heads, head_dim
-        self.kernel = BoundKernel(
-            norm_rotary_cache_kernel,
-            (1,),
-            4,
-            False,
-            (q_norm_weight, k_norm_weight),
-            H=self.num_heads,
-            G=num_kv_heads,
-            C=head_dim,
-            HEADS=PREFILL_HEADS,
-            EPS=eps,
-        )
-        self.programs_per_token = triton.cdiv(all_heads, PREFILL_HEADS)
-
-    def __call__(
-        self,
-        qkv: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> torch.Tensor:
-        """-> queries and keys [T, H + G, C]."""
-        output = qkv.new_empty(qkv.shape[0], self.num_heads + self.num_kv_heads, self.head_dim)
-        self.kernel.grid = (qkv.shape[0], self.programs_per_token, 1)
-        self.kernel(qkv, *cos_sin, key_cache, value_cache, slot_mapping, output)
-        return output

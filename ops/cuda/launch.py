@@ -22,12 +22,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 KNOWS_LAUNCHER = triton.__version__.startswith("3.6.")  # whose launcher takes the arguments that BoundKernel gives it
+COMPILES_PDL = not triton.__version__.startswith("3.4.")  # whose functions for it take an argument it does not pass
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
 
 
 def has_pdl() -> bool:
-    """Whether this device can start a kernel before the previous one has finished (Hopper and later)."""
-    return not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    """Whether a kernel can start before the previous one has finished: on Hopper and later, by this Triton."""
+    on_gpu = not INTERPRETED and torch.cuda.is_available()
+    return on_gpu and COMPILES_PDL and torch.cuda.get_device_capability()[0] >= 9
 
 
 @triton.jit

@@ -86,7 +86,8 @@ def gemv_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
     k = weight.shape[1]
     few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else MAX_TOKENS_OF_LARGE)
-    return few_enough and is_power_of_two(k) and 16 <= k <= MAX_K and x.dtype == weight.dtype and fits(x, weight)
+    sizes_fit = is_power_of_two(k) and 16 <= k <= MAX_K and weight.numel() < 2**31  # offsets are 32 bits wide
+    return few_enough and sizes_fit and x.dtype == weight.dtype and fits(x, weight)
 
 
 class GemvCall:

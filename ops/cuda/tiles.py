@@ -103,9 +103,13 @@ def grouped_stages(device: torch.device) -> int:
     """As many as were fastest, or as the device's shared memory holds."""
     if device.type != "cuda":  # interpreted
         return GROUPED_STAGES
+    return stages_within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def stages_within(shared_memory: int) -> int:
+    """Stages of the grouped products that fit so many bytes."""
     stage_bytes = (GROUPED_ROWS + GROUPED_COLUMNS) * GROUPED_DEPTH * 2
-    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return min(GROUPED_STAGES, (most - GROUPED_BARRIERS) // stage_bytes)
+    return min(GROUPED_STAGES, (shared_memory - GROUPED_BARRIERS) // stage_bytes)
 
 
 def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
-from ops.cuda import CudaOps  # noqa: E402
+from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
@@ -359,3 +359,25 @@ def test_what_kernels_do_not_take_goes_to_the_reference():
     assert torch.equal(ops.linear(x, weight), REFERENCE.linear(x, weight))
     exact = DenseWeight(weight.data.float())
     assert torch.equal(ops.linear(x.float(), exact), REFERENCE.linear(x.float(), exact))
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiles", "early"), [((9, 0), True, True), ((9, 0), False, False), ((8, 9), True, False)]
+)
+def test_only_hopper_and_later_start_kernels_early(capability, compiles, early, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "COMPILES_PDL", compiles)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert launch.has_pdl() == early
+
+
+def test_old_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    ops = CudaOps()
+    ops.check_model(DTYPE, 128)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match="^device: cuda: Tesla T4 has compute capability 7.5, the kernels need 8.0"):
+        ops.check_model(DTYPE, 128)

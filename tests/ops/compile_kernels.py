@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the kernels for a GPU that need not be there: `python -m tests.ops.compile_kernels 90 232448`.
+
+The numbers are its compute capability and how many bytes of shared memory a program may have.
+
+Every operation is called at the 30B shape, on memory never touched; what would be launched is compiled instead. Prints
+a JSON object for each compiled kernel. Triton must not be set to interpret.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ops import DenseWeight, GroupedRows, StepMetadata
+from ops.cuda import CudaOps, grouped, tiles
+from ops.cuda.launch import BoundKernel
+from ops.cuda.peer_exchange import PeerExchange
+
+D, H, G, C, E, K, F = 2048, 32, 4, 128, 128, 8, 768
+EPS = 1e-6
+DTYPE = torch.bfloat16
+TYPE_NAMES = {DTYPE: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+def main(capability: int, shared_memory: int) -> None:
+    has_pdl = capability >= 90
+    stages = tiles.stages_within(shared_memory)
+    grouped.grouped_stages = lambda device: stages
+    BoundKernel.__call__ = lambda self, *varying: compile_kernel(self, varying, capability)
+    for num_tokens in (1, 2, 16):
+        decode(num_tokens, has_pdl)
+    prefill(300, has_pdl)
+    exchange = PeerExchange(0, [0, 0], torch.device("cpu"), None)
+    exchange.constants["PDL"] = has_pdl
+    exchange.all_reduce(torch.empty(D, dtype=DTYPE))
+    exchange.all_gather(torch.empty(4, dtype=torch.int64))
+
+
+def compile_kernel(bound: BoundKernel, varying: tuple[Any, ...], capability: int) -> None:
+    arguments = (*varying, *bound.fixed)
+    names = bound.kernel.arg_names
+    signature = {name: type_name(argument) for name, argument in zip(names, arguments, strict=False)}
+    pointers = (i for i, argument in enumerate(arguments) if isinstance(argument, torch.Tensor))
+    source = ASTSource(
+        fn=bound.kernel,
+        signature=signature | {name: "constexpr" for name in names[len(arguments) :]},
+        constexprs={(i,): bound.constants[name] for i, name in enumerate(names) if i >= len(arguments)},
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=bound.options)
+    ptx = compiled.asm["ptx"]
+    found = {
+        "kernel": bound.kernel.__name__,
+        "shared_memory": compiled.metadata.shared,
+        "pdl": bound.options["launch_pdl"],
+        # places in the code, -1 if there is none
+        "wait": ptx.find("griddepcontrol.wait"),
+        "trigger": ptx.find("griddepcontrol.launch_dependents"),
+        "first_store": min(place for place in map(ptx.find, ("st.global", "atom.global")) if place >= 0),
+    }
+    print(json.dumps(found))
+
+
+def type_name(argument: torch.Tensor | TensorDescriptor | int) -> str:
+    if isinstance(argument, torch.Tensor):
+        return f"*{TYPE_NAMES[argument.dtype]}"
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{TYPE_NAMES[argument.base.dtype]}{list(argument.block_shape)}>"
+    return "i32"
+
+
+def decode(num_tokens: int, has_pdl: bool) -> None:
+    ops, layer = CudaOps(), Layer()
+    ops.pdl = has_pdl
+    hidden_states, residual = empty(num_tokens, D), torch.empty(num_tokens, D)
+    ops.norm_linear(hidden_states, None, layer.norm, EPS, layer.qkv)
+    qkv, _ = ops.norm_linear(hidden_states, residual, layer.norm, EPS, layer.qkv)
+    attended = ops.attention(qkv, *layer.head_norms, EPS, *attention_inputs(num_tokens, is_prefill=False))
+    ops.linear(attended, layer.o)
+    normed, _, routing = ops.route(hidden_states, residual, layer.norm, EPS, layer.router, K, True)
+    ops.experts(normed, routing, layer.gate_up, layer.down)
+    half = (DenseWeight(weight.data[: E // 2]) for weight in (layer.gate_up, layer.down))
+    ops.experts(normed, routing.of_rank(0, E // 2), *half)
+
+
+def prefill(num_tokens: int, has_pdl: bool) -> None:
+    ops, layer = CudaOps(), Layer()
+    ops.pdl = has_pdl
+    ops.attention(layer.qkv_of(num_tokens), *layer.head_norms, EPS, *attention_inputs(num_tokens, is_prefill=True))
+    ops.silu_and_mul(empty(num_tokens, 2 * F))
+    rows = GroupedRows(torch.empty(E, dtype=torch.int64))
+    ops.experts(empty(num_tokens, D), rows, layer.gate_up, layer.down)
+
+
+class Layer:
+    """Weights that nobody reads."""
+
+    def __init__(self) -> None:
+        self.qkv, self.o = DenseWeight(empty((H + 2 * G) * C, D)), DenseWeight(empty(D, H * C))
+        self.gate_up, self.down = DenseWeight(empty(E, 2 * F, D)), DenseWeight(empty(E, D, F))
+        self.router, self.norm = empty(E, D), empty(D)
+        self.head_norms = (empty(C), empty(C))
+
+    def qkv_of(self, num_tokens: int) -> torch.Tensor:
+        return empty(num_tokens, (H + 2 * G) * C)
+
+
+def attention_inputs(num_tokens: int, is_prefill: bool) -> tuple[Any, ...]:
+    lens = [num_tokens] if is_prefill else [1] * num_tokens
+    places = torch.empty(num_tokens, dtype=torch.int64)
+    step = StepMetadata(
+        is_prefill=is_prefill,
+        positions=places,
+        slot_mapping=places,
+        block_table=torch.empty(len(lens), 32, dtype=torch.int64),
+        seq_lens=torch.empty(len(lens), dtype=torch.int64),
+        query_lens_list=lens,
+        seq_lens_list=lens,
+        dp_num_tokens=[num_tokens],
+    )
+    cos_sin = (torch.empty(num_tokens, C), torch.empty(num_tokens, C))
+    return cos_sin, empty(33, 128, G, C), empty(33, 128, G, C), step
+
+
+def empty(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPE)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
