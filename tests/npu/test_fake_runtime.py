@@ -45,7 +45,12 @@ def environment() -> dict[str, str]:
     except Unavailable as reason:
         pytest.skip(str(reason))
     without_ranks = {name: value for name, value in npu.items() if name not in ("RANK", "WORLD_SIZE")}
-    return without_ranks | {"NPU_DEVICE_GLOB": os.devnull, "JEMALLOC": "", NO_CACHING: "1"}
+    return without_ranks | {
+        "PYTHON": sys.executable,
+        "NPU_DEVICE_GLOB": os.devnull,
+        "JEMALLOC": "",
+        NO_CACHING: "1",
+    }
 
 
 def infer(root: Path, output: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +69,19 @@ def test_from_the_yaml_to_the_last_token(yaml, environment, tmp_path):
     first, last = map(json.loads, (tmp_path / "result.jsonl").read_text(encoding="utf-8").splitlines())
     assert first["token_ids"] == [0] * NEW_TOKENS and first["finish_reason"] == "length"
     assert last["summary"]["settings"]["device"] == "npu"
+
+
+def test_a_buffer_too_small_to_dispatch_is_said_once(environment, tmp_path):
+    """Two ranks refuse it, before they would meet."""
+    options = ["--yaml", "qwen3_30b_1tp"]
+    for setting in ("world_size=2", "data_config.batch_size=256"):
+        options += ["--set", setting]
+    done = infer(ROOT, tmp_path / "result.jsonl", environment | {"FAKE_NPUS": "2", "HCCL_BUFFSIZE": "100"}, *options)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1
+    said = "HCCL_BUFFSIZE: 100 MB given, but dispatch and combine (fullmesh_v2, 2 ranks, 128 tokens on each) need 152 MB"
+    assert said in errors[0]
 
 
 def host_time(root: Path, output: Path, environment: dict[str, str], yaml: str, repeats: int) -> dict:

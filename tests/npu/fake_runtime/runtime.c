@@ -110,14 +110,23 @@ aclError aclrtMemsetAsync(void *p, size_t room, int32_t value, size_t count, acl
     return aclrtMemset(p, room, value, count);
 }
 
-// The device.
+// The devices: one, or as many as FAKE_NPUS says.
+static int32_t current_device;
 aclError aclrtGetDeviceCount(uint32_t *count) {
-    *count = 1;
+    const char *given = getenv("FAKE_NPUS");
+    *count = given ? atoi(given) : 1;
     return 0;
 }
-aclError aclrtSetDevice(int32_t device) { return device == 0 ? 0 : NO_SUCH_DEVICE; }
+aclError aclrtSetDevice(int32_t device) {
+    uint32_t count;
+    aclrtGetDeviceCount(&count);
+    if (device < 0 || device >= (int32_t)count)
+        return NO_SUCH_DEVICE;
+    current_device = device;
+    return 0;
+}
 aclError aclrtGetDevice(int32_t *device) {
-    *device = 0;
+    *device = current_device;
     return 0;
 }
 const char *aclrtGetSocName(void) { return SOC_NAME; }
