@@ -96,4 +96,5 @@ def test_what_nothing_replaces_is(runs):
 def test_wrong_use(arguments, named):
     command = [sys.executable, "-m", "executor.doctor", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2 and named in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and named in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1 or "usage:" in done.stderr
