@@ -170,7 +170,7 @@ export_npu_settings() {
     local setting name found=() devices line
     mapfile -t devices < <(compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}")
     line="NPU environment: device_files=${#devices[@]}"
-    for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES; do
+    for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES HCCL_BUFFSIZE; do
         [[ -z "${!name+set}" ]] || line+=" $name=${!name}"
     done
     for setting in HCCL_CONNECT_TIMEOUT=1200 HCCL_EXEC_TIMEOUT=3604 HCCL_OP_EXPANSION_MODE=AIV \

@@ -217,9 +217,11 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     (repo / "executor/launch.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
     (tmp_path / "davinci1").touch()
     given = {"HCCL_OP_EXPANSION_MODE": "HOST", "TASK_QUEUE_ENABLE": "", "ASCEND_RT_VISIBLE_DEVICES": "1"}
+    given |= {"HCCL_BUFFSIZE": "512"}
     result = infer(repo, **given, **npu)
     expected = {
         "ASCEND_RT_VISIBLE_DEVICES": "1",
+        "HCCL_BUFFSIZE": "512",
         "HCCL_CONNECT_TIMEOUT": "1200",
         "HCCL_EXEC_TIMEOUT": "3604",
         "HCCL_OP_EXPANSION_MODE": "HOST",
