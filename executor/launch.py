@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -52,7 +53,7 @@ def launch(settings: Settings, command: list[str]) -> NoReturn:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, which torchrun would undo by a handler of its own
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     # What torchrun and torch's C++ side would say about a failed rank is said once, by this launcher.
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    logging.getLogger("torch.distributed.elastic").setLevel(os.environ.setdefault("LOGLEVEL", "CRITICAL"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from executor.before_loading import check_before_launch
     from ops.cluster import Watch, end_launcher, meet, open_store, run_ranks

@@ -9,8 +9,9 @@ of arguments, several devices, communication and captured graphs are not there.
     environment = fake_npu()                               # builds what is not built yet; Unavailable says why not
     subprocess.run([sys.executable, ...], env=environment)  # `import torch` in it finds the NPU
 
-Processes that do not communicate may see several: FAKE_NPUS=2. On the command line: `python -m tests.npu.fake_runtime COMMAND ...` runs the command on it. The wheel is unzipped into
-the wheels' cache folder and is on the path of those processes only: to install it would break `import torch` elsewhere.
+Processes that do not communicate may see several: FAKE_NPUS=2. On the command line: `python -m tests.npu.fake_runtime
+COMMAND ...` runs the command on it. The wheel is unzipped into the wheels' cache folder and is on the path of those
+processes only: to install it would break `import torch` elsewhere.
 """
 
 import hashlib
