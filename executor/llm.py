@@ -16,21 +16,17 @@ from executor.device import free_memory_bytes, select_device, synchronize
 from executor.engine import Engine
 from executor.exchanges import choose_exchanges, plan_dispatch
 from executor.graph_runner import GraphRunner
-from executor.kv_cache import BLOCK_SIZE, BlockAllocator, block_bytes, blocks_for, cache_tensors
-from executor.loader import load_parameters, parameter_bytes, random_parameters
+from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
+from executor.memory import allocate_cache, fill_parameters
 from executor.model_runner import ModelRunner
 from executor.sampler import make_generator
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Messages, Tokenizer, check_messages, has_tokenizer
-from models.layers.attention import KVCache
 from models.layers.expert_exchange import ExpertExchange
-from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import trained_len
 from models.qwen3_moe.model import Building, Qwen3Moe
-from models.qwen3_moe.sharding import Layout
-from models.qwen3_moe.weights import parameter_specs
 from ops import load_ops
 from ops.comm import init_parallel, local_rank, rank_and_world_size
 from ops.recorder import GraphRecorder
@@ -123,9 +119,10 @@ class LLM:
             sizes.lmhead_tp_size,
             with_dispatch=self.dispatch_plan is not None,
         )
-        self.parameters = self._load_parameters(model_path)
+        where = (self.parallel, self.dtype, self.device)
+        self.parameters = fill_parameters(settings, self.config, model_path, *where)
         self.parameters.prepare(self.ops)
-        self.num_blocks, self.kv_caches = self._build_cache()
+        self.num_blocks, self.kv_caches = allocate_cache(settings, self.config, self.max_len, *where)
         self.model = self._build_model()
         self.runner = self._build_runner(recorder)
         dp_size = self.parallel.attn_dp.size
@@ -143,21 +140,6 @@ class LLM:
         logger.warning("%s has no tokenizer: prompts take the demo's, generated text means nothing", model_path)
         return resolve_path(DEMO_PATH)
 
-    def _load_parameters(self, model_path: Path) -> Parameters:
-        specs = parameter_specs(self.config, Layout.of(self.parallel))
-        needed, free = parameter_bytes(specs, self.dtype), free_memory_bytes(self.device)
-        logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, self.dtype, free / 1e9)
-        if needed > free:
-            raise ValueError(
-                f"model_path: the weights need {needed / 1e9:.1f} GB in {self.settings.model_config.dtype}, "
-                f"{self.device} has {free / 1e9:.1f} GB free"
-            )
-        if self.settings.model_config.with_ckpt:
-            whole_model = parameter_specs(self.config, Layout())
-            quiet = self.parallel.world.index > 0
-            return load_parameters(model_path, specs, whole_model, self.dtype, self.device, quiet)
-        return random_parameters(specs, self.dtype, self.device, std=self.config.initializer_range)
-
     def _build_model(self) -> Qwen3Moe:
         settings = self.settings
         self.exchanges = choose_exchanges(
@@ -174,32 +156,6 @@ class LLM:
         )
         longest = min(self.max_len, self.num_blocks * BLOCK_SIZE)
         return Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, longest, self.device))
-
-    def _build_cache(self) -> tuple[int, list[KVCache]]:
-        """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory, equal on all ranks."""
-        config, data, model = self.config, self.settings.data_config, self.settings.model_config
-        num_kv_heads = max(1, config.num_key_value_heads // self.parallel.attn_tp.size)
-        bytes_per_block = block_bytes(config.num_hidden_layers, num_kv_heads, config.head_dim, self.dtype)
-        free = free_memory_bytes(self.device)
-        if model.cache_tokens is not None:
-            num_blocks = blocks_for(model.cache_tokens)
-            needed = (num_blocks + 1) * bytes_per_block
-            if needed > free:
-                raise ValueError(
-                    f"model_config.cache_tokens: {model.cache_tokens} tokens need {needed / 1e9:.1f} GB, "
-                    f"{self.device} has {free / 1e9:.1f} GB free"
-                )
-        else:
-            affordable = int(free * model.cache_memory_fraction) // bytes_per_block - 1
-            num_blocks = min(affordable, data.batch_size * blocks_for(self.max_len))
-        num_blocks = min(self.parallel.control.all_gather(torch.tensor([num_blocks], device=self.device)).tolist())
-        if num_blocks < 1:
-            raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
-        logger.info("cache: %d tokens, %.2f GB", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9)
-        tensors = cache_tensors(
-            config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, self.dtype, self.device
-        )
-        return num_blocks, tensors
 
     def exchange(self, is_prefill: bool) -> ExpertExchange:
         """How tokens reach their experts in a prefill or a decode step."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a device's memory is filled with: the weights, then the cache in what they leave. Both are checked to fit."""
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers import Qwen3MoeConfig
+
+from executor.config import Settings
+from executor.device import free_memory_bytes
+from executor.kv_cache import BLOCK_SIZE, block_bytes, blocks_for, cache_tensors
+from executor.loader import load_parameters, parameter_bytes, random_parameters
+from models.layers.attention import KVCache
+from models.layers.parameter import Parameters
+from models.qwen3_moe.sharding import Layout
+from models.qwen3_moe.weights import parameter_specs
+from ops.comm import ParallelContext
+
+logger = logging.getLogger(__name__)
+
+
+def fill_parameters(
+    settings: Settings,
+    config: Qwen3MoeConfig,
+    model_path: Path,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Parameters:
+    """This rank's weights, from the checkpoint or random. ValueError if they do not fit."""
+    specs = parameter_specs(config, Layout.of(parallel))
+    needed, free = parameter_bytes(specs, dtype), free_memory_bytes(device)
+    logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, dtype, free / 1e9)
+    if needed > free:
+        raise ValueError(
+            f"model_path: the weights need {needed / 1e9:.1f} GB in {settings.model_config.dtype}, "
+            f"{device} has {free / 1e9:.1f} GB free"
+        )
+    if settings.model_config.with_ckpt:
+        whole_model = parameter_specs(config, Layout())
+        return load_parameters(model_path, specs, whole_model, dtype, device, quiet=parallel.world.index > 0)
+    return random_parameters(specs, dtype, device, std=config.initializer_range)
+
+
+def allocate_cache(
+    settings: Settings,
+    config: Qwen3MoeConfig,
+    max_len: int,
+    parallel: ParallelContext,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[int, list[KVCache]]:
+    """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory: its blocks, equal on all ranks.
+
+    max_len: tokens that one sequence can grow to. ValueError if it does not fit.
+    """
+    model = settings.model_config
+    num_kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp.size)
+    bytes_per_block = block_bytes(config.num_hidden_layers, num_kv_heads, config.head_dim, dtype)
+    free = free_memory_bytes(device)
+    if model.cache_tokens is not None:
+        num_blocks = blocks_for(model.cache_tokens)
+        needed = (num_blocks + 1) * bytes_per_block
+        if needed > free:
+            raise ValueError(
+                f"model_config.cache_tokens: {model.cache_tokens} tokens need {needed / 1e9:.1f} GB, "
+                f"{device} has {free / 1e9:.1f} GB free"
+            )
+    else:
+        affordable = int(free * model.cache_memory_fraction) // bytes_per_block - 1
+        num_blocks = min(affordable, settings.data_config.batch_size * blocks_for(max_len))
+    num_blocks = min(parallel.control.all_gather(torch.tensor([num_blocks], device=device)).tolist())
+    if num_blocks < 1:
+        raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
+    logger.info("cache: %d tokens, %.2f GB", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9)
+    return num_blocks, cache_tensors(config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, dtype, device)
