@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from executor import LLM, SamplingParams
 from executor.config import REPOSITORY
+from ops.comm import GROUP_NAMES, ParallelContext
 from tests.npu.emulator import comm_name, install
 
 DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
@@ -40,7 +41,15 @@ def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **setti
         "margin": min(margins),
         "logits": llm.logits(prompts[-1]),
         "exchanges": [type(llm.exchange(is_prefill)).__name__ for is_prefill in (True, False)],
+        "dispatch_shares_with": sharers_of_dispatch(llm.parallel),
     }
+
+
+def sharers_of_dispatch(parallel: ParallelContext) -> list[str]:
+    """Groups over the communicator of dispatch and combine, which is to be theirs alone."""
+    own = parallel.dispatch.process_group if parallel.dispatch else None
+    groups = [getattr(parallel, name) for name in GROUP_NAMES]
+    return [group.name for group in groups if own is not None and group.process_group is own]
 
 
 def run_emulated(

@@ -84,6 +84,7 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
         assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
         assert found["bindings"] == BINDINGS and found["exchanges"] == exchanges
+        assert found["dispatch_shares_with"] == []
         assert found["buffer"] == ("200" if exchanges[1] == FUSED else None)
         called = found["called"]
         # beyond the trial: each rank's prefill step at least, or it would be another backend that computes
