@@ -136,7 +136,7 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | No
     exchange, reason = None, "another rank has no access to its peers' memory"
     try:
         exchange = share_memory(group, device)
-    except (ImportError, RuntimeError) as error:
+    except (AttributeError, ImportError, RuntimeError) as error:  # the interface is private: versions differ
         reason = str(error).splitlines()[0]
     everywhere = torch.tensor(exchange is not None, dtype=torch.int32, device=device)
     dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)  # behind it, everybody's slots are zero
