@@ -6,10 +6,10 @@ from itertools import accumulate
 
 import torch
 
+from executor.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
 
 DTYPE = torch.bfloat16
-BLOCK_SIZE = 128
 TENSORS_OF_STEP = ("positions", "slot_mapping", "block_table", "seq_lens")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -76,7 +76,7 @@ class Inputs:
 
     def step(self, lens: list[int], is_prefill: bool) -> StepMetadata:
         """Sequences of these lengths in shuffled cache blocks, block 0 left out; on the CPU."""
-        counts = [-(-length // BLOCK_SIZE) for length in lens]
+        counts = [blocks_for(length) for length in lens]
         order = (torch.randperm(sum(counts), generator=self.generator) + 1).tolist()
         blocks = [order[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
         positions = [range(0 if is_prefill else length - 1, length) for length in lens]

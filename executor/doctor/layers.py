@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from executor.doctor.findings import EPS, ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
-from executor.doctor.inputs import BLOCK_SIZE, Pair
+from executor.doctor.inputs import Pair
+from executor.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata
 from ops.npu.variants import CACHE_WRITE
 
@@ -78,7 +79,7 @@ def attention(context: Context, variant: str) -> Iterator[Finding]:
 def attention_tensors(context: Context, lens: list[int], tokens: int) -> list[torch.Tensor]:
     """qkv, the norms' weights, the caches as if every slot had been written."""
     random, shapes = context.inputs.random, context.shapes
-    num_blocks = 1 + sum(-(-length // BLOCK_SIZE) for length in lens)
+    num_blocks = 1 + sum(map(blocks_for, lens))
     cache = (num_blocks, BLOCK_SIZE, shapes.num_kv_heads, shapes.head_dim)
     norms = [context.inputs.norm_weight(shapes.head_dim) for _ in range(2)]
     return [random(tokens, shapes.qkv_width), *norms, random(*cache), random(*cache)]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_model
+from tests.npu.bindings import BEST
 from tests.npu.emulated import NEW_TOKENS, exchange_where_one_rank_fails, run_emulated, run_model
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
@@ -39,14 +40,6 @@ LAYOUTS = {
     ),
 }
 COUNTED = {name for *_, counts in LAYOUTS.values() for name in counts}
-BINDINGS = {
-    "rotary": "npu_apply_rotary_pos_emb TND",
-    "cache write": "npu_scatter_pa_kv_cache",
-    "attention": "npu_fused_infer_attention_score_v2",
-    "gating": "npu_moe_gating_top_k_softmax_v2",
-    "combine": "npu_moe_finalize_routing",
-    "regroup": "npu_moe_re_routing",
-}
 WIDE = {  # A3 dispatches no rows shorter than 1024
     "hidden_size": 1024,
     "head_dim": 128,
@@ -83,7 +76,7 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
         error = (found["logits"] - exact["logits"]).norm()
         assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
-        assert found["bindings"] == BINDINGS and found["exchanges"] == exchanges
+        assert found["bindings"] == BEST and found["exchanges"] == exchanges
         assert found["dispatch_shares_with"] == []
         assert found["buffer"] == ("200" if exchanges[1] == FUSED else None)
         called = found["called"]
@@ -136,7 +129,7 @@ def test_dispatch_and_combine_of_a3(version, tmp_path):
     assert exact["margin"] > 1
     settings = {"dtype": "float16", "world_size": 2, "attn_tp_size": 1, "moe_tp_size": 1}
     for found in run_ranks(2, run_emulated, tmp_path, str(path), "A3", settings, False, tmp_path, prompts):
-        assert found["exchanges"] == [ALL_TO_ALL, FUSED] and found["bindings"] == BINDINGS
+        assert found["exchanges"] == [ALL_TO_ALL, FUSED] and found["bindings"] == BEST
         assert found["called"]["npu_moe_distribute_combine_v2"] == 2 * DECODES + 1
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
         error = (found["logits"] - exact["logits"]).norm()

@@ -13,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.npu.bindings import BEST
 from tests.npu.fake_runtime import Unavailable, fake_npu
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 NO_CACHING = "PYTORCH_NO_NPU_MEMORY_CACHING"  # set to anything, torch_npu gives memory back at once
-BINDINGS = (
-    "ops: npu, rotary: npu_apply_rotary_pos_emb TND, cache write: npu_scatter_pa_kv_cache, attention: "
-    "npu_fused_infer_attention_score_v2, gating: npu_moe_gating_top_k_softmax_v2, combine: npu_moe_finalize_routing, "
-    "regroup: npu_moe_re_routing\n"
-)
+BINDINGS = "ops: npu, " + ", ".join(f"{what}: {name}" for what, name in BEST.items()) + "\n"
 BROKEN_CALLS = [
     ("(query, key, cos, sin, layout", "(query, key, cos, layout", "ops: npu lacks npu_apply_rotary_pos_emb"),
     # the rest fits the schemas: it is the code behind them that refuses

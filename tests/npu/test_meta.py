@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.npu.bindings import BEST
 from tests.npu.wheels import VERSIONS, wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -384,15 +385,7 @@ def test_options(results):
 
 def test_bindings(results):
     """Nothing falls back where everything is there, and the next best is taken where something fails."""
-    best = {
-        "rotary": "npu_apply_rotary_pos_emb TND",
-        "cache write": "npu_scatter_pa_kv_cache",
-        "attention": "npu_fused_infer_attention_score_v2",
-        "gating": "npu_moe_gating_top_k_softmax_v2",
-        "combine": "npu_moe_finalize_routing",
-        "regroup": "npu_moe_re_routing",
-    }
-    assert results["bindings"] == best
+    assert results["bindings"] == BEST
     second = {
         "rotary": "npu_apply_rotary_pos_emb BSND",
         "cache write": "npu_scatter_nd_update_",

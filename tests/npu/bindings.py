@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the NPU backend has to choose where torch_npu lacks nothing."""
+
+BEST = {
+    "rotary": "npu_apply_rotary_pos_emb TND",
+    "cache write": "npu_scatter_pa_kv_cache",
+    "attention": "npu_fused_infer_attention_score_v2",
+    "gating": "npu_moe_gating_top_k_softmax_v2",
+    "combine": "npu_moe_finalize_routing",
+    "regroup": "npu_moe_re_routing",
+}
