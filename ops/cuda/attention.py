@@ -7,9 +7,26 @@ import triton.language as tl
 
 from ops import StepMetadata
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
-from ops.cuda.tiles import ATTENTION_BLOCK, ATTENTION_MAX_ROUNDS, ATTENTION_SPLITS_GROWTH, attention_split
+from ops.cuda.tiles import ATTENTION_BLOCK, ATTENTION_MAX_ROUNDS, attention_split
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def splitting(
+    seq_lens, b, BLOCK: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MAX_ROUNDS: tl.constexpr
+):
+    """Cached tokens of a sequence, how many a split takes, and the number of the split with the new token.
+
+    A sequence's length alone decides, so that its tokens do not depend on the batch or the size of the grid. The new
+    token has a split of its own where one is left, else it goes with the last one. One tile is not split.
+    """
+    num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
+    tiles = tl.cdiv(num_cached, BLOCK)
+    rounds = tl.maximum(tl.minimum(tl.cdiv(tiles, SPLITS), MAX_ROUNDS), tl.cdiv(tiles, MAX_SPLITS))
+    per_split = tl.maximum(rounds, 1) * BLOCK
+    newest = tl.minimum(tl.where(tiles > 1, tl.cdiv(num_cached, per_split), 0), MAX_SPLITS - 1)
+    return num_cached, per_split, newest
 
 
 @triton.jit(do_not_specialize=["max_blocks"])
@@ -26,8 +43,7 @@ def decode_attention_kernel(
     q_norm_weight,  # [C]
     k_norm_weight,  # [C]
     partial_output,  # [B, H, MAX_SPLITS, C] float32
-    partial_stats,  # [B, H, MAX_SPLITS, 2] float32: running maximum and sum
-    arrivals,  # [B, H] int32, zero before and after
+    log_sums,  # [B, H, MAX_SPLITS] float32: logarithm to base 2 of the sum of a split's weights
     output,  # [B, H * C]
     H: tl.constexpr,
     G: tl.constexpr,
@@ -42,26 +58,25 @@ def decode_attention_kernel(
     EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); who arrives last combines the splits.
+    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); `combine_splits_kernel` ends it.
 
-    How a sequence is split depends on its length alone, never on the grid, which has to be large enough: programs
-    without work end at once. The new token's key and value come from `qkv`; they are a split of their own where one is
-    left, else they go with the last one. A sequence of one tile is not split.
+    The grid must have all splits of the longest sequence: programs without work end at once. The new token's key and
+    value come from `qkv`.
+
+    The kernel after it requests its weights when it starts, and reads of this one then queue behind those. So with one
+    split it starts when the cache's reads are under way; with several at once, as the combination stands between.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
     b = tl.program_id(2)
     kv_head = group * HEADS // (H // G)
-    pdl_trigger(PDL)
     half = tl.arange(0, C // 2)
     c = tl.arange(0, C)
     j = tl.arange(0, BLOCK)
-    num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
-    tiles = tl.cdiv(num_cached, BLOCK)
-    rounds = tl.maximum(tl.minimum(tl.cdiv(tiles, SPLITS), MAX_ROUNDS), tl.cdiv(tiles, MAX_SPLITS))
-    per_split = tl.maximum(rounds, 1) * BLOCK
-    newest = tl.minimum(tl.where(tiles > 1, tl.cdiv(num_cached, per_split), 0), MAX_SPLITS - 1)
+    num_cached, per_split, newest = splitting(seq_lens, b, BLOCK, SPLITS, MAX_SPLITS, MAX_ROUNDS)
     if split <= newest:
+        if newest > 0:
+            pdl_trigger(PDL)
         start = split * per_split
         end = tl.minimum(start + per_split, num_cached)
         table = block_table + b * max_blocks
@@ -80,6 +95,8 @@ def decode_attention_kernel(
         k_gain_1 = tl.load(k_norm_weight + half).to(tl.float32)
         k_gain_2 = tl.load(k_norm_weight + C // 2 + half).to(tl.float32)
         new_row = (tl.load(slot_mapping + b) * G + kv_head) * C
+        if newest == 0:
+            pdl_trigger(PDL)
         pdl_wait(PDL)
 
         # all of qkv is requested before any of it is used
@@ -140,32 +157,46 @@ def decode_attention_kernel(
             value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
 
         first_head = b * H + group * HEADS
+        attended = accumulated / total[:, None]
         if newest == 0:
             addresses = output + (first_head + h)[:, None] * C + c[None, :]
-            tl.store(addresses, (accumulated / total[:, None]).to(output.dtype.element_ty), mask=is_head[:, None])
+            tl.store(addresses, attended.to(output.dtype.element_ty), mask=is_head[:, None])
         else:
             part = ((first_head + h) * MAX_SPLITS + split).to(tl.int64)
-            tl.store(partial_output + part[:, None] * C + c[None, :], accumulated, mask=is_head[:, None])
-            tl.store(partial_stats + part * 2, maximum, mask=is_head)
-            tl.store(partial_stats + part * 2 + 1, total, mask=is_head)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals + first_head, 1, sem="acq_rel")
-            if arrived == newest:
-                tl.store(arrivals + first_head, 0)
-                s = tl.arange(0, MAX_SPLITS)
-                own = tl.arange(0, HEADS)
-                is_part = (s <= newest)[:, None]
-                parts = ((first_head + own)[None, :] * MAX_SPLITS + s[:, None]).to(tl.int64)  # [MAX_SPLITS, HEADS]
-                addresses = partial_output + parts[:, :, None] * C + c[None, None, :]
-                outputs = tl.load(addresses, mask=is_part[:, :, None], other=0.0, cache_modifier=".cg")
-                addresses = partial_stats + parts * 2
-                maxima = tl.load(addresses, mask=is_part, other=float("-inf"), cache_modifier=".cg")
-                totals = tl.load(addresses + 1, mask=is_part, other=0.0, cache_modifier=".cg")
-                factors = tl.exp2(maxima - tl.max(maxima, axis=0)[None, :])
-                factors = factors / tl.sum(factors * totals, axis=0)[None, :]
-                combined = tl.sum(outputs * factors[:, :, None], axis=0)
-                addresses = output + (first_head + own)[:, None] * C + c[None, :]
-                tl.store(addresses, combined.to(output.dtype.element_ty))
+            tl.store(partial_output + part[:, None] * C + c[None, :], attended, mask=is_head[:, None])
+            tl.store(log_sums + part, maximum + tl.log2(total), mask=is_head)
+
+
+@triton.jit
+def combine_splits_kernel(
+    seq_lens,  # [B] int64
+    partial_output,  # [B, H, MAX_SPLITS, C] float32
+    log_sums,  # [B, H, MAX_SPLITS] float32
+    output,  # [B, H * C]
+    C: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MAX_ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (H, B): the weighted sum of a head's splits, where a sequence has several."""
+    b = tl.program_id(1)
+    head = b * tl.num_programs(0) + tl.program_id(0)
+    pdl_trigger(PDL)
+    _, _, newest = splitting(seq_lens, b, BLOCK, SPLITS, MAX_SPLITS, MAX_ROUNDS)
+    pdl_wait(PDL)
+    if newest > 0:
+        c = tl.arange(0, C)
+        s = tl.arange(0, MAX_SPLITS)
+        parts = head.to(tl.int64) * MAX_SPLITS + s
+        is_part = s <= newest
+        sums = tl.load(log_sums + parts, mask=is_part, other=float("-inf"))
+        addresses = partial_output + parts[:, None] * C + c[None, :]
+        outputs = tl.load(addresses, mask=is_part[:, None], other=0.0)
+        weights = tl.exp2(sums - tl.max(sums, axis=0))
+        combined = tl.sum(outputs * weights[:, None], axis=0) / tl.sum(weights, axis=0)
+        tl.store(output + head * C + c, combined.to(output.dtype.element_ty))
 
 
 def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key_cache: torch.Tensor) -> bool:
@@ -198,32 +229,32 @@ class DecodeAttentionCall:
         block_size, num_kv_heads, head_dim = key_cache.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         heads, splits, warps = attention_split(num_sequences, num_heads // num_kv_heads)
-        max_splits = splits * ATTENTION_SPLITS_GROWTH
+        max_splits = triton.next_power_of_2(splits + 1)
         self.block_size, self.splits, self.max_splits = block_size, splits, max_splits
         self.table_width = -1
         self.output = qkv.new_empty(num_sequences, num_heads * head_dim)
         partial_output = qkv.new_empty(num_sequences, num_heads, max_splits, head_dim, dtype=torch.float32)
-        partial_stats = qkv.new_empty(num_sequences, num_heads, max_splits, 2, dtype=torch.float32)
-        arrivals = qkv.new_zeros(num_sequences, num_heads, dtype=torch.int32)
+        log_sums = qkv.new_empty(num_sequences, num_heads, max_splits, dtype=torch.float32)
+        results = (partial_output, log_sums, self.output)
+        sizes = {"C": head_dim, "SPLITS": splits, "MAX_SPLITS": max_splits, "MAX_ROUNDS": ATTENTION_MAX_ROUNDS}
+        sizes |= {"BLOCK": ATTENTION_BLOCK}
         self.kernel = BoundKernel(
             decode_attention_kernel,
             (num_heads // heads, splits, num_sequences),
             warps,
             pdl,
-            (q_norm_weight, k_norm_weight, partial_output, partial_stats, arrivals, self.output),
+            (q_norm_weight, k_norm_weight, *results),
             H=num_heads,
             G=num_kv_heads,
-            C=head_dim,
             S=block_size,
             HEADS=heads,
             PADDED_HEADS=max(16, triton.next_power_of_2(heads)),
-            SPLITS=splits,
-            MAX_SPLITS=max_splits,
-            MAX_ROUNDS=ATTENTION_MAX_ROUNDS,
-            BLOCK=ATTENTION_BLOCK,
             EPS=eps,
+            **sizes,
             PDL=pdl,
         )
+        grid = (num_heads, num_sequences)
+        self.combine = BoundKernel(combine_splits_kernel, grid, 1, pdl, results, **sizes, PDL=pdl)
 
     def __call__(
         self,
@@ -239,6 +270,8 @@ class DecodeAttentionCall:
             groups, _, num_sequences = self.kernel.grid
             self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)
         self.kernel(qkv, *cos_sin, key_cache, value_cache, step.slot_mapping, table, step.seq_lens, table.shape[1])
+        if self.kernel.grid[1] > 1:
+            self.combine(step.seq_lens)
         return self.output
 
     def splits_of(self, num_tokens: int) -> int:

@@ -9,6 +9,7 @@ Programmatic dependent launch (PDL) lets a kernel start while the one before it 
 2. Before the wait a kernel may read weights, and what is older than the step: cached keys and values, step metadata.
 3. A kernel lets the next one start (`pdl_trigger`) at once, except where that one reads more before its own wait: the
    first kernel of a step (torch has just written the metadata), and gate_up (down reads the router logits early).
+   Attention may do so later, for speed.
 """
 
 import math
