@@ -80,7 +80,7 @@ class SharedExpertsCall:
         self.plan = BoundKernel(
             plan_kernel,
             (1,),
-            PLAN_WARPS,
+            min(PLAN_WARPS, triton.next_power_of_2(num_tokens)),
             pdl,
             (slots, weights),
             T=num_tokens,

@@ -105,7 +105,7 @@ class GemvCall:
         output_dtype: torch.dtype | None = None,
     ):
         (num_tokens, k), n = x.shape, weight.shape[0]
-        tile = gemv_tile(n, k)
+        tile = gemv_tile(n, k, num_tokens)
         # a small matrix may well be read again for every token: what takes time is one program's way through them
         tokens_per_program = num_tokens if weight.nbytes > SMALL_BYTES else 1
         self.output = x.new_empty(num_tokens, n, dtype=output_dtype or x.dtype)

@@ -6,6 +6,7 @@ The file has a table for every kind of device, by a part of its name. `python -m
 
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +19,17 @@ TABLES_FILE = Path(__file__).with_name("tiles.json")
 Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
 
 ATTENTION_BLOCK = 128  # cached tokens of a tile
-ATTENTION_MAX_ROUNDS = 4  # tiles of a split before there are more splits,
-ATTENTION_SPLITS_GROWTH = 2  # up to so many times as many; then the splits take more tiles each
+ATTENTION_MAX_ROUNDS = 4  # tiles of a split before there are more splits; when these run out, it takes more tiles
 # sequences, query heads of a program, splits of the cache, warps
-ATTENTION_SPLITS = ((1, 4, 16, 4), (2, 4, 16, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
+ATTENTION_SPLITS = ((1, 4, 20, 4), (2, 4, 20, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
 GROUPED_BARRIERS = 256  # bytes of shared memory, more than stand beside the stages
 GEMV_ELEMENTS = 32768  # of the matrix in one program's registers
-DOWN_ELEMENTS = 24576
+DOWN_ELEMENTS = 12288  # the same of one warp
 SHARED_ELEMENTS = 16384
+SHARED_DOWN_ELEMENTS = 6144  # of one warp
 
 
 @functools.cache
@@ -63,9 +64,10 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(n: int, k: int) -> GemvTile:
+def gemv_tile(n: int, k: int, num_tokens: int) -> GemvTile:
     """For a matrix [n, k]; the rows of a program divide n."""
-    if sizes := sizes_of("gemv", n, k):
+    of_pair = sizes_of("gemv_pair", n, k) if num_tokens == 2 else None
+    if sizes := of_pair or sizes_of("gemv", n, k):
         return GemvTile(*sizes)
     rows = power_of_two_factor(n, rounded_down(min(4, GEMV_ELEMENTS // k, n // 128)))
     tiles = power_of_two_factor(n // rows, rounded_down(min(2, GEMV_ELEMENTS // (k * rows))))
@@ -83,7 +85,8 @@ def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
     """Rows and warps of a program that holds them of `top_k` experts."""
     if sizes := sizes_of("down", f, d):
         return sizes[0], sizes[1]
-    return power_of_two_factor(d, rounded_down(min(8, DOWN_ELEMENTS // (f * top_k)))), 4
+    rows = power_of_two_factor(d, rounded_down(min(8, DOWN_ELEMENTS // (f * top_k))))
+    return rows, rounded_up(rows * f * top_k / DOWN_ELEMENTS)
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
@@ -96,7 +99,8 @@ def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
 def shared_down_tile(f: int, d: int) -> tuple[int, int]:
     if sizes := sizes_of("shared_down", f, d):
         return sizes[0], sizes[1]
-    return power_of_two_factor(d, rounded_down(min(16, SHARED_ELEMENTS // f))), 4
+    rows = power_of_two_factor(d, rounded_down(min(8, SHARED_DOWN_ELEMENTS // f)))
+    return rows, rounded_up(rows * f / SHARED_DOWN_ELEMENTS)
 
 
 def grouped_stages(device: torch.device) -> int:
@@ -122,3 +126,8 @@ def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]
 def rounded_down(number: int) -> int:
     """The largest power of two up to `number`, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
+
+
+def rounded_up(number: float) -> int:
+    """The smallest power of two from `number` on, at least 1."""
+    return 1 << (max(1, math.ceil(number)) - 1).bit_length()

@@ -122,17 +122,25 @@ def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[lis
     """Kernel, shape of its weight, tokens of the step to time, candidates: the first is what the rule says."""
     qkv, o, router = ((shape.h + 2 * shape.g) * shape.c, shape.d), (shape.d, shape.h * shape.c), (shape.e, shape.d)
     for n, k in (qkv, o, router):
-        rule = tiles.gemv_tile(n, k)
+        rule = tiles.gemv_tile(n, k, 1)
         sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
         sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= 8 * 4096]
         yield "gemv", (n, k), 1, [[rule.rows, rule.tiles, rule.warps], *sizes]
     f, d = shape.f, shape.d
     gate_up = [[rows, warps] for rows in (1, 2, 4, 8) for warps in (4, 8) if f % rows == 0]
-    down = [[rows, warps] for rows in (4, 8, 16) for warps in (2, 4, 8) if d % rows == 0]
+    down, shared_down = (
+        [
+            [rows, warps]
+            for rows in (1, 2, 4, 8, 16)
+            for warps in (1, 2, 4, 8)
+            if d % rows == 0 and rows * columns <= warps * tiles.DOWN_ELEMENTS
+        ]
+        for columns in (f * shape.k, f)
+    )
     yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *gate_up]
     yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *down]
     yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *gate_up]
-    yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *down]
+    yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *shared_down]
 
 
 def tune(

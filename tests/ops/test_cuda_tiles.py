@@ -32,7 +32,16 @@ def test_a_device_is_found_by_a_part_of_its_name(table):
     assert tiles.gate_up_tile(768, 2048) == (8, 4)  # the rule
     table.update(h200)
     assert tiles.gate_up_tile(768, 2048) == tuple(h200["gate_up"]["768x2048"])
-    assert tiles.gemv_tile(5120, 2048) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
+    assert tiles.gemv_tile(5120, 2048, 1) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
+    assert tiles.gemv_tile(5120, 2048, 2) == tiles.gemv_tile(5120, 2048, 1)
+    assert tiles.gemv_tile(2048, 4096, 1) == tiles.GemvTile(*h200["gemv"]["2048x4096"])
+    assert tiles.gemv_tile(2048, 4096, 2) == tiles.GemvTile(*h200["gemv_pair"]["2048x4096"])
+
+
+def test_rules_fit_a_warp_to_what_it_holds(table):
+    """The 30B and 235B shapes, halved, and an expert too wide for one warp."""
+    assert [tiles.down_tile(f, 2048, 8) for f in (384, 768, 1536, 3072)] == [(4, 1), (2, 1), (1, 1), (1, 2)]
+    assert [tiles.shared_down_tile(f, 2048) for f in (384, 768, 1536, 12288)] == [(8, 1), (8, 1), (4, 1), (1, 2)]
 
 
 def test_file_is_as_tune_writes_it():
@@ -43,8 +52,9 @@ def test_file_is_as_tune_writes_it():
 @pytest.mark.parametrize("part", json.loads(tiles.TABLES_FILE.read_text(encoding="utf-8")))
 def test_tables_divide_their_weights(part):
     found = tiles.table_of(part)
-    for shape, (rows, count, _) in found["gemv"].items():
-        assert int(shape.split("x")[0]) % (rows * count) == 0
+    for kernel in ("gemv", "gemv_pair"):
+        for shape, (rows, count, _) in found[kernel].items():
+            assert int(shape.split("x")[0]) % (rows * count) == 0
     for kernel, side in (("gate_up", 0), ("down", 1), ("shared_gate_up", 0), ("shared_down", 1)):
         for shape, (rows, _) in found[kernel].items():
             assert int(shape.split("x")[side]) % rows == 0
