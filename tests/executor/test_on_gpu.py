@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole model on a GPU: its logits beside transformers', and the same tokens eager and from graphs."""
+
+import pytest
+import torch
+from transformers import Qwen3MoeForCausalLM
+
+from executor.config import REPOSITORY
+from executor.llm import LLM
+from executor.model_runner import ModelRunner
+from executor.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
+SHAPE_30B = REPOSITORY / "models" / "qwen3_moe" / "shapes" / "qwen3_30b_a3b"
+TEXT_LENGTHS = [5, 40, 130, 300]
+MORE_THAN_TRANSFORMERS = 1.5  # allowed of our error, both in bfloat16 against float32
+
+
+def texts(llm: LLM) -> list[list[int]]:
+    """Parts of the held-out text, as long as TEXT_LENGTHS says."""
+    text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
+    return [llm.tokenizer.encode(text[1200 * i :][:1200])[:length] for i, length in enumerate(TEXT_LENGTHS)]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.isfinite().all()
+    return float((actual - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def transformers_logits(dtype: torch.dtype, sequences: list[list[int]]) -> list[torch.Tensor]:
+    model = Qwen3MoeForCausalLM.from_pretrained(DEMO, dtype=dtype).to("cuda").eval()
+    return [model(torch.tensor([sequence], device="cuda")).logits[0].float().cpu() for sequence in sequences]
+
+
+def decode_logits(llm: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Whole sequences, and the logits [new_tokens - 1, V] from which a decode step chose the tokens of each."""
+    kept = []
+    choose = llm.engine.choose
+    llm.engine.choose = lambda logits, batches: kept.append(logits.whole().cpu()) or choose(logits, batches)
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    llm.engine.choose = choose
+    assert len(kept) == new_tokens  # the first of them from the prefill
+    sequences = [prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)]
+    return sequences, list(torch.stack(kept[1:], dim=1))
+
+
+@pytest.mark.parametrize("exe_mode", ["eager", "graph"])
+def test_logits_of_the_demo(exe_mode):
+    """Prefill and decode, each text alone and all at once."""
+    new_tokens = 24
+    llm = LLM(DEMO, "cuda", exe_mode=exe_mode, input_max_len=512, max_new_tokens=new_tokens, batch_size=4)
+    prompts = texts(llm)
+    assert [len(prompt) for prompt in prompts] == TEXT_LENGTHS
+    alone = [decode_logits(llm, [prompt], new_tokens) for prompt in prompts]
+    together = decode_logits(llm, prompts, new_tokens)
+    sequences = [sequence for [sequence], _ in alone] + together[0]
+    decoded = torch.cat([logits for _, [logits] in alone] + together[1])
+    prefilled = torch.cat([llm.logits(sequence) for sequence in sequences])
+    exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
+    allowed = MORE_THAN_TRANSFORMERS * relative_error(torch.cat(theirs), torch.cat(exact))
+    in_decode = torch.cat([logits[-new_tokens:-1] for logits in exact])
+    errors = {"prefill": relative_error(prefilled, torch.cat(exact)), "decode": relative_error(decoded, in_decode)}
+    print(f"\n{exe_mode}: relative errors {errors}, transformers {allowed / MORE_THAN_TRANSFORMERS}")
+    assert max(errors.values()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("model_path", "prompt_tokens"), [(DEMO, [64, 200]), (SHAPE_30B, [64, 4080])], ids=["demo", "30b"]
+)
+def test_eager_and_graph_choose_the_same_tokens(model_path, prompt_tokens):
+    """The 30B shape with all 48 layers, random weights."""
+    free_gb = torch.cuda.mem_get_info()[0] / 1e9
+    if model_path == SHAPE_30B and free_gb < 70:
+        pytest.skip(f"needs 70 GB of free memory, {free_gb:.0f} are there")
+    new_tokens = 129
+    llm = LLM(
+        model_path,
+        "cuda",
+        with_ckpt=model_path == DEMO,
+        exe_mode="graph",
+        input_max_len=max(prompt_tokens),
+        max_new_tokens=new_tokens,
+        batch_size=8,
+    )
+    eager = ModelRunner(llm.model, llm.kv_caches, llm.parallel, False, llm.device)
+    generator = torch.Generator().manual_seed(0)
+    for length in prompt_tokens:
+        for batch_size in (1, 2, 3, 4, 8) if length == prompt_tokens[0] else (1, 4):
+            prompts = torch.randint(0, llm.config.vocab_size, (batch_size, length), generator=generator).tolist()
+            tokens = []
+            for runner in (llm.runner, eager):
+                llm.engine.runner = runner
+                outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+                tokens.append([output.token_ids for output in outputs])
+            assert tokens[0] == tokens[1], (length, batch_size)
+            assert len({tuple(row) for row in tokens[0]}) == batch_size  # else sequences mix
