@@ -18,8 +18,8 @@ def splitting(
 ):
     """Cached tokens of a sequence, how many a split takes, and the number of the split with the new token.
 
-    A sequence's length alone decides, so that its tokens do not depend on the batch or the size of the grid. The new
-    token has a split of its own where one is left, else it goes with the last one. One tile is not split.
+    A sequence's length alone decides, not the size of the grid. The new token has a split of its own where one is left,
+    else it goes with the last one. One tile is not split.
     """
     num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
     tiles = tl.cdiv(num_cached, BLOCK)
