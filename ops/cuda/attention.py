@@ -52,7 +52,7 @@ def decode_attention_kernel(
     HEADS: tl.constexpr,  # query heads of a program, all of one kv head
     PADDED_HEADS: tl.constexpr,  # at least 16, as the tensor cores want
     SPLITS: tl.constexpr,  # of a sequence, until each has MAX_ROUNDS tiles
-    MAX_SPLITS: tl.constexpr,  # of a longer one
+    MAX_SPLITS: tl.constexpr,  # of a longer one; then each takes more tiles
     MAX_ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,  # cached tokens of a tile; divides S
     EPS: tl.constexpr,
@@ -63,8 +63,9 @@ def decode_attention_kernel(
     The grid must have all splits of the longest sequence: programs without work end at once. The new token's key and
     value come from `qkv`.
 
-    The kernel after it requests its weights when it starts, and reads of this one then queue behind those. So with one
-    split it starts when the cache's reads are under way; with several at once, as the combination stands between.
+    o_proj requests its weights when it starts, and what this kernel reads after that queues behind them. So a program
+    with the only split lets the next kernel start after its reads of the cache; one of several splits at once, as the
+    combination still stands before o_proj.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)

@@ -19,17 +19,16 @@ TABLES_FILE = Path(__file__).with_name("tiles.json")
 Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
 
 ATTENTION_BLOCK = 128  # cached tokens of a tile
-ATTENTION_MAX_ROUNDS = 4  # tiles of a split before there are more splits; when these run out, it takes more tiles
+ATTENTION_MAX_ROUNDS = 4  # tiles of a split before a sequence gets more splits than its batch size says
 # sequences, query heads of a program, splits of the cache, warps
 ATTENTION_SPLITS = ((1, 4, 20, 4), (2, 4, 20, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
 GROUPED_BARRIERS = 256  # bytes of shared memory, more than stand beside the stages
-GEMV_ELEMENTS = 32768  # of the matrix in one program's registers
-DOWN_ELEMENTS = 12288  # the same of one warp
-SHARED_ELEMENTS = 16384
-SHARED_DOWN_ELEMENTS = 6144  # of one warp
+# of the matrix in the registers of a program, or of a warp
+GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 16384
+DOWN_WARP_ELEMENTS, SHARED_DOWN_WARP_ELEMENTS = 12288, 6144
 
 
 @functools.cache
@@ -85,22 +84,22 @@ def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
     """Rows and warps of a program that holds them of `top_k` experts."""
     if sizes := sizes_of("down", f, d):
         return sizes[0], sizes[1]
-    rows = power_of_two_factor(d, rounded_down(min(8, DOWN_ELEMENTS // (f * top_k))))
-    return rows, rounded_up(rows * f * top_k / DOWN_ELEMENTS)
+    rows = power_of_two_factor(d, rounded_down(min(8, DOWN_WARP_ELEMENTS // (f * top_k))))
+    return rows, rounded_up(rows * f * top_k / DOWN_WARP_ELEMENTS)
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
     """The same where several tokens share experts."""
     if sizes := sizes_of("shared_gate_up", f, d):
         return sizes[0], sizes[1]
-    return power_of_two_factor(f, rounded_down(min(8, SHARED_ELEMENTS // (2 * d)))), 4
+    return power_of_two_factor(f, rounded_down(min(8, SHARED_GATE_UP_ELEMENTS // (2 * d)))), 4
 
 
 def shared_down_tile(f: int, d: int) -> tuple[int, int]:
     if sizes := sizes_of("shared_down", f, d):
         return sizes[0], sizes[1]
-    rows = power_of_two_factor(d, rounded_down(min(8, SHARED_DOWN_ELEMENTS // f)))
-    return rows, rounded_up(rows * f / SHARED_DOWN_ELEMENTS)
+    rows = power_of_two_factor(d, rounded_down(min(8, SHARED_DOWN_WARP_ELEMENTS // f)))
+    return rows, rounded_up(rows * f / SHARED_DOWN_WARP_ELEMENTS)
 
 
 def grouped_stages(device: torch.device) -> int:

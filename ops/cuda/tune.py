@@ -119,13 +119,13 @@ def graph_us(work: Callable[[], object]) -> float:
 
 
 def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[list[int]]]]:
-    """Kernel, shape of its weight, tokens of the step to time, candidates: the first is what the rule says."""
+    """Kernel, shape of its weight, tokens of the step to time, candidates: the first is what is in force."""
     qkv, o, router = ((shape.h + 2 * shape.g) * shape.c, shape.d), (shape.d, shape.h * shape.c), (shape.e, shape.d)
     for n, k in (qkv, o, router):
-        rule = tiles.gemv_tile(n, k, 1)
+        current = tiles.gemv_tile(n, k, 1)
         sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
         sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= 8 * 4096]
-        yield "gemv", (n, k), 1, [[rule.rows, rule.tiles, rule.warps], *sizes]
+        yield "gemv", (n, k), 1, [[current.rows, current.tiles, current.warps], *sizes]
     f, d = shape.f, shape.d
     gate_up = [[rows, warps] for rows in (1, 2, 4, 8) for warps in (4, 8) if f % rows == 0]
     down, shared_down = (
@@ -133,7 +133,7 @@ def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[lis
             [rows, warps]
             for rows in (1, 2, 4, 8, 16)
             for warps in (1, 2, 4, 8)
-            if d % rows == 0 and rows * columns <= warps * tiles.DOWN_ELEMENTS
+            if d % rows == 0 and rows * columns <= warps * tiles.DOWN_WARP_ELEMENTS
         ]
         for columns in (f * shape.k, f)
     )

@@ -159,11 +159,13 @@ def attention_inputs(seq_lens: list[int], is_prefill: bool, num_heads: int, num_
 
 HEADS = [(32, 4, 128), (8, 8, 64), (6, 2, 128)] if ON_GPU else [(4, 2, 32), (3, 1, 32)]
 LENGTHS = (
-    [[1], [129], [1, 300, 64]]
+    [[1], [129], [130], [1, 300, 64]]
     if not ON_GPU
     else [
         *([1], [2], [64], [65], [128], [129], [1024], [4081], [1, 4000]),
         *([3, 500, 128, 1000], [700, 1, 64, 65, 128, 129, 2000, 31], [40] * 13),
+        # just two splits; so long for their batch that no split is left for the new token
+        *([130], [16000], [8000, 129, 130, 1], [1, 1600] * 9),
     ]
 )
 
@@ -182,9 +184,12 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
         assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
 
 
-@pytest.mark.parametrize("num_tiles", [2, 3, 5, 9])
+@pytest.mark.parametrize("num_tiles", [2, 3, 5, 8, 9])
 def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
-    """Two splits, then up to four from two tiles each, then more tiles each: all right, and alike in a wider table."""
+    """Two splits, then up to four from two tiles each, then more tiles each: all right, and alike in a wider table.
+
+    With eight tiles no split is left for the new token.
+    """
     monkeypatch.setattr("ops.cuda.tiles.ATTENTION_SPLITS", ((1, 4, 2, 4),))
     monkeypatch.setattr("ops.cuda.attention.ATTENTION_MAX_ROUNDS", 2)
     num_heads, num_kv_heads, head_dim = HEADS[0]

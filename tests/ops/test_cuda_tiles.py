@@ -53,7 +53,7 @@ def test_file_is_as_tune_writes_it():
 def test_tables_divide_their_weights(part):
     found = tiles.table_of(part)
     for kernel in ("gemv", "gemv_pair"):
-        for shape, (rows, count, _) in found[kernel].items():
+        for shape, (rows, count, _) in found.get(kernel, {}).items():  # tune writes no pairs
             assert int(shape.split("x")[0]) % (rows * count) == 0
     for kernel, side in (("gate_up", 0), ("down", 1), ("shared_gate_up", 0), ("shared_down", 1)):
         for shape, (rows, _) in found[kernel].items():
