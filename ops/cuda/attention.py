@@ -266,6 +266,8 @@ class DecodeAttentionCall:
         step: StepMetadata,
     ) -> torch.Tensor:
         table = step.block_table
+        if self.table_width < 0:
+            self.combine(step.seq_lens)  # compiled now, not in the middle of a text; what it writes is replaced
         if table.shape[1] != self.table_width:
             self.table_width = table.shape[1]
             groups, _, num_sequences = self.kernel.grid

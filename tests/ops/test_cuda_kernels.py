@@ -184,6 +184,21 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
         assert relative_error(cache.nan_to_num(), expected_cache) < TOLERANCE
 
 
+def test_combination_is_compiled_with_the_first_token():
+    """And not when a text outgrows one tile, which would stop it for a second; until then nobody calls it again."""
+    qkv, norms, cos_sin, caches, step = attention_inputs([7], False, *HEADS[0])
+    ops = CudaOps()
+    ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)
+    [call] = ops.calls.values()
+    calls = []
+    call.combine = calls.append
+    ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)
+    assert not calls
+    call.table_width = -1  # as before the first token
+    ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("num_tiles", [2, 3, 5, 8, 9])
 def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
     """Two splits, then up to four from two tiles each, then more tiles each: all right, and alike in a wider table.
