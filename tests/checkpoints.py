@@ -47,4 +47,4 @@ def make_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "1GB", **
 @torch.no_grad()
 def reference_logits(model: Qwen3MoeForCausalLM, token_ids: list[int]) -> torch.Tensor:
     """transformers' logits [T, V] float32 of one sequence."""
-    return model(torch.tensor([token_ids])).logits[0].float()
+    return model(torch.tensor([token_ids], device=model.device)).logits[0].float()

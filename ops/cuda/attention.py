@@ -29,6 +29,46 @@ def splitting(
     return num_cached, per_split, newest
 
 
+@triton.jit
+def cached_tile(
+    key_cache,
+    value_cache,
+    table,
+    start,
+    end,
+    kv_head,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens `start` to `start` + BLOCK of a sequence, zero from `end` on: both halves of the keys, and the values."""
+    half = tl.arange(0, C // 2)
+    c = tl.arange(0, C)
+    j = tl.arange(0, BLOCK)
+    block = tl.load(table + start // S, mask=start < end, other=0)
+    rows = ((block * S + start % S + j) * G + kv_head) * C
+    inside = (start + j) < end
+    key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
+    key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
+    value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+    return key_1, key_2, value
+
+
+@triton.jit
+def add_tile(scores, value, maximum, total, accumulated):
+    """A running softmax (Dao et al. 2022) with one more tile: scores [Q, BLOCK] to base 2, value [BLOCK, C].
+
+    maximum and total [Q]: of the scores, and the sum of their weights; accumulated [Q, C]: the weighted values.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_maximum[:, None])
+    decay = tl.exp2(maximum - new_maximum)
+    total = total * decay + tl.sum(weights, axis=1)
+    accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
+    return new_maximum, total, accumulated
+
+
 @triton.jit(do_not_specialize=["max_blocks"])
 def decode_attention_kernel(
     qkv,  # [B, (H + 2G) * C]
@@ -82,13 +122,7 @@ def decode_attention_kernel(
         end = tl.minimum(start + per_split, num_cached)
         table = block_table + b * max_blocks
         # the first tile is requested before the query is there
-        first_block = tl.load(table + start // S, mask=start < end, other=0)
-        tokens = first_block * S + start % S + j
-        rows = (tokens * G + kv_head) * C
-        inside = (start + j) < end
-        key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
-        key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
-        value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+        key_1, key_2, value = cached_tile(key_cache, value_cache, table, start, end, kv_head, G, C, S, BLOCK)
         cos_half = tl.load(cos + b * C + half)
         sin_half = tl.load(sin + b * C + half)
         q_gain_1 = tl.load(q_norm_weight + half).to(tl.float32)
@@ -143,19 +177,9 @@ def decode_attention_kernel(
             scores = tl.dot(query_1, tl.trans(key_1))
             scores = tl.dot(query_2, tl.trans(key_2), scores)
             scores = tl.where(((position + j) < end)[None, :], scores, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_maximum[:, None])
-            decay = tl.exp2(maximum - new_maximum)
-            total = total * decay + tl.sum(weights, axis=1)
-            accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
-            maximum = new_maximum
-            next_position = position + BLOCK
-            block = tl.load(table + next_position // S, mask=next_position < end, other=0)
-            rows = ((block * S + next_position % S + j) * G + kv_head) * C
-            inside = (next_position + j) < end
-            key_1 = tl.load(key_cache + rows[:, None] + half[None, :], mask=inside[:, None], other=0.0)
-            key_2 = tl.load(key_cache + rows[:, None] + C // 2 + half[None, :], mask=inside[:, None], other=0.0)
-            value = tl.load(value_cache + rows[:, None] + c[None, :], mask=inside[:, None], other=0.0)
+            maximum, total, accumulated = add_tile(scores, value, maximum, total, accumulated)
+            following = position + BLOCK
+            key_1, key_2, value = cached_tile(key_cache, value_cache, table, following, end, kv_head, G, C, S, BLOCK)
 
         first_head = b * H + group * HEADS
         attended = accumulated / total[:, None]
@@ -214,6 +238,12 @@ def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key
     )
 
 
+def head_sizes(qkv: torch.Tensor, key_cache: torch.Tensor) -> tuple[int, int, int]:
+    """Query heads, kv heads and head dim of qkv [T, (H + 2G) * C] and a cache [L, S, G, C]."""
+    num_kv_heads, head_dim = key_cache.shape[2:]
+    return qkv.shape[1] // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim
+
+
 class DecodeAttentionCall:
     """`Ops.attention` of a decode step, bound to the norms of a layer."""
 
@@ -227,8 +257,8 @@ class DecodeAttentionCall:
         pdl: bool,
     ):
         num_sequences = qkv.shape[0]
-        block_size, num_kv_heads, head_dim = key_cache.shape[1:]
-        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        block_size = key_cache.shape[1]
+        num_heads, num_kv_heads, head_dim = head_sizes(qkv, key_cache)
         heads, splits, warps = attention_split(num_sequences, num_heads // num_kv_heads)
         max_splits = triton.next_power_of_2(splits + 1)
         self.block_size, self.splits, self.max_splits = block_size, splits, max_splits
@@ -266,9 +296,9 @@ class DecodeAttentionCall:
         step: StepMetadata,
     ) -> torch.Tensor:
         table = step.block_table
-        if self.table_width < 0:
-            self.combine(step.seq_lens)  # compiled now, not in the middle of a text; what it writes is replaced
         if table.shape[1] != self.table_width:
+            if self.table_width < 0:
+                self.combine(step.seq_lens)  # compiled now, not in the middle of a text; what it writes is replaced
             self.table_width = table.shape[1]
             groups, _, num_sequences = self.kernel.grid
             self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)

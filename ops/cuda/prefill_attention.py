@@ -5,12 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ops.cuda.attention import LOG2_E, add_tile, head_sizes
 from ops.cuda.launch import BoundKernel
 
 LONGEST = 1024  # tokens of a prompt; beyond, torch's attention is faster than this kernel is quick to start
 BLOCK = 64
 CACHE_HEADS = 8  # of a program that writes to the cache
-LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e30)  # finite: a row may see nothing of its first keys
 
 
@@ -105,12 +105,7 @@ def prefill_attention_kernel(
         value = tl.load(value_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
         seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= starts[:, None])
         scores = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_maximum[:, None])
-        decay = tl.exp2(maximum - new_maximum)
-        total = total * decay + tl.sum(weights, axis=1)
-        accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
-        maximum = new_maximum
+        maximum, total, accumulated = add_tile(scores, value, maximum, total, accumulated)
     target = output + (rows * H + head).to(tl.int64)[:, None] * C + c[None, :]
     tl.store(target, (accumulated / total[:, None]).to(output.dtype.element_ty), mask=in_rows[:, None])
 
@@ -126,9 +121,7 @@ class NormRotaryCacheCall:
         eps: float,
         key_cache: torch.Tensor,
     ):
-        _, num_kv_heads, head_dim = key_cache.shape[1:]
-        all_heads = qkv.shape[1] // head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = all_heads - 2 * num_kv_heads, num_kv_heads, head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = head_sizes(qkv, key_cache)
         self.kernel = BoundKernel(
             norm_rotary_cache_kernel,
             (1,),
@@ -136,12 +129,12 @@ class NormRotaryCacheCall:
             False,
             (q_norm_weight, k_norm_weight),
             H=self.num_heads,
-            G=num_kv_heads,
-            C=head_dim,
+            G=self.num_kv_heads,
+            C=self.head_dim,
             HEADS=CACHE_HEADS,
             EPS=eps,
         )
-        self.programs_per_token = triton.cdiv(all_heads, CACHE_HEADS)
+        self.programs_per_token = triton.cdiv(self.num_heads + 2 * self.num_kv_heads, CACHE_HEADS)
 
     def __call__(
         self,

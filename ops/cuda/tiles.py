@@ -84,8 +84,7 @@ def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
     """Rows and warps of a program that holds them of `top_k` experts."""
     if sizes := sizes_of("down", f, d):
         return sizes[0], sizes[1]
-    rows = power_of_two_factor(d, rounded_down(min(8, DOWN_WARP_ELEMENTS // (f * top_k))))
-    return rows, rounded_up(rows * f * top_k / DOWN_WARP_ELEMENTS)
+    return rows_and_warps(d, f * top_k, DOWN_WARP_ELEMENTS)
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
@@ -98,8 +97,13 @@ def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
 def shared_down_tile(f: int, d: int) -> tuple[int, int]:
     if sizes := sizes_of("shared_down", f, d):
         return sizes[0], sizes[1]
-    rows = power_of_two_factor(d, rounded_down(min(8, SHARED_DOWN_WARP_ELEMENTS // f)))
-    return rows, rounded_up(rows * f / SHARED_DOWN_WARP_ELEMENTS)
+    return rows_and_warps(d, f, SHARED_DOWN_WARP_ELEMENTS)
+
+
+def rows_and_warps(n: int, k: int, warp_elements: int) -> tuple[int, int]:
+    """As many rows of a matrix [n, k] as fit one warp, up to 8; more warps where one row does not."""
+    rows = power_of_two_factor(n, rounded_down(min(8, warp_elements // k)))
+    return rows, rounded_up(rows * k / warp_elements)
 
 
 def grouped_stages(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from executor.config import REPOSITORY
 from executor.llm import LLM
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
+from tests.checkpoints import reference_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -29,10 +30,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-@torch.inference_mode()
 def transformers_logits(dtype: torch.dtype, sequences: list[list[int]]) -> list[torch.Tensor]:
     model = Qwen3MoeForCausalLM.from_pretrained(DEMO, dtype=dtype).to("cuda").eval()
-    return [model(torch.tensor([sequence], device="cuda")).logits[0].float().cpu() for sequence in sequences]
+    return [reference_logits(model, sequence).cpu() for sequence in sequences]
 
 
 def decode_logits(llm: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
