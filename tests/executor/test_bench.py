@@ -115,7 +115,7 @@ def test_step_bytes(llm):
 
 def test_timing():
     cpu = torch.device("cpu")
-    assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 100
+    assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 1000  # in microseconds it would be more
     ceiling = read_ceiling(cpu)
     assert ceiling["gb_per_s"] > 0.1 and "of 0.27 GB" in ceiling["measured_by"]
 

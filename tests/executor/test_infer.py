@@ -278,6 +278,15 @@ def test_as_a_command(yaml_file, tmp_path):
     assert start(tmp_path, "--set", "device=cpu").returncode == 2
 
 
+def time_covered_us(events: list[dict]) -> float:
+    """Of events of a trace that lie side by side or within each other."""
+    covered, end = 0.0, 0.0
+    for start_us, duration_us in sorted((event["ts"], event["dur"]) for event in events):
+        covered += max(0.0, start_us + duration_us - max(end, start_us))
+        end = max(end, start_us + duration_us)
+    return covered
+
+
 def test_profiler(run, tmp_path):
     """A trace of each rank that a browser can open, the kernels on the terminal, and the same tokens as without."""
     assert run()[0] == 0
@@ -295,5 +304,9 @@ def test_profiler(run, tmp_path):
     assert lines[0].split() == ["kernel", "calls", "total", "ms", "share"]
     rows = [line.split() for line in lines[2:12]]
     times_ms, shares = ([float(row[column].rstrip("%")) for row in rows] for column in (-2, -1))
-    assert times_ms == sorted(times_ms, reverse=True) and 50 < sum(shares) <= 100.5
+    assert times_ms == sorted(times_ms, reverse=True) and times_ms[0] > 0
+    total_ms = time_covered_us([event for event in events if event.get("cat") == "cpu_op"]) / 1e3
+    for time_ms, share in zip(times_ms, shares, strict=True):
+        rounding = 0.006 + 0.001 * total_ms
+        assert share / 100 * total_ms == pytest.approx(time_ms, abs=rounding)
     assert lines[13] == f"trace: {trace}"
