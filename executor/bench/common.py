@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands share: their common options, starting ranks, building the model, writing the report.
+"""What the commands share: their common options, starting ranks, building the model, random prompts.
 
 Commands import torch only after `start_ranks`: the process that starts ranks sets what torch logs when it is imported.
 """
 
 import argparse
 import dataclasses
-import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.config import REPOSITORY, Settings, load_settings
 from executor.launch import launch
-from executor.utils.report import commit, versions
 
 if TYPE_CHECKING:
     from executor.llm import LLM
@@ -33,7 +30,9 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--allow-fallback", action="store_true", help="measure even where an operation is plain torch")
-    parser.add_argument("--output", type=new_file, metavar="FILE", help="write the report there as JSON")
+    parser.add_argument(
+        "--output", type=new_file, metavar="FILE", help="write the report there as JSON, anew with each result"
+    )
     return parser
 
 
@@ -64,10 +63,6 @@ def start_ranks(settings: Settings) -> None:
     """Ends this process with its ranks' exit code if the settings want several; returns in each of them."""
     if settings.world_size > 1 and "WORLD_SIZE" not in os.environ:
         launch(settings, ["executor.bench", *sys.argv[1:]])
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def build_llm(settings: Settings, prompt_tokens: int, new_tokens: int, batch_size: int, allow_fallback: bool) -> "LLM":
@@ -119,16 +114,3 @@ def describe_device(llm: "LLM") -> dict[str, Any]:
         "ops": llm.ops.name,
         "fallbacks": [] if llm.device.type == "cpu" else llm.ops.fallbacks(llm.dtype),
     }
-
-
-def write_report(output: Path | None, results: list[dict[str, Any]], **circumstances: Any) -> None:
-    """Rank 0 writes the results with all that identifies the run."""
-    report = {
-        "commit": commit(),
-        "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
-        "versions": versions(),
-        **circumstances,
-        "results": results,
-    }
-    if output and is_first_rank():
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -25,8 +25,8 @@ from executor.bench.common import (
     positive,
     random_prompts,
     settings_of,
-    write_report,
 )
+from executor.bench.report import Report
 from executor.llm import LLM
 from executor.sampling_params import SamplingParams
 from executor.utils.report import percentiles, table
@@ -45,11 +45,9 @@ def run(command_line: list[str]) -> None:
     llm = build_llm(settings, arguments.prompt_tokens, new_tokens, arguments.batch_size, arguments.allow_fallback)
     if llm.device.type != "npu":
         raise ValueError(f"device: host-time compares with an NPU's vendor calls, {llm.device.type} makes none")
-    result = measure(llm, arguments.batch_size, arguments.prompt_tokens, arguments.repeats)
-    keys = ("layers", "batch_size", "launches", "read_backs", "TASK_QUEUE_ENABLE", "step_over_bare")
-    row = [result["step_ms"]["p50"], result["bare_ms"]["p50"], *(result[key] for key in keys)]
-    print(table(["step ms", "bare ms", *keys], [row]))
-    write_report(arguments.output, [result], **describe_device(llm))
+    with Report(arguments.output, 1, result_table) as report:
+        report.begin(**describe_device(llm))
+        report.add([measure(llm, arguments.batch_size, arguments.prompt_tokens, arguments.repeats)])
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
@@ -102,6 +100,13 @@ def measure(llm: LLM, batch_size: int, prompt_tokens: int, repeats: int) -> dict
         "bare_ms": bare_ms,
         "step_over_bare": round(step_ms["p50"] / bare_ms["p50"], 3),
     }
+
+
+def result_table(report: Report) -> str:
+    keys = ("layers", "batch_size", "launches", "read_backs", "TASK_QUEUE_ENABLE", "step_over_bare")
+    [result] = report.results
+    row = [result["step_ms"]["p50"], result["bare_ms"]["p50"], *(result[key] for key in keys)]
+    return table(["step ms", "bare ms", *keys], [row])
 
 
 class LaunchRecorder(TorchDispatchMode):

@@ -10,7 +10,8 @@ import argparse
 import gc
 from typing import TYPE_CHECKING, Any
 
-from executor.bench.common import command_parser, positive, refuse_fallbacks, settings_of, write_report
+from executor.bench.common import command_parser, positive, refuse_fallbacks, settings_of
+from executor.bench.report import Report
 from executor.utils.report import table
 
 if TYPE_CHECKING:
@@ -39,20 +40,19 @@ def run(command_line: list[str]) -> None:
     ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
     sizes = [("decode", tokens, arguments.cached_tokens) for tokens in arguments.batch_size]
     sizes += [("prefill", tokens, None) for tokens in arguments.prompt_tokens]
-    results = []
-    with torch.inference_mode():
+    with Report(arguments.output, len(sizes), result_table) as report, torch.inference_mode():
+        report.begin(device=device_name(device), dtype=settings.model_config.dtype, **ceilings)
         for phase, tokens, cached_tokens in sizes:
             ops = load_ops(device.type)  # a new one lets go of the last size's weights
             ops.check_model(dtype, config.head_dim)
             cases = OpCases(ops, config, settings.parallel_config, dtype, device, tokens, cached_tokens)
+            rows = []
             for case in cases.all():
                 us = time_us(case, ops, device, captured=phase == "decode")
-                results.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings))
+                rows.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings))
+            report.add(rows)
             del cases, case, ops
             gc.collect()
-    print(result_table(results))
-    circumstances = {"device": device_name(device), "dtype": settings.model_config.dtype}
-    write_report(arguments.output, results, **circumstances, **ceilings)
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
@@ -98,9 +98,9 @@ def row(case: "OpCase", us: float, ceilings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def result_table(results: list[dict[str, Any]]) -> str:
+def result_table(report: Report) -> str:
     keys = ("phase", "tokens", "operation", "us", "floor_us", "fraction", "bound_by")
     return table(
         ["phase", "tokens", "operation", "us", "floor us", "fraction", "bound by"],
-        [[result[key] for key in keys] for result in results],
+        [[result[key] for key in keys] for result in report.results],
     )

@@ -14,15 +14,14 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
-    is_first_rank,
     new_file,
     positive,
     random_prompts,
     settings_of,
     start_ranks,
-    write_report,
 )
 from executor.bench.plot import check_matplotlib, draw
+from executor.bench.report import Report, is_first_rank
 from executor.utils.report import table
 
 if TYPE_CHECKING:
@@ -42,25 +41,23 @@ def run(command_line: list[str]) -> None:
     from executor.bench.timing import read_ceiling
 
     longest, largest = max(arguments.prompt_tokens), max(arguments.batch_size)
-    results: list[dict[str, Any]] = []
-    circumstances: dict[str, Any] = {}
-    for one_mode in settings:
-        llm = build_llm(one_mode, longest, arguments.new_tokens, largest, arguments.allow_fallback)
-        if not circumstances:
-            circumstances = describe_device(llm) | {"start_to_first_token_s": start_to_first_token_s(llm, arguments)}
-            circumstances["read_ceiling"] = read_ceiling(llm.device)
-        peer = build_peer(llm, arguments.peer)
-        for batch_size in arguments.batch_size:
-            for prompt_tokens in arguments.prompt_tokens:
-                prompts = random_prompts(llm, batch_size, prompt_tokens)
-                results += measure(llm, peer, prompts, arguments, circumstances["read_ceiling"]["gb_per_s"])
-        del llm, peer
-        gc.collect()  # the next mode needs the memory
-    if is_first_rank():
-        print(tables(results, circumstances))
-        if arguments.plot:
-            draw(results, arguments.plot, circumstances["device"])
-    write_report(arguments.output, results, **circumstances)
+    measurements = len(settings) * len(arguments.batch_size) * len(arguments.prompt_tokens)
+    with Report(arguments.output, measurements, tables) as report:
+        for one_mode in settings:
+            llm = build_llm(one_mode, longest, arguments.new_tokens, largest, arguments.allow_fallback)
+            if not report.circumstances:
+                start_s = start_to_first_token_s(llm, arguments)
+                ceiling = read_ceiling(llm.device)
+                report.begin(**describe_device(llm), start_to_first_token_s=start_s, read_ceiling=ceiling)
+            peer = build_peer(llm, arguments.peer)
+            for batch_size in arguments.batch_size:
+                for prompt_tokens in arguments.prompt_tokens:
+                    prompts = random_prompts(llm, batch_size, prompt_tokens)
+                    report.add(measure(llm, peer, prompts, arguments, ceiling["gb_per_s"]))
+            del llm, peer
+            gc.collect()  # the next mode needs the memory
+    if arguments.plot and is_first_rank():
+        draw(report.results, arguments.plot, report.circumstances["device"])
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
@@ -95,8 +92,9 @@ def build_peer(llm: "LLM", name: str | None) -> Any:
     return TransformersPeer(llm)
 
 
-def tables(results: list[dict[str, Any]], circumstances: dict[str, Any]) -> str:
+def tables(report: Report) -> str:
     """All that is printed."""
+    results, circumstances = report.results, report.circumstances
     ceiling = circumstances["read_ceiling"]
     peak_gb = max(result.get("peak_memory_bytes", 0) for result in results) / 1e9
     parts = [result_table(results), floor_table(results)]

@@ -15,13 +15,12 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
-    is_first_rank,
     positive,
     random_prompts,
     settings_of,
     start_ranks,
-    write_report,
 )
+from executor.bench.report import Report
 from executor.sampling_params import SamplingParams
 from executor.utils.report import table
 
@@ -39,14 +38,12 @@ def run(command_line: list[str]) -> None:
     longest, most = (max(sizes) for sizes in zip(*arguments.scenario, strict=True))
     llm = build_llm(settings, longest, most, max(arguments.batch_size), arguments.allow_fallback)
     check_cache(llm, max(arguments.batch_size), longest + most)
-    results = [
-        measure(llm, batch_size, arguments.rounds * batch_size, *scenario)
-        for scenario in arguments.scenario
-        for batch_size in arguments.batch_size
-    ]
-    if is_first_rank():
-        print(result_table(results))
-    write_report(arguments.output, results, **describe_device(llm))
+    measurements = len(arguments.scenario) * len(arguments.batch_size)
+    with Report(arguments.output, measurements, result_table) as report:
+        report.begin(**describe_device(llm))
+        for sizes in arguments.scenario:
+            for batch_size in arguments.batch_size:
+                report.add([measure(llm, batch_size, arguments.rounds * batch_size, *sizes)])
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
@@ -108,9 +105,8 @@ def limit_batch(llm: "LLM", batch_size: int) -> None:
         scheduler.batch_size = -(-batch_size // len(schedulers))
 
 
-def result_table(results: list[dict[str, Any]]) -> str:
+def result_table(report: Report) -> str:
     header = ["batch", "prompts", "in", "out", "seconds", "tokens/s", "a sequence", "ttft ms", "tpot ms"]
     keys = ("batch_size", "prompts", "prompt_tokens", "new_tokens", "seconds", "tok_per_s", "tok_per_s_per_sequence")
-    return table(
-        header, [[*(row[key] for key in keys), row["ttft_ms"]["mean"], row["tpot_ms"]["mean"]] for row in results]
-    )
+    rows = [[*(row[key] for key in keys), row["ttft_ms"]["mean"], row["tpot_ms"]["mean"]] for row in report.results]
+    return table(header, rows)

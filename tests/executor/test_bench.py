@@ -180,6 +180,24 @@ def test_throughput(monkeypatch, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
+def test_a_fault_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
+    """In the file and on the terminal; the exit code says that it is not all."""
+    output = tmp_path / "report.json"
+
+    def out_of_memory_at_two(llm, batch_size, *sizes):
+        if batch_size == 2:
+            raise RuntimeError("out of memory")
+        return measure(llm, batch_size, *sizes)
+
+    monkeypatch.setattr("executor.bench.throughput.measure", out_of_memory_at_two)
+    sizes = ("--scenario", "1:3", "--batch-size", "1", "2")
+    assert throughput(monkeypatch, *sizes, "--output", str(output)) == 1
+    assert [row["batch_size"] for row in json.loads(output.read_text())["results"]] == [1]
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 3 and "out of memory" in printed.err
+    assert "measurements:  50%" in printed.err
+
+
 def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     """One loaded model runs smaller ones too; one that the cache does not hold is refused."""
     running = []

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command found out: how far it is, its tables, and a file that holds every result as soon as there is one."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from executor.utils.report import commit, versions
+
+
+class Report:
+    """Results as they come; rank 0 shows and keeps them.
+
+    The file is written anew with each measurement and the tables are printed at the end, also at that of a fault, so
+    that nothing finished is lost.
+    """
+
+    def __init__(self, output: Path | None, measurements: int, tables: Callable[["Report"], str]):
+        """`tables` makes what is printed."""
+        self.output = output
+        self.measurements = measurements
+        self.tables = tables
+        self.circumstances: dict[str, Any] = {}
+        self.results: list[dict[str, Any]] = []
+        self.progress: tqdm | None = None
+
+    def begin(self, **circumstances: Any) -> None:
+        """Once all is ready that could be refused: under which circumstances it is measured."""
+        self.circumstances = circumstances
+        hidden = self.measurements == 1 or not is_first_rank()
+        self.progress = tqdm(total=self.measurements, desc="measurements", disable=hidden)
+
+    def add(self, results: list[dict[str, Any]]) -> None:
+        """The rows of one measurement."""
+        self.results += results
+        self.progress.update()
+        if self.output and is_first_rank():
+            self.output.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
+
+    def content(self) -> dict[str, Any]:
+        return {
+            "commit": commit(),
+            "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
+            "versions": versions(),
+            **self.circumstances,
+            "results": self.results,
+        }
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.close()
+        if self.results and is_first_rank():
+            print(self.tables(self))
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
