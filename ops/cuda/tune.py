@@ -3,16 +3,17 @@
 
 Every candidate is timed inside a decode step of some layers with random weights, as one graph: the best size of a
 kernel alone is often not the best beside its neighbours. One kernel is tuned after the other, each with the best before
-it.
+it. The kernels of one tensor-parallel rank are tuned alone, without the exchanges between ranks.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ops import DenseWeight, StepMetadata
 from ops.cuda import CudaOps, tiles
@@ -22,11 +23,13 @@ CONTEXT, BLOCK_SIZE = 1024, 128
 REPLAYS, ROUNDS = 20, 5
 SHARED_TOKENS = 4  # of a step whose tokens share experts
 EPS = 1e-6
+# kernel, shape of its weight, tokens of the step to time, candidates: the first is what is in force
+Search = tuple[str, tuple[int, int], int, list[list[int]]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A layer's sizes, letters as in ops/__init__.py."""
+    """A model's sizes, letters as in ops/__init__.py."""
 
     d: int
     h: int
@@ -35,6 +38,7 @@ class Shape:
     e: int
     k: int
     f: int
+    v: int
 
     @classmethod
     def read(cls, path: Path) -> "Shape":
@@ -49,11 +53,20 @@ class Shape:
             e=raw["num_experts"],
             k=raw["num_experts_per_tok"],
             f=raw["moe_intermediate_size"],
+            v=raw["vocab_size"],
         )
+
+    def of_rank(self, tp_size: int) -> "Shape":
+        """What one of `tp_size` tensor-parallel ranks holds; ValueError if heads or widths do not divide evenly."""
+        split = {name: getattr(self, name) for name in ("h", "f", "v")}
+        if uneven := [name for name, size in split.items() if tp_size < 1 or size % tp_size]:
+            raise ValueError(f"{tp_size} ranks do not divide {', '.join(uneven)} of {self}")
+        parts = {name: size // tp_size for name, size in split.items()}
+        return dataclasses.replace(self, g=max(1, self.g // tp_size), **parts)
 
 
 class Layers:
-    """Some layers with random weights, and what a decode step of `num_tokens` sequences needs."""
+    """Some layers and a head with random weights, and what a decode step of `num_tokens` sequences needs."""
 
     def __init__(self, shape: Shape, num_layers: int, num_tokens: int, device: str, dtype: torch.dtype):
         def random(*size: int, std: float = 0.02) -> torch.Tensor:
@@ -73,6 +86,7 @@ class Layers:
             }
             for _ in range(num_layers)
         ]
+        self.norm, self.lm_head = 1 + random(s.d), DenseWeight(random(s.v, s.d))
         self.hidden_states = random(num_tokens, s.d, std=1)
         self.cos_sin = tuple(torch.rand(num_tokens, s.c, device=device) for _ in range(2))
         table = 1 + torch.arange(num_tokens * blocks, device=device).view(num_tokens, blocks)
@@ -98,7 +112,7 @@ class Layers:
                 hidden_states, residual, norm_2, EPS, layer["router"], self.shape.k, True
             )
             hidden_states = ops.experts(normed, routing, layer["gate_up"], layer["down"])
-        return hidden_states
+        return ops.norm_linear(hidden_states, residual, self.norm, EPS, self.lm_head)[0]
 
 
 def graph_us(work: Callable[[], object]) -> float:
@@ -118,15 +132,11 @@ def graph_us(work: Callable[[], object]) -> float:
     return sorted(times)[ROUNDS // 2]
 
 
-def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[list[int]]]]:
-    """Kernel, shape of its weight, tokens of the step to time, candidates: the first is what is in force."""
-    qkv, o, router = ((shape.h + 2 * shape.g) * shape.c, shape.d), (shape.d, shape.h * shape.c), (shape.e, shape.d)
-    for n, k in (qkv, o, router):
-        current = tiles.gemv_tile(n, k, 1)
-        sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
-        sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= 8 * 4096]
-        yield "gemv", (n, k), 1, [[current.rows, current.tiles, current.warps], *sizes]
+def searches(shape: Shape) -> Iterator[Search]:
+    """In the order of the tokens of their steps."""
     f, d = shape.f, shape.d
+    qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
+    yield from (gemv_search("gemv", n, k, 1) for n, k in (qkv, o, router, lm_head))
     gate_up = [[rows, warps] for rows in (1, 2, 4, 8) for warps in (4, 8) if f % rows == 0]
     down, shared_down = (
         [
@@ -139,8 +149,17 @@ def searches(shape: Shape) -> Iterator[tuple[str, tuple[int, int], int, list[lis
     )
     yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *gate_up]
     yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *down]
+    yield from (gemv_search("gemv_pair", n, k, 2) for n, k in (qkv, o, lm_head))
     yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *gate_up]
     yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *shared_down]
+
+
+def gemv_search(kernel: str, n: int, k: int, num_tokens: int) -> Search:
+    """For a matrix [n, k]."""
+    current = tiles.gemv_tile(n, k, num_tokens)
+    sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
+    sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= tiles.GEMV_ELEMENTS]
+    return kernel, (n, k), num_tokens, [[current.rows, current.tiles, current.warps], *sizes]
 
 
 def tune(
@@ -154,19 +173,24 @@ def tune(
             layers = None  # its memory is needed
             layers = Layers(shape, num_layers, num_tokens, device, dtype)
         sizes, times = table.setdefault(kernel, {}), []
-        for candidate in candidates:
+        for candidate in tqdm(candidates, desc=f"{kernel} {n}x{k}", leave=False):
             sizes[f"{n}x{k}"] = candidate
-            ops = CudaOps()  # binds its kernels anew
-            times.append(time_of(lambda ops=ops, layers=layers: layers.run(ops)) / num_layers)
+            times.append(step_us(layers, time_of))
         best = min(range(len(times)), key=times.__getitem__)
         sizes[f"{n}x{k}"] = candidates[best]
-        print(f"{kernel} {n}x{k}: {candidates[best]} {times[best]:.2f} us a layer, was {candidates[0]} {times[0]:.2f}")
+        print(f"{kernel} {n}x{k}: {candidates[best]} {times[best]:.1f} us a step, was {candidates[0]} {times[0]:.1f}")
     return table
+
+
+def step_us(layers: Layers, time_of: Callable[..., float]) -> float:
+    ops = CudaOps()  # binds its kernels anew
+    return time_of(lambda: layers.run(ops))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ops.cuda.tune", description=__doc__)
     parser.add_argument("config", type=Path, help="config.json of a checkpoint: the shape to tune for")
+    parser.add_argument("--tp-size", type=int, default=1, help="ranks that share every matrix; 1 unless given")
     parser.add_argument("--write", metavar="NAME", help="keep the table under this part of the device's name")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -175,6 +199,10 @@ def main() -> None:
         shape = Shape.read(arguments.config)
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{arguments.config}: expected the config.json of a mixture of experts ({error!r})")
+    try:
+        shape = shape.of_rank(arguments.tp_size)
+    except ValueError as error:
+        parser.error(f"--tp-size: {error}")
     with torch.inference_mode():
         table = tune(shape, LAYERS, "cuda", torch.bfloat16)
     if arguments.write:

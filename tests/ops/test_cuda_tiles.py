@@ -3,6 +3,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from ops.cuda import tiles, tune  # noqa: E402
 
-SHAPE = tune.Shape(d=64, h=2, g=1, c=32, e=6, k=2, f=32)
+SHAPE = tune.Shape(d=64, h=2, g=1, c=32, e=6, k=2, f=32, v=96)
+REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -53,7 +55,7 @@ def test_file_is_as_tune_writes_it():
 def test_tables_divide_their_weights(part):
     found = tiles.table_of(part)
     for kernel in ("gemv", "gemv_pair"):
-        for shape, (rows, count, _) in found.get(kernel, {}).items():  # tune writes no pairs
+        for shape, (rows, count, _) in found[kernel].items():
             assert int(shape.split("x")[0]) % (rows * count) == 0
     for kernel, side in (("gate_up", 0), ("down", 1), ("shared_gate_up", 0), ("shared_down", 1)):
         for shape, (rows, _) in found[kernel].items():
@@ -74,7 +76,8 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
 
     monkeypatch.setattr(tune, "searches", shorter_searches)
     results: dict[int, torch.Tensor] = {}
-    wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2], "shared_gate_up": [2, 4], "shared_down": [16, 4]}
+    wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2]}
+    wanted |= {"gemv_pair": [4, 1, 4], "shared_gate_up": [2, 4], "shared_down": [16, 4]}
 
     def clock(work):
         result = work().clone()
@@ -83,7 +86,18 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
         return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100
 
     tune.tune(SHAPE, 1, DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16, clock)
+    matrices = {"gemv": 4, "gemv_pair": 3}
     assert {kernel: list(sizes.values()) for kernel, sizes in table.items()} == {
-        kernel: [best] * (3 if kernel == "gemv" else 1) for kernel, best in wanted.items()
+        kernel: [best] * matrices.get(kernel, 1) for kernel, best in wanted.items()
     }
-    assert capsys.readouterr().out.count("us a layer") == 7
+    assert capsys.readouterr().out.count("us a step") == 11
+
+
+def test_shape_of_a_rank():
+    whole = tune.Shape.read(REPOSITORY / "models/qwen3_moe/shapes/qwen3_30b_a3b/config.json")
+    assert whole == tune.Shape(d=2048, h=32, g=4, c=128, e=128, k=8, f=768, v=151936)
+    assert whole.of_rank(1) == whole
+    assert whole.of_rank(8) == tune.Shape(d=2048, h=4, g=1, c=128, e=128, k=8, f=96, v=18992)
+    for tp_size in (0, 3):
+        with pytest.raises(ValueError, match=f"{tp_size} ranks do not divide h"):
+            whole.of_rank(tp_size)
