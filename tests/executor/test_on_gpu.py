@@ -10,6 +10,7 @@ from executor.llm import LLM
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from tests.checkpoints import reference_logits
+from tests.logits import decode_logits, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -25,26 +26,9 @@ def texts(llm: LLM) -> list[list[int]]:
     return [llm.tokenizer.encode(text[1200 * i :][:1200])[:length] for i, length in enumerate(TEXT_LENGTHS)]
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.isfinite().all()
-    return float((actual - expected).norm() / expected.norm())
-
-
 def transformers_logits(dtype: torch.dtype, sequences: list[list[int]]) -> list[torch.Tensor]:
     model = Qwen3MoeForCausalLM.from_pretrained(DEMO, dtype=dtype).to("cuda").eval()
     return [reference_logits(model, sequence).cpu() for sequence in sequences]
-
-
-def decode_logits(llm: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Whole sequences, and the logits [new_tokens - 1, V] from which a decode step chose the tokens of each."""
-    kept = []
-    choose = llm.engine.choose
-    llm.engine.choose = lambda logits, batches: kept.append(logits.whole().cpu()) or choose(logits, batches)
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
-    llm.engine.choose = choose
-    assert len(kept) == new_tokens  # the first of them from the prefill
-    sequences = [prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)]
-    return sequences, list(torch.stack(kept[1:], dim=1))
 
 
 @pytest.mark.parametrize("exe_mode", ["eager", "graph"])

@@ -18,6 +18,7 @@ from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
+from tests.logits import relative_error  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter multiplies bfloat16 matrices as integers
@@ -36,12 +37,6 @@ def seed(request):
 
 def random(*shape, std=1.0, dtype=DTYPE):
     return (torch.randn(shape, device=DEVICE) * std).to(dtype)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape
-    assert actual.isfinite().all()
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
 
 
 def poison(ops: CudaOps) -> None:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole network on the Triton kernels, small, beside transformers; interpreted where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+pytest.importorskip("triton", reason="the kernels need triton")
+
+from executor import LLM  # noqa: E402
+from ops.cuda import CudaOps  # noqa: E402
+from tests.checkpoints import make_checkpoint, reference_logits  # noqa: E402
+from tests.logits import decode_logits, relative_error  # noqa: E402
+
+KERNELS = {
+    *("LinearCall", "NormLinearCall", "RouteCall", "ExpertsCall", "SharedExpertsCall", "GroupedExpertsCall"),
+    *("DecodeAttentionCall", "partial"),  # the latter binds attention of a prefill
+}
+NEW_TOKENS = 3
+TOLERANCE = 1e-2
+KERNELS_FOR_ALL = {  # widths are powers of two; where every expert is chosen, no rounding decides which are
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "vocab_size": 256,
+}
+CHOOSING = {"num_experts": 8, "num_experts_per_tok": 2}
+MIXED = {"attention_bias": True, "norm_topk_prob": False, "tie_word_embeddings": True, "mlp_only_layers": [0]}
+# the config, lengths of prompts: one long enough for two splits of the cache, or few tokens, and none whose experts are
+# so close that rounding decides
+MODELS = {
+    "kernels_for_all": (KERNELS_FOR_ALL, [130, 1, 17]),
+    "mixed": (KERNELS_FOR_ALL | CHOOSING | MIXED, [5, 1, 17]),
+    "odd_widths": ({"num_hidden_layers": 2}, [5, 1, 17]),  # plain torch between kernels
+}
+SEED = 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers(name, tmp_path, monkeypatch):
+    """Prefill and decode, one sequence and several."""
+    config, lengths = MODELS[name]
+    reference = make_checkpoint(tmp_path, SEED, **config).half().float()
+    monkeypatch.setattr("executor.llm.load_ops", lambda device_type: CudaOps())
+    llm = LLM(
+        tmp_path,
+        "cuda" if ON_GPU else "cpu",
+        dtype="float16",  # the interpreter multiplies bfloat16 matrices as integers
+        input_max_len=max(lengths),
+        max_new_tokens=NEW_TOKENS,
+        batch_size=len(lengths),
+    )
+    torch.manual_seed(SEED)
+    prompts = [torch.randint(0, llm.config.vocab_size, (length,)).tolist() for length in lengths]
+    for batch in (prompts[:1], prompts):
+        sequences, decoded = decode_logits(llm, batch, NEW_TOKENS)
+        for sequence, from_decode in zip(sequences, decoded, strict=True):
+            expected = reference_logits(reference, sequence)
+            assert relative_error(from_decode, expected[-NEW_TOKENS:-1]) < TOLERANCE
+    if name == "kernels_for_all":
+        assert {type(call).__name__ for call in llm.ops.calls.values()} == KERNELS
+    longest = max(sequences, key=len)
+    assert relative_error(llm.logits(longest), reference_logits(reference, longest)) < TOLERANCE
