@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from executor import infer
 from executor.config import Settings, load_settings, resolve_path
-from executor.rank import LAUNCHER_VARIABLE
+from executor.rank import LAUNCHER_VARIABLE, forget_rank
 from executor.utils.data_utils import load_prompts
 
 if TYPE_CHECKING:
     from ops.cluster import Nodes
-
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def main() -> int:
@@ -34,15 +32,14 @@ def main() -> int:
         settings = load_settings(arguments.yaml_file_path, arguments.set)
         if settings.world_size > 1:
             launch(settings, ["executor.infer", *sys.argv[1:]])
+        forget_rank()
+        return infer.main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
         return 1
-    for name in RANK_VARIABLES:  # some platforms set them for every process
-        os.environ.pop(name, None)
-    return infer.main()
 
 
 def launch(settings: Settings, command: list[str]) -> NoReturn:

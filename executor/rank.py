@@ -13,6 +13,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun, which reads the file when the rank has ended
 LAUNCHER_VARIABLE = "LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
@@ -37,6 +38,12 @@ def join() -> int:
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.sched_setaffinity(0, share_of_cores(sorted(os.sched_getaffinity(0), key=place), local_rank, local_size))
     return rank
+
+
+def forget_rank() -> None:
+    """Removes what says which rank this process is: some platforms set it for every process."""
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def share_of_cores(cores: list[int], index: int, parts: int) -> list[int]:

@@ -3,9 +3,10 @@
 
 import argparse
 import importlib
+import os
 import sys
 
-from executor.rank import fail, join
+from executor.rank import fail, forget_rank, join
 
 COMMANDS = {
     "latency": "time to the first token and time of each further one",
@@ -27,12 +28,17 @@ def main() -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     command = parser.parse_args(sys.argv[1:2]).command
     try:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            forget_rank()
         join()  # before a command imports torch
         importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(sys.argv[2:])
     except ValueError as error:
         return fail(2, error)
     except Exception as error:
         return fail(1, error)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.config import REPOSITORY, Settings, load_settings
 from executor.launch import launch
+from executor.utils.files import check_writable
 
 if TYPE_CHECKING:
     from executor.llm import LLM
@@ -38,10 +39,11 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def new_file(name: str) -> Path:
     """A file that can be written, found out before anything is measured."""
-    file = Path(name)
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{name} is not a file in a folder that exists")
-    return file
+    try:
+        check_writable(Path(name))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: {error.strerror}") from None
+    return Path(name)
 
 
 def positive(text: str) -> int:
@@ -56,7 +58,10 @@ def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:
     yaml_file = Path(arguments.yaml)
     if not yaml_file.is_file():
         yaml_file = CONFIG_FOLDER / yaml_file.with_suffix(".yaml")
-    return load_settings(yaml_file, [*arguments.set, *overrides])
+    settings = load_settings(yaml_file, [*arguments.set, *overrides])
+    if settings.model_config.enable_profiler:
+        raise ValueError("model_config.enable_profiler: what is traced is not measured; set it to False")
+    return settings
 
 
 def start_ranks(settings: Settings) -> None:
@@ -65,19 +70,31 @@ def start_ranks(settings: Settings) -> None:
         launch(settings, ["executor.bench", *sys.argv[1:]])
 
 
-def build_llm(settings: Settings, prompt_tokens: int, new_tokens: int, batch_size: int, allow_fallback: bool) -> "LLM":
-    """The model, large enough for what is to be measured.
+def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int, allow_fallback: bool) -> "LLM":
+    """The model, large enough for batches of every size (tokens of a prompt, new tokens) that is to be measured.
 
-    ValueError, before anything is loaded, if an accelerator lacks operations of its own and that is not allowed.
+    ValueError if the cache is not, as fewer sequences would run at once than the row says, and, before anything is
+    loaded, if an accelerator lacks operations of its own and that is not allowed.
     """
+    from executor.kv_cache import BLOCK_SIZE, blocks_for
     from executor.llm import LLM
 
     if not allow_fallback:
         refuse_fallbacks(settings)
+    longest = max(prompt_tokens for prompt_tokens, _ in sizes)
+    tokens = max(map(sum, sizes))
     data = dataclasses.replace(
-        settings.data_config, input_max_len=prompt_tokens, max_new_tokens=new_tokens, batch_size=batch_size
+        settings.data_config, input_max_len=longest, max_new_tokens=tokens - longest, batch_size=batch_size
     )
-    return LLM.from_settings(dataclasses.replace(settings, data_config=data))
+    llm = LLM.from_settings(dataclasses.replace(settings, data_config=data))
+    needed = -(-batch_size // len(llm.engine.schedulers)) * blocks_for(tokens)
+    if needed > llm.num_blocks:
+        raise ValueError(
+            f"--batch-size: {batch_size} sequences of {tokens} tokens need a cache of {needed * BLOCK_SIZE} tokens, "
+            f"there are {llm.num_blocks * BLOCK_SIZE}: measure less, or raise model_config.cache_tokens (if it is not "
+            "set, model_config.cache_memory_fraction)"
+        )
+    return llm
 
 
 def refuse_fallbacks(settings: Settings) -> None:

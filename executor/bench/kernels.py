@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def run(command_line: list[str]) -> None:
     """Measures every operation at every size, prints the table and writes the report."""
     arguments = parse(command_line)
+    if not arguments.batch_size and not arguments.prompt_tokens:
+        raise ValueError("--batch-size and --prompt-tokens: neither has a size to measure")
     settings = settings_of(arguments)
     import torch
 

@@ -14,13 +14,12 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
-    new_file,
     positive,
     random_prompts,
     settings_of,
     start_ranks,
 )
-from executor.bench.plot import check_matplotlib, draw
+from executor.bench.plot import check_matplotlib, draw, new_picture
 from executor.bench.report import Report, is_first_rank
 from executor.utils.report import table
 
@@ -35,17 +34,22 @@ def run(command_line: list[str]) -> None:
         raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
     if arguments.plot:
         check_matplotlib()
-    settings = [settings_of(arguments, f"exe_mode={mode}") for mode in arguments.exe_mode]
+    if arguments.plot and arguments.plot == arguments.output:
+        raise ValueError(f"--plot and --output: both are {arguments.plot}")
+    modes = [f"exe_mode={mode}" for mode in arguments.exe_mode]
+    settings = [settings_of(arguments, mode) for mode in modes] or [settings_of(arguments)]
+    if arguments.peer and settings[0].world_size > 1:
+        raise ValueError(f"--peer: {arguments.peer} runs on one rank, world_size is {settings[0].world_size}")
     start_ranks(settings[0])
     from executor.bench.measure import measure
     from executor.bench.timing import read_ceiling
 
-    longest, largest = max(arguments.prompt_tokens), max(arguments.batch_size)
+    sizes = [(prompt_tokens, arguments.new_tokens) for prompt_tokens in arguments.prompt_tokens]
     measurements = len(settings) * len(arguments.batch_size) * len(arguments.prompt_tokens)
     with Report(arguments.output, measurements, tables) as report:
         for one_mode in settings:
-            llm = build_llm(one_mode, longest, arguments.new_tokens, largest, arguments.allow_fallback)
-            if not report.circumstances:
+            llm = build_llm(one_mode, sizes, max(arguments.batch_size), arguments.allow_fallback)
+            if not report.content:
                 start_s = start_to_first_token_s(llm, arguments)
                 ceiling = read_ceiling(llm.device)
                 report.begin(**describe_device(llm), start_to_first_token_s=start_s, read_ceiling=ceiling)
@@ -57,19 +61,21 @@ def run(command_line: list[str]) -> None:
             del llm, peer
             gc.collect()  # the next mode needs the memory
     if arguments.plot and is_first_rank():
-        draw(report.results, arguments.plot, report.circumstances["device"])
+        draw(report.results, arguments.plot, report.content["device"])
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("latency", __doc__)
-    parser.add_argument("--exe-mode", nargs="+", default=["eager"], metavar="MODE", help="eager and/or graph")
+    parser.add_argument(
+        "--exe-mode", nargs="+", default=[], choices=("eager", "graph"), help="one or both; else the YAML's"
+    )
     parser.add_argument("--prompt-tokens", type=positive, nargs="+", default=[512])
     parser.add_argument("--new-tokens", type=positive, default=64)
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], help="prompts of distinct random tokens")
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
     parser.add_argument(
-        "--plot", type=new_file, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
+        "--plot", type=new_picture, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
     )
     return parser.parse_args(command_line)
 
@@ -94,15 +100,14 @@ def build_peer(llm: "LLM", name: str | None) -> Any:
 
 def tables(report: Report) -> str:
     """All that is printed."""
-    results, circumstances = report.results, report.circumstances
-    ceiling = circumstances["read_ceiling"]
+    results, ceiling = report.results, report.content["read_ceiling"]
     peak_gb = max(result.get("peak_memory_bytes", 0) for result in results) / 1e9
     parts = [result_table(results), floor_table(results)]
     if results[0]["world_size"] > 1:
         parts.append(traffic_table(results))
     parts.append(
         f"read ceiling {ceiling['gb_per_s']} GB/s ({ceiling['measured_by']}), process start to first token "
-        f"{circumstances['start_to_first_token_s']} s, peak memory {peak_gb:.2f} GB"
+        f"{report.content['start_to_first_token_s']} s, peak memory {peak_gb:.2f} GB"
     )
     return "\n\n".join(parts)
 

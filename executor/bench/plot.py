@@ -24,25 +24,33 @@ def run(command_line: list[str]) -> None:
     )
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="JSON files")
     parser.add_argument("--exe-mode", help="draw only rows of this mode")
-    parser.add_argument("--output", required=True, type=new_file, metavar="FILE", help="PNG file")
+    parser.add_argument("--output", required=True, type=new_picture, metavar="FILE", help="PNG file")
     arguments = parser.parse_args(command_line)
     check_matplotlib()
     reports = [read_report(file) for file in arguments.reports]
     rows = [row for report in reports for row in report["results"]]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
     if not rows:
-        raise ValueError(f"--exe-mode: {arguments.exe_mode!r} is the mode of no row of {', '.join(arguments.reports)}")
-    draw(rows, arguments.output, reports[0]["device"])
+        wanted = f" of mode {arguments.exe_mode}" if arguments.exe_mode else ""
+        raise ValueError(f"no row{wanted} in {', '.join(arguments.reports)}")
+    draw(rows, arguments.output, next((report["device"] for report in reports if "device" in report), ""))
 
 
 def read_report(file: str) -> dict[str, Any]:
     try:
         report = json.loads(Path(file).read_text(encoding="utf-8"))
         for row in report["results"]:
-            series_of(row), row["batch_size"], row["tpot_ms"]["mean"]
+            series_of(row), row["batch_size"], float(row["tpot_ms"]["mean"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a report of latencies: {type(error).__name__}: {error}") from None
     return report
+
+
+def new_picture(name: str) -> Path:
+    """A PNG file that can be written."""
+    if not name.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{name}: pictures are PNG, name it {name}.png")
+    return new_file(name)
 
 
 def check_matplotlib() -> None:

@@ -11,14 +11,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from executor.utils.files import replace
 from executor.utils.report import commit, versions
 
 
 class Report:
     """Results as they come; rank 0 shows and keeps them.
 
-    The file is written anew with each measurement and the tables are printed at the end, also at that of a fault, so
-    that nothing finished is lost.
+    The file is replaced with each measurement, so that whatever happens later leaves what was finished. The tables are
+    printed when the measurements end, also when an error ends them.
     """
 
     def __init__(self, output: Path | None, measurements: int, tables: Callable[["Report"], str]):
@@ -26,13 +27,19 @@ class Report:
         self.output = output
         self.measurements = measurements
         self.tables = tables
-        self.circumstances: dict[str, Any] = {}
+        self.content: dict[str, Any] = {}
         self.results: list[dict[str, Any]] = []
         self.progress: tqdm | None = None
 
     def begin(self, **circumstances: Any) -> None:
-        """Once all is ready that could be refused: under which circumstances it is measured."""
-        self.circumstances = circumstances
+        """What identifies the run; from here on the terminal shows how far it is."""
+        self.content = {
+            "commit": commit(),
+            "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
+            "versions": versions(),
+            **circumstances,
+            "results": self.results,
+        }
         hidden = self.measurements == 1 or not is_first_rank()
         self.progress = tqdm(total=self.measurements, desc="measurements", disable=hidden)
 
@@ -41,16 +48,7 @@ class Report:
         self.results += results
         self.progress.update()
         if self.output and is_first_rank():
-            self.output.write_text(json.dumps(self.content(), indent=1) + "\n", encoding="utf-8")
-
-    def content(self) -> dict[str, Any]:
-        return {
-            "commit": commit(),
-            "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
-            "versions": versions(),
-            **self.circumstances,
-            "results": self.results,
-        }
+            replace(self.output, json.dumps(self.content, indent=1) + "\n")
 
     def __enter__(self) -> "Report":
         return self

@@ -25,6 +25,7 @@ from executor.sampling_params import SamplingParams
 from executor.utils.report import table
 
 if TYPE_CHECKING:
+    from executor.config import Settings
     from executor.llm import LLM
 
 WARM_UP_TOKENS = 4
@@ -34,10 +35,9 @@ def run(command_line: list[str]) -> None:
     """Measures every scenario at every batch size, prints the table and writes the report."""
     arguments = parse(command_line)
     settings = settings_of(arguments)
+    check_rounds(settings, arguments)
     start_ranks(settings)
-    longest, most = (max(sizes) for sizes in zip(*arguments.scenario, strict=True))
-    llm = build_llm(settings, longest, most, max(arguments.batch_size), arguments.allow_fallback)
-    check_cache(llm, max(arguments.batch_size), longest + most)
+    llm = build_llm(settings, arguments.scenario, max(arguments.batch_size), arguments.allow_fallback)
     measurements = len(arguments.scenario) * len(arguments.batch_size)
     with Report(arguments.output, measurements, result_table) as report:
         report.begin(**describe_device(llm))
@@ -61,15 +61,14 @@ def scenario(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_cache(llm: "LLM", batch_size: int, tokens: int) -> None:
-    """ValueError if the cache cannot hold the largest batch: fewer would run than the row says."""
-    from executor.kv_cache import BLOCK_SIZE, blocks_for
-
-    needed = -(-batch_size // len(llm.engine.schedulers)) * blocks_for(tokens)
-    if needed > llm.num_blocks:
+def check_rounds(settings: "Settings", arguments: argparse.Namespace) -> None:
+    """ValueError if more sequences would run at once than a row says: every group of attention ranks runs as many."""
+    groups = max(1, settings.world_size // settings.parallel_config.attn_tp_size)
+    uneven = [size for size in arguments.batch_size if size % groups]
+    if uneven and arguments.rounds > 1:
         raise ValueError(
-            f"--batch-size: {batch_size} sequences of {tokens} tokens need a cache of {needed * BLOCK_SIZE} tokens, "
-            f"there are {llm.num_blocks * BLOCK_SIZE}: measure less, or raise model_config.cache_memory_fraction"
+            f"--batch-size: {uneven[0]} is no multiple of the {groups} groups of attention ranks, as it has to be with "
+            "--rounds above 1"
         )
 
 
@@ -77,7 +76,7 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
     """One row, after a warm-up of a few tokens."""
     limit_batch(llm, batch_size)
     prompts = random_prompts(llm, num_prompts, prompt_tokens)
-    llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=WARM_UP_TOKENS, ignore_eos=True))
+    llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=min(WARM_UP_TOKENS, new_tokens), ignore_eos=True))
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     seconds = time.perf_counter() - start_s

@@ -57,12 +57,16 @@ class Shape:
         )
 
     def of_rank(self, tp_size: int) -> "Shape":
-        """What one of `tp_size` tensor-parallel ranks holds; ValueError if heads or widths do not divide evenly."""
-        split = {name: getattr(self, name) for name in ("h", "f", "v")}
-        if uneven := [name for name, size in split.items() if tp_size < 1 or size % tp_size]:
-            raise ValueError(f"{tp_size} ranks do not divide {', '.join(uneven)} of {self}")
-        parts = {name: size // tp_size for name, size in split.items()}
-        return dataclasses.replace(self, g=max(1, self.g // tp_size), **parts)
+        """What one of `tp_size` tensor-parallel ranks holds; ValueError if they cannot share it evenly.
+
+        More ranks than kv heads hold one each.
+        """
+        split = {"query heads": self.h, "expert columns": self.f, "vocabulary": self.v}
+        split |= {"kv heads": max(self.g, tp_size)}
+        if uneven := [f"{size} {what}" for what, size in split.items() if tp_size < 1 or size % tp_size]:
+            raise ValueError(f"{tp_size} ranks cannot share {', '.join(uneven)}")
+        h, f, v, g = (size // tp_size for size in split.values())
+        return dataclasses.replace(self, h=h, f=f, v=v, g=g)
 
 
 class Layers:
@@ -195,9 +199,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU to measure")
+    if arguments.write is not None and (not arguments.write or arguments.write not in torch.cuda.get_device_name()):
+        parser.error(f"--write: {arguments.write!r} is no part of this device's name, {torch.cuda.get_device_name()}")
     try:
         shape = Shape.read(arguments.config)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"{arguments.config}: expected the config.json of a mixture of experts ({error!r})")
     try:
         shape = shape.of_rank(arguments.tp_size)

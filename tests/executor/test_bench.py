@@ -68,11 +68,48 @@ def test_latency(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("--new-tokens", "1"), "--new-tokens"), (("--set", "data_config.batchsize=2"), "data_config.batch_size")],
+    [
+        (("latency", "--new-tokens", "1"), "--new-tokens"),
+        (("latency", "--set", "data_config.batchsize=2"), "data_config.batch_size"),
+        (("latency", "--set", "model_config.enable_profiler=True"), "model_config.enable_profiler"),
+        (("latency", "--peer", "transformers", "--set", "world_size=2"), "--peer: transformers runs on one rank"),
+        (("latency", "--plot", "a.png", "--output", "a.png"), "--plot and --output: both are a.png"),
+        (("latency", "--set", "exe_mode=graph"), "exe_mode: graph is not possible on device cpu"),
+        (
+            ("latency", "--batch-size", "1", "2", "--prompt-tokens", "100", "--set", "model_config.cache_tokens=256"),
+            "2 sequences of 164 tokens need a cache of 512 tokens, there are 256",
+        ),
+        (
+            ("throughput", "--rounds", "2", "--batch-size", "2", "3", "--set", "world_size=2"),
+            "3 is no multiple of the 2",
+        ),
+        (("kernels", "--batch-size", "--prompt-tokens"), "neither has a size"),
+    ],
 )
-def test_bad_input(arguments, named, monkeypatch, capsys):
-    assert latency(monkeypatch, *arguments) == 2
-    assert named in capsys.readouterr().err
+def test_bad_input(arguments, named, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench(monkeypatch, *arguments, "--yaml", "demo", "--set", "device=cpu") == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("error: ") == 1 and named in printed.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "1"}])
+def test_ranks_of_the_platform_mean_nothing(variables, monkeypatch, tmp_path, capsys):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "report.json"
+    assert throughput(monkeypatch, "--scenario", "1:2", "--batch-size", "1", "--output", str(output)) == 0
+    assert output.exists() and "tokens/s" in capsys.readouterr().out
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(command_line):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("executor.bench.throughput.run", interrupt)
+    assert throughput(monkeypatch) == 1
+    assert capsys.readouterr().err == "error: interrupted\n"
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +179,21 @@ def test_plot(monkeypatch, tmp_path, capsys):
     drawn = []
     monkeypatch.setattr("executor.bench.plot.draw", lambda rows, *_: drawn.append([row["system"] for row in rows]))
     assert bench(monkeypatch, "plot", str(report), str(peers), "--exe-mode", "graph", "--output", str(picture)) == 0
-    assert drawn == [["theirs"]]
+    assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 0  # it names no device
+    assert drawn == [["theirs"]] * 2
     assert bench(monkeypatch, "plot", str(report), "--exe-mode", "graph", "--output", str(picture)) == 2
-    peers.write_text(json.dumps({"results": [{"system": "theirs"}]}))
-    assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 2
+    for broken in ({"system": "theirs"}, {**row, "tpot_ms": {"mean": None}}):
+        peers.write_text(json.dumps({"results": [broken]}))
+        assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert latency(monkeypatch, "--plot", str(picture)) == 2
     refusals = capsys.readouterr().err.splitlines()
     assert [
-        named in line for named, line in zip(("--exe-mode", "peers.json", "matplotlib"), refusals, strict=True)
-    ] == [True] * 3
+        named in line
+        for named, line in zip(
+            ("no row of mode graph", "peers.json", "peers.json", "matplotlib"), refusals, strict=True
+        )
+    ] == [True] * 4
 
 
 def throughput(monkeypatch, *arguments: str) -> int:
@@ -181,18 +223,20 @@ def test_throughput(monkeypatch, tmp_path, capsys):
 
 
 def test_a_fault_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
-    """In the file and on the terminal; the exit code says that it is not all."""
-    output = tmp_path / "report.json"
+    """In the file before the fault, and on the terminal; the exit code says that it is not all."""
+    output, kept = tmp_path / "report.json", []
 
     def out_of_memory_at_two(llm, batch_size, *sizes):
         if batch_size == 2:
+            kept.append(json.loads(output.read_text())["results"])
             raise RuntimeError("out of memory")
         return measure(llm, batch_size, *sizes)
 
     monkeypatch.setattr("executor.bench.throughput.measure", out_of_memory_at_two)
     sizes = ("--scenario", "1:3", "--batch-size", "1", "2")
     assert throughput(monkeypatch, *sizes, "--output", str(output)) == 1
-    assert [row["batch_size"] for row in json.loads(output.read_text())["results"]] == [1]
+    assert kept == [json.loads(output.read_text())["results"]]
+    assert [row["batch_size"] for row in kept[0]] == [1]
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 3 and "out of memory" in printed.err
     assert "measurements:  50%" in printed.err
@@ -218,9 +262,12 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     ("arguments", "named"),
     [
         (("throughput", "--scenario", "5:1"), "'5:1' is not IN:OUT"),
-        (("throughput", "--output", "/nowhere/report.json"), "/nowhere/report.json is"),
+        (("throughput", "--output", "/nowhere/report.json"), "/nowhere/report.json cannot be written: No such file"),
         (("throughput", "--rounds", "0"), "--rounds: '0' is not a whole number, at least 1"),
+        (("latency", "--output", "/proc/report.json"), "/proc/report.json cannot be written"),
         (("latency", "--repeats", "-1"), "--repeats: '-1' is"),
+        (("latency", "--plot", "picture.pdf"), "picture.pdf: pictures are PNG, name it picture.pdf.png"),
+        (("latency", "--exe-mode", "foo"), "invalid choice: 'foo'"),
         (("latency", "--batch-size", "1", "0"), "--batch-size: '0' is"),
         (("kernels", "--cached-tokens", "0"), "--cached-tokens: '0' is"),
         (("host-time", "--repeats", "x"), "--repeats: 'x' is"),

@@ -167,8 +167,9 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
             "data_config.input_max_len",
         ),
         (["--set", "data_config.input_max_len=1000000000000"], "data_config.input_max_len"),
-        (["--output", "no/such/folder/out.jsonl"], "--output: no/such/folder/out.jsonl is not a file"),
-        (["--output", "."], "--output: "),
+        (["--output", "no/such/folder/out.jsonl"], "no/such/folder/out.jsonl cannot be written: No such file"),
+        (["--output", "."], "--output: . cannot be written: Is a directory"),
+        (["--output", "/proc/out.jsonl"], "/proc/out.jsonl cannot be written"),
     ],
 )
 def test_bad_input(options, named, run):

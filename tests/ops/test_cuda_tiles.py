@@ -72,7 +72,8 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
     def shorter_searches(shape):
         for kernel, weight, num_tokens, candidates in searches(shape):
             assert wanted[kernel] in candidates[1:]
-            yield kernel, weight, num_tokens, [candidates[0], wanted[kernel]]
+            other = next(size for size in candidates[1:] if size != wanted[kernel])
+            yield kernel, weight, num_tokens, [candidates[0], wanted[kernel], other]
 
     monkeypatch.setattr(tune, "searches", shorter_searches)
     results: dict[int, torch.Tensor] = {}
@@ -98,6 +99,6 @@ def test_shape_of_a_rank():
     assert whole == tune.Shape(d=2048, h=32, g=4, c=128, e=128, k=8, f=768, v=151936)
     assert whole.of_rank(1) == whole
     assert whole.of_rank(8) == tune.Shape(d=2048, h=4, g=1, c=128, e=128, k=8, f=96, v=18992)
-    for tp_size in (0, 3):
-        with pytest.raises(ValueError, match=f"{tp_size} ranks do not divide h"):
+    for tp_size, what in ((0, "32 query heads"), (3, "32 query heads, 151936 vocabulary, 4 kv heads")):
+        with pytest.raises(ValueError, match=f"^{tp_size} ranks cannot share {what}"):
             whole.of_rank(tp_size)
