@@ -13,7 +13,7 @@ from typing import Any
 from executor.config import REPOSITORY, Settings, load_settings
 from executor.rank import fail, join
 from executor.utils.data_utils import load_prompts
-from executor.utils.files import check_writable
+from executor.utils.files import check_output
 from executor.utils.logging_utils import adopt_transformers_logging, setup_logging
 
 
@@ -27,7 +27,7 @@ def main() -> int:
         prompts = load_prompts(settings.data_config)
         results = [folder / "result.jsonl", *([Path(arguments.output)] if arguments.output else [])]
         if arguments.output and rank == 0:
-            check_output(Path(arguments.output))
+            check_output("--output", Path(arguments.output))
         from executor.llm import LLM  # torch and transformers take seconds: only after the input is known to be good
 
         adopt_transformers_logging()
@@ -58,13 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="FILE", help="also write the results there")
     return parser.parse_args()
-
-
-def check_output(file: Path) -> None:
-    try:
-        check_writable(file)
-    except OSError as error:
-        raise ValueError(f"--output: {file} cannot be written: {error.strerror}") from None
 
 
 def result_folder(settings: Settings, yaml_file: Path) -> Path:

@@ -19,8 +19,10 @@ def decode_logits(llm: LLM, prompts: list[list[int]], new_tokens: int) -> tuple[
     kept = []
     choose = llm.engine.choose
     llm.engine.choose = lambda logits, batches: kept.append(logits.whole().cpu()) or choose(logits, batches)
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
-    llm.engine.choose = choose
+    try:
+        outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    finally:
+        llm.engine.choose = choose
     assert len(kept) == new_tokens  # the first of them from the prefill
     sequences = [prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)]
     return sequences, list(torch.stack(kept[1:], dim=1))

@@ -42,10 +42,11 @@ def run(command_line: list[str]) -> None:
     if settings.world_size > 1:
         raise ValueError("world_size: host time is measured on one rank")
     new_tokens = arguments.repeats + WARMUP_ROUNDS + 3  # the prefill's token, a step to warm up, and the recorded one
-    llm = build_llm(settings, [(arguments.prompt_tokens, new_tokens)], arguments.batch_size, arguments.allow_fallback)
-    if llm.device.type != "npu":
-        raise ValueError(f"device: host-time compares with an NPU's vendor calls, {llm.device.type} makes none")
     with Report(arguments.output, 1, result_table) as report:
+        sizes = [(arguments.prompt_tokens, new_tokens)]
+        llm = build_llm(settings, sizes, arguments.batch_size, arguments.allow_fallback)
+        if llm.device.type != "npu":
+            raise ValueError(f"device: host-time compares with an NPU's vendor calls, {llm.device.type} makes none")
         report.begin(**describe_device(llm))
         report.add([measure(llm, arguments.batch_size, arguments.prompt_tokens, arguments.repeats)])
 

@@ -39,10 +39,10 @@ def run(command_line: list[str]) -> None:
     if not arguments.allow_fallback:
         refuse_fallbacks(settings)
     _, config = check_before_launch(settings)
-    ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
     sizes = [("decode", tokens, arguments.cached_tokens) for tokens in arguments.batch_size]
     sizes += [("prefill", tokens, None) for tokens in arguments.prompt_tokens]
     with Report(arguments.output, len(sizes), result_table) as report, torch.inference_mode():
+        ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
         report.begin(device=device_name(device), dtype=settings.model_config.dtype, **ceilings)
         for phase, tokens, cached_tokens in sizes:
             ops = load_ops(device.type)  # a new one lets go of the last size's weights

@@ -19,8 +19,9 @@ from executor.bench.common import (
     settings_of,
     start_ranks,
 )
-from executor.bench.plot import check_matplotlib, draw, new_picture
+from executor.bench.plot import check_matplotlib, draw, picture
 from executor.bench.report import Report, is_first_rank
+from executor.utils.files import check_output
 from executor.utils.report import table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def run(command_line: list[str]) -> None:
         raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
     if arguments.plot:
         check_matplotlib()
-    if arguments.plot and arguments.plot == arguments.output:
+    if arguments.plot and arguments.output and arguments.plot.resolve() == arguments.output.resolve():
         raise ValueError(f"--plot and --output: both are {arguments.plot}")
     modes = [f"exe_mode={mode}" for mode in arguments.exe_mode]
     settings = [settings_of(arguments, mode) for mode in modes] or [settings_of(arguments)]
@@ -46,6 +47,8 @@ def run(command_line: list[str]) -> None:
 
     sizes = [(prompt_tokens, arguments.new_tokens) for prompt_tokens in arguments.prompt_tokens]
     measurements = len(settings) * len(arguments.batch_size) * len(arguments.prompt_tokens)
+    if arguments.plot and is_first_rank():
+        check_output("--plot", arguments.plot)
     with Report(arguments.output, measurements, tables) as report:
         for one_mode in settings:
             llm = build_llm(one_mode, sizes, max(arguments.batch_size), arguments.allow_fallback)
@@ -75,7 +78,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3)
     parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
     parser.add_argument(
-        "--plot", type=new_picture, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
+        "--plot", type=picture, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
     )
     return parser.parse_args(command_line)
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from executor.bench.common import new_file
+from executor.utils.files import check_output
 
 Rows = list[dict[str, Any]]
 GROUP_WIDTH = 0.84  # of the distance between two batch sizes
@@ -24,9 +24,10 @@ def run(command_line: list[str]) -> None:
     )
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="JSON files")
     parser.add_argument("--exe-mode", help="draw only rows of this mode")
-    parser.add_argument("--output", required=True, type=new_picture, metavar="FILE", help="PNG file")
+    parser.add_argument("--output", required=True, type=picture, metavar="FILE", help="PNG file")
     arguments = parser.parse_args(command_line)
     check_matplotlib()
+    check_output("--output", arguments.output)
     reports = [read_report(file) for file in arguments.reports]
     rows = [row for report in reports for row in report["results"]]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
@@ -40,17 +41,17 @@ def read_report(file: str) -> dict[str, Any]:
     try:
         report = json.loads(Path(file).read_text(encoding="utf-8"))
         for row in report["results"]:
-            series_of(row), row["batch_size"], float(row["tpot_ms"]["mean"])
+            series_of(row), row["batch_size"], row["tpot_ms"]["mean"] + 0.0
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a report of latencies: {type(error).__name__}: {error}") from None
     return report
 
 
-def new_picture(name: str) -> Path:
-    """A PNG file that can be written."""
+def picture(name: str) -> Path:
+    """The name of a PNG file."""
     if not name.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{name}: pictures are PNG, name it {name}.png")
-    return new_file(name)
+    return Path(name)
 
 
 def check_matplotlib() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from executor.utils.files import replace
+from executor.utils.files import check_output, replace
 from executor.utils.report import commit, versions
 
 
@@ -19,11 +19,13 @@ class Report:
     """Results as they come; rank 0 shows and keeps them.
 
     The file is replaced with each measurement, so that whatever happens later leaves what was finished. The tables are
-    printed when the measurements end, also when an error ends them.
+    printed when the measurements end, also when an error ends them; a job of several ranks may be ended before that.
     """
 
     def __init__(self, output: Path | None, measurements: int, tables: Callable[["Report"], str]):
-        """`tables` makes what is printed."""
+        """`tables` makes what is printed. ValueError if `output` cannot be written."""
+        if output and is_first_rank():
+            check_output("--output", output)
         self.output = output
         self.measurements = measurements
         self.tables = tables

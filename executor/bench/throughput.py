@@ -37,9 +37,9 @@ def run(command_line: list[str]) -> None:
     settings = settings_of(arguments)
     check_rounds(settings, arguments)
     start_ranks(settings)
-    llm = build_llm(settings, arguments.scenario, max(arguments.batch_size), arguments.allow_fallback)
     measurements = len(arguments.scenario) * len(arguments.batch_size)
     with Report(arguments.output, measurements, result_table) as report:
+        llm = build_llm(settings, arguments.scenario, max(arguments.batch_size), arguments.allow_fallback)
         report.begin(**describe_device(llm))
         for sizes in arguments.scenario:
             for batch_size in arguments.batch_size:
@@ -89,7 +89,7 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
         "prompts": num_prompts,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
-        "seconds": round(seconds, 3),
+        "seconds": round(seconds, 4),
         "tok_per_s": round(tok_per_s, 2),
         "tok_per_s_per_sequence": round(tok_per_s / batch_size, 2),
         "ttft_ms": {"mean": round(sum(output.ttft_ms for output in outputs) / num_prompts, 3)},

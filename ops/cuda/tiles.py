@@ -39,8 +39,12 @@ def measured() -> Table:
 
 
 def table_of(device_name: str) -> Table:
-    tables: dict[str, Table] = json.loads(TABLES_FILE.read_text(encoding="utf-8"))
-    return next((table for part, table in tables.items() if part in device_name), {})
+    return next((table for part, table in tables().items() if part in device_name), {})
+
+
+def tables() -> dict[str, Table]:
+    """By part of a device's name."""
+    return json.loads(TABLES_FILE.read_text(encoding="utf-8"))
 
 
 def text_of(tables: dict[str, Table]) -> str:

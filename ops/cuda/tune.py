@@ -191,6 +191,14 @@ def step_us(layers: Layers, time_of: Callable[..., float]) -> float:
     return time_of(lambda: layers.run(ops))
 
 
+def refuses_name(name: str, device_name: str) -> str | None:
+    """Why a table of this name would not be the device's, or None."""
+    if not name or name not in device_name:
+        return f"{name!r} is no part of this device's name, {device_name}"
+    existing = next((part for part in tiles.tables() if part in device_name), name)
+    return None if existing == name else f"the table of {device_name} is called {existing}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ops.cuda.tune", description=__doc__)
     parser.add_argument("config", type=Path, help="config.json of a checkpoint: the shape to tune for")
@@ -199,8 +207,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no GPU to measure")
-    if arguments.write is not None and (not arguments.write or arguments.write not in torch.cuda.get_device_name()):
-        parser.error(f"--write: {arguments.write!r} is no part of this device's name, {torch.cuda.get_device_name()}")
+    if arguments.write is not None and (refusal := refuses_name(arguments.write, torch.cuda.get_device_name())):
+        parser.error(f"--write: {refusal}")
     try:
         shape = Shape.read(arguments.config)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -212,8 +220,7 @@ def main() -> None:
     with torch.inference_mode():
         table = tune(shape, LAYERS, "cuda", torch.bfloat16)
     if arguments.write:
-        tables = json.loads(tiles.TABLES_FILE.read_text(encoding="utf-8"))
-        tables[arguments.write] = table
+        tables = tiles.tables() | {arguments.write: table}
         tiles.TABLES_FILE.write_text(tiles.text_of(tables), encoding="utf-8")
 
 

@@ -83,7 +83,23 @@ def test_latency(monkeypatch, tmp_path, capsys):
             ("throughput", "--rounds", "2", "--batch-size", "2", "3", "--set", "world_size=2"),
             "3 is no multiple of the 2",
         ),
+        (
+            (
+                "throughput",
+                "--scenario",
+                "1:2",
+                "100:30",
+                "--batch-size",
+                "2",
+                "--set",
+                "model_config.cache_tokens=256",
+            ),
+            "2 sequences of 130 tokens need a cache of 512 tokens, there are 256",
+        ),
         (("kernels", "--batch-size", "--prompt-tokens"), "neither has a size"),
+        (("kernels", "--output", "no/such/r.json"), "--output: no/such/r.json cannot be written: No such file"),
+        (("throughput", "--output", "/proc/r.json"), "--output: /proc/r.json cannot be written"),
+        (("latency", "--plot", "no/such/a.png"), "--plot: no/such/a.png cannot be written"),
     ],
 )
 def test_bad_input(arguments, named, monkeypatch, tmp_path, capsys):
@@ -100,7 +116,8 @@ def test_ranks_of_the_platform_mean_nothing(variables, monkeypatch, tmp_path, ca
         monkeypatch.setenv(name, value)
     output = tmp_path / "report.json"
     assert throughput(monkeypatch, "--scenario", "1:2", "--batch-size", "1", "--output", str(output)) == 0
-    assert output.exists() and "tokens/s" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert output.exists() and "tokens/s" in printed.out and "measurements" not in printed.err  # of one
 
 
 def test_interrupted(monkeypatch, capsys):
@@ -256,15 +273,27 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
+    sizes = ("--scenario", "100:29", "1:40", "--batch-size", "2", "--set", "model_config.cache_tokens=256")
+    assert throughput(monkeypatch, *sizes) == 0  # the last token is not cached
+
+
+def test_experts_are_counted_in_a_step_of_the_batch(monkeypatch, tmp_path):
+    """Also where the cache holds no more than what is measured."""
+    counts = []
+    for cache_tokens in (256, 1024):
+        output = tmp_path / f"{cache_tokens}.json"
+        sizes = ("--prompt-tokens", "126", "--new-tokens", "3", "--repeats", "1", "--batch-size", "2")
+        options = ("--set", f"model_config.cache_tokens={cache_tokens}", "--output", str(output))
+        assert latency(monkeypatch, *sizes, *options) == 0
+        counts += [row["distinct_experts_per_layer"] for row in json.loads(output.read_text())["results"]]
+    assert counts[0] == counts[1] > 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
         (("throughput", "--scenario", "5:1"), "'5:1' is not IN:OUT"),
-        (("throughput", "--output", "/nowhere/report.json"), "/nowhere/report.json cannot be written: No such file"),
         (("throughput", "--rounds", "0"), "--rounds: '0' is not a whole number, at least 1"),
-        (("latency", "--output", "/proc/report.json"), "/proc/report.json cannot be written"),
         (("latency", "--repeats", "-1"), "--repeats: '-1' is"),
         (("latency", "--plot", "picture.pdf"), "picture.pdf: pictures are PNG, name it picture.pdf.png"),
         (("latency", "--exe-mode", "foo"), "invalid choice: 'foo'"),

@@ -137,3 +137,10 @@ def test_failed_exchange_is_a_consequence() -> None:
         torch.distributed.all_reduce(torch.ones(1))  # there is no process group
     assert is_consequence(raised.value)
     assert is_consequence(torch.distributed.DistNetworkError("x")) and not is_consequence(OSError("x"))
+
+
+def test_ranks_of_the_platform_mean_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["launch", "--yaml_file_path", str(ROOT / "models/qwen3_moe/config/demo.yaml")])
+    monkeypatch.setattr("executor.infer.main", lambda: 3 if "RANK" in os.environ else 0)
+    monkeypatch.setenv("RANK", "1")
+    assert launch.main() == 0

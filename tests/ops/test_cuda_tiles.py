@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of kernels: a table for every device, a rule elsewhere, and the search for the best."""
 
-import json
 import os
 from pathlib import Path
 
@@ -48,10 +47,10 @@ def test_rules_fit_a_warp_to_what_it_holds(table):
 
 def test_file_is_as_tune_writes_it():
     text = tiles.TABLES_FILE.read_text(encoding="utf-8")
-    assert tiles.text_of(json.loads(text)) == text
+    assert tiles.text_of(tiles.tables()) == text
 
 
-@pytest.mark.parametrize("part", json.loads(tiles.TABLES_FILE.read_text(encoding="utf-8")))
+@pytest.mark.parametrize("part", tiles.tables())
 def test_tables_divide_their_weights(part):
     found = tiles.table_of(part)
     for kernel in ("gemv", "gemv_pair"):
@@ -73,15 +72,21 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
         for kernel, weight, num_tokens, candidates in searches(shape):
             assert wanted[kernel] in candidates[1:]
             other = next(size for size in candidates[1:] if size != wanted[kernel])
+            searched.append((kernel, *weight))
             yield kernel, weight, num_tokens, [candidates[0], wanted[kernel], other]
 
     monkeypatch.setattr(tune, "searches", shorter_searches)
     results: dict[int, torch.Tensor] = {}
+    searched, asked_for = [], set()
+    sizes_of = tiles.sizes_of
+    monkeypatch.setattr(tiles, "sizes_of", lambda *key: asked_for.add(key) or sizes_of(*key))
     wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2]}
     wanted |= {"gemv_pair": [4, 1, 4], "shared_gate_up": [2, 4], "shared_down": [16, 4]}
 
     def clock(work):
+        asked_for.clear()
         result = work().clone()
+        assert searched[-1] in asked_for  # else its sizes would change nothing
         first = results.setdefault(len(result), result)
         torch.testing.assert_close(result, first, rtol=2e-2, atol=2e-2)
         return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100
@@ -92,6 +97,16 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
         kernel: [best] * matrices.get(kernel, 1) for kernel, best in wanted.items()
     }
     assert capsys.readouterr().out.count("us a step") == 11
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("H100", None), ("80GB", "is called H100"), ("A100", "is no part of"), ("", "is no part of")],
+)
+def test_a_table_is_written_where_it_is_found(name, why):
+    refusal = tune.refuses_name(name, "NVIDIA H100 80GB HBM3")
+    assert refusal is None if why is None else why in refusal
+    assert tune.refuses_name("A100", "NVIDIA A100-SXM4") is None
 
 
 def test_shape_of_a_rank():
