@@ -141,7 +141,12 @@ def searches(shape: Shape) -> Iterator[Search]:
     f, d = shape.f, shape.d
     qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
     yield from (gemv_search("gemv", n, k, 1) for n, k in (qkv, o, router, lm_head))
-    gate_up = [[rows, warps] for rows in (1, 2, 4, 8) for warps in (4, 8) if f % rows == 0]
+    gate_up = [
+        [rows, warps]
+        for rows in (1, 2, 4, 8)
+        for warps in (2, 4, 8)
+        if f % rows == 0 and 2 * rows * d <= warps * tiles.DOWN_WARP_ELEMENTS
+    ]
     down, shared_down = (
         [
             [rows, warps]
