@@ -26,8 +26,8 @@ def main() -> int:
         setup_logging(settings.log_level, rank, folder / f"log_{rank}.log")
         prompts = load_prompts(settings.data_config)
         results = [folder / "result.jsonl", *([Path(arguments.output)] if arguments.output else [])]
-        if arguments.output and rank == 0:
-            check_output("--output", Path(arguments.output))
+        for file in results if rank == 0 else []:
+            check_output("--output", file)
         from executor.llm import LLM  # torch and transformers take seconds: only after the input is known to be good
 
         adopt_transformers_logging()

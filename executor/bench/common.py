@@ -77,7 +77,7 @@ def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int,
         settings.data_config, input_max_len=longest, max_new_tokens=tokens - longest, batch_size=batch_size
     )
     llm = LLM.from_settings(dataclasses.replace(settings, data_config=data))
-    needed = -(-batch_size // len(llm.engine.schedulers)) * blocks_for(tokens - 1)  # the last token is not cached
+    needed = llm.engine.schedulers[0].batch_size * blocks_for(tokens - 1)  # the last token is not cached
     if needed > llm.num_blocks:
         raise ValueError(
             f"--batch-size: {batch_size} sequences of {tokens} tokens need a cache of {needed * BLOCK_SIZE} tokens, "

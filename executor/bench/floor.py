@@ -56,7 +56,10 @@ def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> in
 
 
 def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_STEPS) -> float:
-    """Experts of this rank that a layer of a decode step reads: the mean over layers and `steps`, 0 without any."""
+    """Experts of this rank that a layer of a decode step reads: the mean over layers and some steps, 0 without any.
+
+    steps: how many there may be at most, as the cache may hold no more.
+    """
     counts: list[int] = []
 
     def counting_experts(hidden_states, routing, gate_up, down):
@@ -72,7 +75,7 @@ def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_ST
 
     llm.runner.decode = MethodType(eager_decode, llm.runner)
     try:
-        llm.generate(prompts, SamplingParams(max_new_tokens=1 + steps, ignore_eos=True))
+        llm.generate(prompts, SamplingParams(max_new_tokens=1 + min(COUNTED_STEPS, steps), ignore_eos=True))
     finally:
         del llm.runner.decode
     return sum(counts) / max(1, len(counts))

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from executor.bench.floor import COUNTED_STEPS, distinct_experts, step_bytes
+from executor.bench.floor import distinct_experts, step_bytes
 from executor.device import peak_memory_bytes
 from executor.llm import LLM
 from executor.sampling_params import SamplingParams
@@ -93,7 +93,7 @@ def row(llm: LLM, system: str, runs: list[Run], prompts: list[list[int]], new_to
 def step_floor(llm: LLM, prompts: list[list[int]], new_tokens: int, gb_per_s: float) -> dict[str, Any]:
     """What rank 0 reads in a decode step in the middle of the run, and how long that takes at least."""
     own = len(prompts[llm.parallel.attn_dp.index :: llm.parallel.attn_dp.size])
-    experts = distinct_experts(llm, prompts, min(COUNTED_STEPS, new_tokens - 1))
+    experts = distinct_experts(llm, prompts, new_tokens - 1)
     read_bytes = step_bytes(llm, own, len(prompts[0]) + new_tokens // 2, experts)
     total = sum(read_bytes.values())
     return {

@@ -32,8 +32,7 @@ def run(command_line: list[str]) -> None:
     rows = [row for report in reports for row in report["results"]]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
     if not rows:
-        wanted = f" of mode {arguments.exe_mode}" if arguments.exe_mode else ""
-        raise ValueError(f"no row{wanted} in {', '.join(arguments.reports)}")
+        raise ValueError(f"--exe-mode: {arguments.exe_mode!r} is the mode of no row of {', '.join(arguments.reports)}")
     draw(rows, arguments.output, next((report["device"] for report in reports if "device" in report), ""))
 
 
@@ -42,6 +41,8 @@ def read_report(file: str) -> dict[str, Any]:
         report = json.loads(Path(file).read_text(encoding="utf-8"))
         for row in report["results"]:
             series_of(row), row["batch_size"], row["tpot_ms"]["mean"] + 0.0
+        if not report["results"]:
+            raise ValueError("it has no row")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a report of latencies: {type(error).__name__}: {error}") from None
     return report

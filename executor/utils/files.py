@@ -23,8 +23,11 @@ def replace(file: Path, text: str) -> None:
     if (file.exists() and not file.is_file()) or not can_be_made(part):  # a device, or nothing may stand beside it
         file.write_text(text, encoding="utf-8")
         return
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def can_be_made(file: Path) -> bool:

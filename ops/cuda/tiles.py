@@ -39,7 +39,12 @@ def measured() -> Table:
 
 
 def table_of(device_name: str) -> Table:
-    return next((table for part, table in tables().items() if part in device_name), {})
+    return tables().get(name_of_table(device_name), {})
+
+
+def name_of_table(device_name: str) -> str:
+    """The part of the device's name that its table has; empty if none has one."""
+    return next((part for part in tables() if part in device_name), "")
 
 
 def tables() -> dict[str, Table]:

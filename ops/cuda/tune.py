@@ -23,6 +23,7 @@ CONTEXT, BLOCK_SIZE = 1024, 128
 REPLAYS, ROUNDS = 20, 5
 SHARED_TOKENS = 4  # of a step whose tokens share experts
 EPS = 1e-6
+WARP_ELEMENTS = 12288  # of a matrix in the registers of a warp, at most
 # kernel, shape of its weight, tokens of the step to time, candidates: the first is what is in force
 Search = tuple[str, tuple[int, int], int, list[list[int]]]
 
@@ -141,26 +142,21 @@ def searches(shape: Shape) -> Iterator[Search]:
     f, d = shape.f, shape.d
     qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
     yield from (gemv_search("gemv", n, k, 1) for n, k in (qkv, o, router, lm_head))
-    gate_up = [
-        [rows, warps]
-        for rows in (1, 2, 4, 8)
-        for warps in (2, 4, 8)
-        if f % rows == 0 and 2 * rows * d <= warps * tiles.DOWN_WARP_ELEMENTS
-    ]
-    down, shared_down = (
-        [
-            [rows, warps]
-            for rows in (1, 2, 4, 8, 16)
-            for warps in (1, 2, 4, 8)
-            if d % rows == 0 and rows * columns <= warps * tiles.DOWN_WARP_ELEMENTS
-        ]
-        for columns in (f * shape.k, f)
-    )
-    yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *gate_up]
-    yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *down]
+    yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *rows_and_warps(f, 2 * d)]
+    yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *rows_and_warps(d, f * shape.k)]
     yield from (gemv_search("gemv_pair", n, k, 2) for n, k in (qkv, o, lm_head))
-    yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *gate_up]
-    yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *shared_down]
+    yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *rows_and_warps(f, 2 * d)]
+    yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *rows_and_warps(d, f)]
+
+
+def rows_and_warps(n: int, k: int) -> list[list[int]]:
+    """Of programs whose registers hold whole rows of a matrix [n, k]."""
+    return [
+        [rows, warps]
+        for rows in (1, 2, 4, 8, 16)
+        for warps in (1, 2, 4, 8)
+        if n % rows == 0 and rows * k <= warps * WARP_ELEMENTS
+    ]
 
 
 def gemv_search(kernel: str, n: int, k: int, num_tokens: int) -> Search:
@@ -200,8 +196,8 @@ def refuses_name(name: str, device_name: str) -> str | None:
     """Why a table of this name would not be the device's, or None."""
     if not name or name not in device_name:
         return f"{name!r} is no part of this device's name, {device_name}"
-    existing = next((part for part in tiles.tables() if part in device_name), name)
-    return None if existing == name else f"the table of {device_name} is called {existing}"
+    existing = tiles.name_of_table(device_name)
+    return None if existing in ("", name) else f"the table of {device_name} is called {existing}"
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ from ops import DenseWeight, GroupedRows, RouterLogits, Routing, TransposedWeigh
 from ops.reference import ReferenceOps
 from tests.checkpoints import make_checkpoint
 
+SMALL_CACHE = ("--set", "model_config.cache_tokens=256")
+
 
 def bench(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
@@ -76,7 +78,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
         (("latency", "--plot", "a.png", "--output", "a.png"), "--plot and --output: both are a.png"),
         (("latency", "--set", "exe_mode=graph"), "exe_mode: graph is not possible on device cpu"),
         (
-            ("latency", "--batch-size", "1", "2", "--prompt-tokens", "100", "--set", "model_config.cache_tokens=256"),
+            ("latency", "--batch-size", "1", "2", "--prompt-tokens", "100", *SMALL_CACHE),
             "2 sequences of 164 tokens need a cache of 512 tokens, there are 256",
         ),
         (
@@ -84,16 +86,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
             "3 is no multiple of the 2",
         ),
         (
-            (
-                "throughput",
-                "--scenario",
-                "1:2",
-                "100:30",
-                "--batch-size",
-                "2",
-                "--set",
-                "model_config.cache_tokens=256",
-            ),
+            ("throughput", "--scenario", "1:2", "100:30", "--batch-size", "2", *SMALL_CACHE),
             "2 sequences of 130 tokens need a cache of 512 tokens, there are 256",
         ),
         (("kernels", "--batch-size", "--prompt-tokens"), "neither has a size"),
@@ -169,7 +162,7 @@ def test_step_bytes(llm):
 
 def test_timing():
     cpu = torch.device("cpu")
-    assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 1000  # in microseconds it would be more
+    assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 100
     ceiling = read_ceiling(cpu)
     assert ceiling["gb_per_s"] > 0.1 and "of 0.27 GB" in ceiling["measured_by"]
 
@@ -199,8 +192,8 @@ def test_plot(monkeypatch, tmp_path, capsys):
     assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 0  # it names no device
     assert drawn == [["theirs"]] * 2
     assert bench(monkeypatch, "plot", str(report), "--exe-mode", "graph", "--output", str(picture)) == 2
-    for broken in ({"system": "theirs"}, {**row, "tpot_ms": {"mean": None}}):
-        peers.write_text(json.dumps({"results": [broken]}))
+    for broken in ([{"system": "theirs"}], [{**row, "tpot_ms": {"mean": None}}], []):
+        peers.write_text(json.dumps({"results": broken}))
         assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 2
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert latency(monkeypatch, "--plot", str(picture)) == 2
@@ -208,9 +201,9 @@ def test_plot(monkeypatch, tmp_path, capsys):
     assert [
         named in line
         for named, line in zip(
-            ("no row of mode graph", "peers.json", "peers.json", "matplotlib"), refusals, strict=True
+            ("--exe-mode", "peers.json", "peers.json", "peers.json", "matplotlib"), refusals, strict=True
         )
-    ] == [True] * 4
+    ] == [True] * 5
 
 
 def throughput(monkeypatch, *arguments: str) -> int:
@@ -273,7 +266,7 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
-    sizes = ("--scenario", "100:29", "1:40", "--batch-size", "2", "--set", "model_config.cache_tokens=256")
+    sizes = ("--scenario", "100:29", "1:40", "--batch-size", "2", *SMALL_CACHE)
     assert throughput(monkeypatch, *sizes) == 0  # the last token is not cached
 
 

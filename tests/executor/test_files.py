@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of results are found writable before they are needed, and are always whole."""
 
+from pathlib import Path
+
 import pytest
 
-from executor.utils import files
 from executor.utils.files import check_output, replace
 
 
@@ -19,7 +20,7 @@ def test_a_check_leaves_a_file_as_it_is(tmp_path):
 def test_what_cannot_be_written_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"^--output: {name} cannot be written: "):
-        check_output("--output", files.Path(name))
+        check_output("--output", Path(name))
 
 
 def test_a_file_is_replaced_where_it_lies(tmp_path):
@@ -34,21 +35,21 @@ def test_a_file_is_replaced_where_it_lies(tmp_path):
 def test_a_file_is_whole_if_writing_ends_early(tmp_path, monkeypatch):
     file = tmp_path / "file"
     replace(file, "whole")
-    write_text = files.Path.write_text
+    write_text = Path.write_text
 
     def disk_is_full(path, text, encoding):
         write_text(path, text[:2], encoding=encoding)
         raise OSError("no space left")
 
-    monkeypatch.setattr(files.Path, "write_text", disk_is_full)
+    monkeypatch.setattr(Path, "write_text", disk_is_full)
     with pytest.raises(OSError, match="no space"):
         replace(file, "another")
-    assert file.read_text() == "whole"
+    assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_file_that_nothing_can_stand_beside_is_written_too(tmp_path):
     file = tmp_path / ("n" * 253)  # a longer name is impossible
     replace(file, "text")
     assert file.read_text() == "text"
-    replace(files.Path("/dev/null"), "text")
-    assert files.Path("/dev/null").is_char_device()
+    replace(Path("/dev/null"), "text")
+    assert Path("/dev/null").is_char_device()
