@@ -19,11 +19,13 @@ DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
 PROMPTS = ["My lord, the queen would speak with you", "[Exeunt.]\n", "ROMEO.\nWhat light is this"]
 LONG_PROMPT = "Enter the King, and all his train of lords. " * 16  # crosses a cache block while decoding
 NEW_TOKENS = 24
+DECIDED = 0.01  # between the router logits of the last expert chosen and the next: far more than float16 rounds
 FREE = -1.0  # bytes of an exchange that is to be chosen whatever it sends
 
 
 def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **settings: Any) -> dict[str, Any]:
-    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits."""
+    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits of the
+    last; in float32 also at which of its tokens the choice of experts is no tie."""
     llm = LLM(path, device="cpu", batch_size=4, cache_tokens=2048, **settings)
     if prompts is None:
         encode = llm.tokenizer.tokenizer.encode
@@ -40,9 +42,29 @@ def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **setti
         "alone": alone,
         "margin": min(margins),
         "logits": llm.logits(prompts[-1]),
+        "decided": decided_tokens(llm, prompts[-1]) if llm.dtype is torch.float32 else None,
         "exchanges": [type(llm.exchange(is_prefill)).__name__ for is_prefill in (True, False)],
         "dispatch_shares_with": sharers_of_dispatch(llm.parallel),
     }
+
+
+def decided_tokens(llm: LLM, token_ids: list[int]) -> torch.Tensor:
+    """[T] bool: at which tokens no layer's choice of experts is a tie, which rounding may turn one way or the other."""
+    gaps = []
+    route = llm.ops.route
+
+    def watched_route(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+        results = route(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
+        best = (results[0] @ router_weight.T).topk(top_k + 1).values
+        gaps.append(best[:, -2] - best[:, -1])
+        return results
+
+    llm.ops.route = watched_route
+    try:
+        llm.logits(token_ids)
+    finally:
+        del llm.ops.route
+    return torch.stack(gaps).amin(0) > DECIDED
 
 
 def sharers_of_dispatch(parallel: ParallelContext) -> list[str]:

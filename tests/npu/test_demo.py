@@ -72,9 +72,11 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
     settings = {"dtype": "float16", "world_size": world_size, **sizes}
     exact, rounded = reference["float32"], reference["float16"]
     assert exact["margin"] > 0.05, "a tie that rounding may turn is no test"
+    rows = exact["decided"]  # so it is with experts: a processor's order of adding may turn a tie
+    assert rows.float().mean() > 0.7
     for found in run_ranks(world_size, run_emulated, tmp_path, str(path), "A2", settings, all_to_all):
-        error = (found["logits"] - exact["logits"]).norm()
-        assert error <= 1.5 * (rounded["logits"] - exact["logits"]).norm()
+        error = (found["logits"] - exact["logits"])[rows].norm()
+        assert error <= 1.5 * (rounded["logits"] - exact["logits"])[rows].norm()
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
         assert found["bindings"] == BEST and found["exchanges"] == exchanges
         assert found["dispatch_shares_with"] == []
