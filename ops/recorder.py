@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Work of a device recorded once and replayed from then on, without what launching it costs the host."""
 
+import atexit
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import TypeVar
@@ -32,6 +34,14 @@ class GraphRecorder:
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
         """What `work` returns, whose tensors each replay fills anew. The work must not wait for the device."""
         graph = torch.cuda.CUDAGraph()
+        atexit.register(release, weakref.ref(graph))
         with torch.cuda.graph(graph, pool=self.pool):
             result = work()
         return result, lambda seq_lens: graph.replay()
+
+
+def release(graph: "weakref.ref[torch.cuda.CUDAGraph]") -> None:
+    """Frees a graph that is still there when the process ends: NCCL waits for those that recorded its exchanges."""
+    alive = graph()
+    if alive is not None:
+        alive.reset()

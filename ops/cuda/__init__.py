@@ -23,6 +23,7 @@ from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
 from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
+from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports
 from ops.cuda.moe import choose_experts_kernel
 from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
@@ -104,8 +105,11 @@ class CudaOps(ReferenceOps):
         key = ("linear", id(weight), hidden_states.shape[0])
         call = self.calls.get(key)
         if call is None:
-            if takes(hidden_states) and gemv_supports(hidden_states, weight.data):
+            kernels_take = takes(hidden_states)
+            if kernels_take and gemv_supports(hidden_states, weight.data):
                 call = LinearCall(hidden_states, weight.data, bias, self.pdl)
+            elif kernels_take and matmul_supports(hidden_states, weight.data):
+                call = MatmulCall(hidden_states, weight.data, bias, self.pdl)
             else:
                 call = partial(super().linear, weight=weight, bias=bias)
             self.bind(key, weight, call)
@@ -118,9 +122,12 @@ class CudaOps(ReferenceOps):
         key = ("norm_linear" if residual is None else "add_norm_linear", id(weight), num_tokens)
         call = self.calls.get(key)
         if call is None:
-            if takes(hidden_states, residual) and gemv_supports(hidden_states, weight.data):
-                norm = (norm_weight, eps)
-                call = NormLinearCall(hidden_states, weight.data, bias, self.pdl, norm, residual is not None)
+            kernels_take = takes(hidden_states, residual)
+            arguments = (hidden_states, weight.data, bias, self.pdl, (norm_weight, eps), residual is not None)
+            if kernels_take and gemv_supports(hidden_states, weight.data):
+                call = NormLinearCall(*arguments)
+            elif kernels_take and matmul_supports(hidden_states, weight.data):
+                call = NormMatmulCall(*arguments)
             else:
                 call = partial(super().norm_linear, norm_weight=norm_weight, eps=eps, weight=weight, bias=bias)
             self.bind(key, weight, call)

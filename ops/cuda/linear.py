@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a decode step: a few tokens times a matrix that is read once.
+"""Matrix products of a decode step: one token times a matrix, or a few times a small one.
 
-Each program holds some whole rows of the matrix in registers, requested before the previous kernel has finished, and
-then goes through the tokens. Add and RMSNorm of the input are repeated in every program: they read far less than the
-program's share of the matrix.
+Each program holds some whole rows of the matrix in registers, requested before the previous kernel has finished. Add
+and RMSNorm of the input are repeated in every program: they read far less than the program's share of the matrix.
 """
 
 import torch
@@ -12,12 +11,10 @@ import triton.language as tl
 
 from ops import RouterLogits
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
-from ops.cuda.tiles import MAX_TOKENS, gemv_tile
+from ops.cuda.tiles import MAX_TOKENS, STREAMED_BYTES, gemv_tile
 
-MAX_TOKENS_OF_LARGE = 2  # with more, the matrix units of torch's product win
 MAX_K = 8192  # a row lies in the registers of one program
-STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
-SMALL_BYTES = 1 << 20
+SMALL_BYTES = 1 << 20  # of a matrix that may well be read again for every token; for others: ops/cuda/matmul.py
 
 
 @triton.jit
@@ -30,7 +27,6 @@ def gemv_kernel(
     output,  # [T, N]
     residual_output,  # [T, K] float32
     normed_output,  # [T, K]
-    NUM_TOKENS: tl.constexpr,  # of a program
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a tile
     TILES: tl.constexpr,  # of a program
@@ -45,7 +41,7 @@ def gemv_kernel(
 ):
     """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias.
 
-    Grid (N / (ROWS * TILES), T / NUM_TOKENS).
+    Grid (N / (ROWS * TILES), T).
     """
     program = tl.program_id(0)
     k = tl.arange(0, K)
@@ -62,30 +58,29 @@ def gemv_kernel(
         gain = tl.load(norm_weight + k).to(tl.float32)
     pdl_wait(PDL)
     pdl_trigger(PDL and FIRST)
-    for i in tl.static_range(NUM_TOKENS):
-        t = tl.program_id(1) * NUM_TOKENS + i
-        x = tl.load(hidden + t * K + k).to(tl.float32)
-        scale = 1.0
-        if NORM:
-            if HAS_RESIDUAL:
-                x += tl.load(residual + t * K + k)
-            if program == t % tl.num_programs(0):
-                tl.store(residual_output + t * K + k, x)
-            scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + EPS)
-            x = x * gain
-            if STORE_NORMED and program == t % tl.num_programs(0):
-                tl.store(normed_output + t * K + k, (x * scale).to(normed_output.dtype.element_ty))
-        for j in tl.static_range(TILES):
-            y = tl.sum(tiles[j].to(tl.float32) * x[None, :], axis=1) * scale
-            if HAS_BIAS:
-                y += tl.load(bias + n + j * ROWS).to(tl.float32)
-            tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + j * ROWS, y.to(output.dtype.element_ty))
+    t = tl.program_id(1)
+    x = tl.load(hidden + t * K + k).to(tl.float32)
+    scale = 1.0
+    if NORM:
+        if HAS_RESIDUAL:
+            x += tl.load(residual + t * K + k)
+        if program == t % tl.num_programs(0):
+            tl.store(residual_output + t * K + k, x)
+        scale = tl.rsqrt(tl.sum(x * x, axis=0) / K + EPS)
+        x = x * gain
+        if STORE_NORMED and program == t % tl.num_programs(0):
+            tl.store(normed_output + t * K + k, (x * scale).to(normed_output.dtype.element_ty))
+    for i in tl.static_range(TILES):
+        y = tl.sum(tiles[i].to(tl.float32) * x[None, :], axis=1) * scale
+        if HAS_BIAS:
+            y += tl.load(bias + n + i * ROWS).to(tl.float32)
+        tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + i * ROWS, y.to(output.dtype.element_ty))
 
 
 def gemv_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
     k = weight.shape[1]
-    few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else MAX_TOKENS_OF_LARGE)
+    few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else 1)
     sizes_fit = is_power_of_two(k) and 16 <= k <= MAX_K and weight.numel() < 2**31  # offsets are 32 bits wide
     return few_enough and sizes_fit and x.dtype == weight.dtype and fits(x, weight)
 
@@ -105,9 +100,7 @@ class GemvCall:
         output_dtype: torch.dtype | None = None,
     ):
         (num_tokens, k), n = x.shape, weight.shape[0]
-        tile = gemv_tile(n, k, num_tokens)
-        # a small matrix may well be read again for every token: what takes time is one program's way through them
-        tokens_per_program = num_tokens if weight.nbytes > SMALL_BYTES else 1
+        tile = gemv_tile(n, k)
         self.output = x.new_empty(num_tokens, n, dtype=output_dtype or x.dtype)
         self.residual = torch.empty_like(x, dtype=torch.float32) if norm else self.output
         self.normed = torch.empty_like(x) if store_normed else self.output
@@ -115,11 +108,10 @@ class GemvCall:
         fixed = (norm_weight, weight, weight if bias is None else bias, self.output, self.residual, self.normed)
         self.kernel = BoundKernel(
             gemv_kernel,
-            (n // (tile.rows * tile.tiles), num_tokens // tokens_per_program),
+            (n // (tile.rows * tile.tiles), num_tokens),
             tile.warps,
             pdl,
             fixed,
-            NUM_TOKENS=tokens_per_program,
             K=k,
             ROWS=tile.rows,
             TILES=tile.tiles,

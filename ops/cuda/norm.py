@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from ops.cuda.launch import pdl_wait
+from ops.cuda.launch import pdl_trigger, pdl_wait
 
 
 @triton.jit
@@ -23,7 +23,9 @@ def add_norm_kernel(
     """One program a token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
+    pdl_trigger(PDL and HAS_RESIDUAL)
     pdl_wait(PDL)
+    pdl_trigger(PDL and not HAS_RESIDUAL)  # the first kernel of a step
     x = tl.load(hidden + token * D + d, mask=d < D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual + token * D + d, mask=d < D, other=0.0)

@@ -15,19 +15,20 @@ import torch
 from ops.cuda.launch import power_of_two_factor
 
 MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
+STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
 TABLES_FILE = Path(__file__).with_name("tiles.json")
 Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
 
 ATTENTION_BLOCK = 128  # cached tokens of a tile
 ATTENTION_MAX_ROUNDS = 4  # tiles of a split before a sequence gets more splits than its batch size says
 # sequences, query heads of a program, splits of the cache, warps
-ATTENTION_SPLITS = ((1, 4, 20, 4), (2, 4, 20, 4), (4, 4, 8, 4), (8, 4, 4, 4), (16, 8, 4, 4))
+ATTENTION_SPLITS = ((1, 4, 20, 4), (2, 4, 20, 4), (4, 8, 8, 4), (8, 8, 8, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
 GROUPED_BARRIERS = 256  # bytes of shared memory, more than stand beside the stages
-# of the matrix in the registers of a program, or of a warp
-GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 16384
+# of the matrix in the shared memory or the registers of a program, or of a warp
+MATMUL_ELEMENTS, GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 32768, 16384
 DOWN_WARP_ELEMENTS, SHARED_DOWN_WARP_ELEMENTS = 12288, 6144
 
 
@@ -72,14 +73,18 @@ class GemvTile:
     warps: int
 
 
-def gemv_tile(n: int, k: int, num_tokens: int) -> GemvTile:
+def gemv_tile(n: int, k: int) -> GemvTile:
     """For a matrix [n, k]; the rows of a program divide n."""
-    of_pair = sizes_of("gemv_pair", n, k) if num_tokens == 2 else None
-    if sizes := of_pair or sizes_of("gemv", n, k):
+    if sizes := sizes_of("gemv", n, k):
         return GemvTile(*sizes)
     rows = power_of_two_factor(n, rounded_down(min(4, GEMV_ELEMENTS // k, n // 128)))
     tiles = power_of_two_factor(n // rows, rounded_down(min(2, GEMV_ELEMENTS // (k * rows))))
     return GemvTile(rows, tiles, 8)
+
+
+def matmul_tile(n: int, k: int, num_tokens: int) -> tuple[int, int]:
+    """Rows and warps of a program, for a matrix [n, k] and several tokens."""
+    return power_of_two_factor(n, rounded_down(min(16, MATMUL_ELEMENTS // k))), 8 if num_tokens <= 4 else 4
 
 
 def gate_up_tile(f: int, d: int) -> tuple[int, int]:

@@ -141,10 +141,9 @@ def searches(shape: Shape) -> Iterator[Search]:
     """In the order of the tokens of their steps."""
     f, d = shape.f, shape.d
     qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
-    yield from (gemv_search("gemv", n, k, 1) for n, k in (qkv, o, router, lm_head))
+    yield from (gemv_search(n, k) for n, k in (qkv, o, router, lm_head))
     yield "gate_up", (f, d), 1, [[*tiles.gate_up_tile(f, d)], *rows_and_warps(f, 2 * d)]
     yield "down", (f, d), 1, [[*tiles.down_tile(f, d, shape.k)], *rows_and_warps(d, f * shape.k)]
-    yield from (gemv_search("gemv_pair", n, k, 2) for n, k in (qkv, o, lm_head))
     yield "shared_gate_up", (f, d), SHARED_TOKENS, [[*tiles.shared_gate_up_tile(f, d)], *rows_and_warps(f, 2 * d)]
     yield "shared_down", (f, d), SHARED_TOKENS, [[*tiles.shared_down_tile(f, d)], *rows_and_warps(d, f)]
 
@@ -159,12 +158,12 @@ def rows_and_warps(n: int, k: int) -> list[list[int]]:
     ]
 
 
-def gemv_search(kernel: str, n: int, k: int, num_tokens: int) -> Search:
+def gemv_search(n: int, k: int) -> Search:
     """For a matrix [n, k]."""
-    current = tiles.gemv_tile(n, k, num_tokens)
+    current = tiles.gemv_tile(n, k)
     sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
     sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= tiles.GEMV_ELEMENTS]
-    return kernel, (n, k), num_tokens, [[current.rows, current.tiles, current.warps], *sizes]
+    return "gemv", (n, k), 1, [[current.rows, current.tiles, current.warps], *sizes]
 
 
 def tune(

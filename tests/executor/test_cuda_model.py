@@ -64,7 +64,10 @@ def test_logits_equal_transformers(name, tmp_path, monkeypatch):
         for sequence, from_decode in zip(sequences, decoded, strict=True):
             expected = reference_logits(reference, sequence)
             assert relative_error(from_decode, expected[-NEW_TOKENS:-1]) < TOLERANCE
+    bound = {type(call).__name__ for call in llm.ops.calls.values()}
     if name == "kernels_for_all":
-        assert {type(call).__name__ for call in llm.ops.calls.values()} == KERNELS
+        assert bound == KERNELS
+    if name == "odd_widths":
+        assert {"MatmulCall", "NormMatmulCall"} <= bound
     longest = max(sequences, key=len)
     assert relative_error(llm.logits(longest), reference_logits(reference, longest)) < TOLERANCE

@@ -33,7 +33,7 @@ def main(capability: int, shared_memory: int) -> None:
     stages = tiles.stages_within(shared_memory)
     grouped.grouped_stages = lambda device: stages
     BoundKernel.__call__ = lambda self, *varying: compile_kernel(self, varying, capability)
-    for num_tokens in (1, 2, 16):
+    for num_tokens in (1, 2, 8, 16):
         decode(num_tokens, has_pdl)
     prefill(300, has_pdl)
     exchange = PeerExchange(0, [0, 0], torch.device("cpu"), None)

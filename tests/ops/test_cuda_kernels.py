@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
-from ops.cuda.linear import MAX_TOKENS_OF_LARGE, SMALL_BYTES  # noqa: E402
+from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall  # noqa: E402
+from ops.cuda.matmul import MatmulCall, NormMatmulCall  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 
@@ -55,15 +56,19 @@ def test_fallbacks():
     assert ops.fallbacks(torch.float32) == OPERATIONS
 
 
-def has_own_kernel(weight: DenseWeight, num_tokens: int) -> bool:
-    """Above two tokens the matrix units of torch's product win, unless the matrix is small."""
-    return num_tokens <= MAX_TOKENS_OF_LARGE or weight.data.nbytes <= SMALL_BYTES
+def has_row_kernel(weight: DenseWeight, num_tokens: int) -> bool:
+    """With several tokens the tensor cores win, unless the matrix is small."""
+    return num_tokens == 1 or weight.data.nbytes <= SMALL_BYTES
 
 
-def run_twice(ops: CudaOps, run, own_kernel: bool = True):
-    """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit."""
+def run_twice(ops: CudaOps, run, *kinds: type):
+    """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit.
+
+    `kinds` of calls must be all that was bound; unless given, any but torch's.
+    """
     first = [tensor.clone() for tensor in run()]
-    assert own_kernel != any(isinstance(call, partial) for call in ops.calls.values()), "not the kernel expected"
+    bound = {type(call) for call in ops.calls.values()}
+    assert bound == set(kinds) if kinds else partial not in bound, "not the kernel expected"
     poison(ops)
     second = run()
     for one, other in zip(first, second, strict=True):
@@ -81,9 +86,29 @@ def float_weight(weight: DenseWeight) -> DenseWeight:
 def test_linear(k, n, num_tokens, has_bias):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     bias = random(n) if has_bias else None
-    [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)], has_own_kernel(weight, num_tokens))
+    kind = LinearCall if has_row_kernel(weight, num_tokens) else MatmulCall
+    [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)], kind)
     expected = REFERENCE.linear(x.float(), float_weight(weight), None if bias is None else bias.float())
     assert relative_error(y, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 5, 8])
+@pytest.mark.parametrize("k, n", [(1536, 2000), (8192, 1024), (2560, 264)] if ON_GPU else [(64, 48), (96, 8), (32, 24)])
+def test_linear_on_tensor_cores(k, n, num_tokens, monkeypatch):
+    """Of widths that are no powers of two, too; a graph's rows of padding change no other row."""
+    monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 0)
+    ops, x, weight, bias = CudaOps(), random(8, k), DenseWeight(random(n, k, std=k**-0.5)), random(n)
+    residual, gain = random(8, k, std=3, dtype=torch.float32), 1 + random(k, std=0.2)
+    [y] = run_twice(ops, lambda: [ops.linear(x[:num_tokens], weight, bias)], MatmulCall)
+    assert relative_error(y, REFERENCE.linear(x[:num_tokens].float(), float_weight(weight), bias.float())) < TOLERANCE
+    ops = CudaOps()
+    after_norm, _ = run_twice(
+        ops, lambda: ops.norm_linear(x[:num_tokens], residual[:num_tokens], gain, EPS, weight), NormMatmulCall
+    )
+    normed = REFERENCE.add_norm(x[:num_tokens].float(), residual[:num_tokens], gain.float(), EPS)[0]
+    assert relative_error(after_norm, REFERENCE.linear(normed, float_weight(weight))) < TOLERANCE
+    padded = {2: 2, 3: 4, 5: 8, 8: 8}[num_tokens]
+    assert torch.equal(CudaOps().linear(x[:padded], weight, bias)[:num_tokens], y)
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
@@ -93,8 +118,8 @@ def test_norm_linear(k, n, num_tokens, has_residual):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     residual = random(num_tokens, k, std=3, dtype=torch.float32) if has_residual else None
     gain = 1 + random(k, std=0.2)
-    own_kernel = has_own_kernel(weight, num_tokens)
-    y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight), own_kernel)
+    kind = NormLinearCall if has_row_kernel(weight, num_tokens) else NormMatmulCall
+    y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight), kind)
     expected = REFERENCE.norm_linear(x.float(), residual, gain.float(), EPS, float_weight(weight))
     assert relative_error(y, expected[0]) < TOLERANCE
     assert relative_error(summed, expected[1]) < 1e-6

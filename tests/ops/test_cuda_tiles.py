@@ -33,10 +33,7 @@ def test_a_device_is_found_by_a_part_of_its_name(table):
     assert tiles.gate_up_tile(768, 2048) == (8, 4)  # the rule
     table.update(h200)
     assert tiles.gate_up_tile(768, 2048) == tuple(h200["gate_up"]["768x2048"])
-    assert tiles.gemv_tile(5120, 2048, 1) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
-    assert tiles.gemv_tile(5120, 2048, 2) == tiles.gemv_tile(5120, 2048, 1)
-    assert tiles.gemv_tile(2048, 4096, 1) == tiles.GemvTile(*h200["gemv"]["2048x4096"])
-    assert tiles.gemv_tile(2048, 4096, 2) == tiles.GemvTile(*h200["gemv_pair"]["2048x4096"])
+    assert tiles.gemv_tile(5120, 2048) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
 
 
 def test_rules_fit_a_warp_to_what_it_holds(table):
@@ -53,9 +50,8 @@ def test_file_is_as_tune_writes_it():
 @pytest.mark.parametrize("part", tiles.tables())
 def test_tables_divide_their_weights(part):
     found = tiles.table_of(part)
-    for kernel in ("gemv", "gemv_pair"):
-        for shape, (rows, count, _) in found[kernel].items():
-            assert int(shape.split("x")[0]) % (rows * count) == 0
+    for shape, (rows, count, _) in found["gemv"].items():
+        assert int(shape.split("x")[0]) % (rows * count) == 0
     for kernel, side in (("gate_up", 0), ("down", 1), ("shared_gate_up", 0), ("shared_down", 1)):
         for shape, (rows, _) in found[kernel].items():
             assert int(shape.split("x")[side]) % rows == 0
@@ -81,7 +77,7 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
     sizes_of = tiles.sizes_of
     monkeypatch.setattr(tiles, "sizes_of", lambda *key: asked_for.add(key) or sizes_of(*key))
     wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2]}
-    wanted |= {"gemv_pair": [4, 1, 4], "shared_gate_up": [2, 4], "shared_down": [16, 4]}
+    wanted |= {"shared_gate_up": [2, 4], "shared_down": [16, 4]}
 
     def clock(work):
         asked_for.clear()
@@ -92,11 +88,10 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
         return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100
 
     tune.tune(SHAPE, 1, DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16, clock)
-    matrices = {"gemv": 4, "gemv_pair": 3}
     assert {kernel: list(sizes.values()) for kernel, sizes in table.items()} == {
-        kernel: [best] * matrices.get(kernel, 1) for kernel, best in wanted.items()
+        kernel: [best] * (4 if kernel == "gemv" else 1) for kernel, best in wanted.items()
     }
-    assert capsys.readouterr().out.count("us a step") == 11
+    assert capsys.readouterr().out.count("us a step") == 8
 
 
 @pytest.mark.parametrize(

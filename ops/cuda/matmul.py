@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrix products of a decode step of several tokens, on the tensor cores: the matrix is read once for all tokens.
+
+Each program holds some whole rows of the matrix, requested before the previous kernel has finished. Its warps share the
+columns out, so that each has a short chain of products, and their parts are added at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ops.cuda.launch import BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
+from ops.cuda.norm import add_norm_kernel
+from ops.cuda.tiles import MAX_TOKENS, STREAMED_BYTES, matmul_tile
+
+ROWS_STEP = 8  # what the rows of a matrix are a multiple of
+LEAST_COLUMNS = 16  # of a warp's tile
+TOKENS_ELEMENTS = 4096  # of the tokens in shared memory at a time; with more, fewer programs would fit beside it
+MAX_ROUNDS = 16  # tiles of a warp, for each of which there is code
+MAX_K = 8192  # rows lie in the shared memory of one program
+
+
+@triton.jit
+def matmul_kernel(
+    hidden,  # [T, K]
+    weight,  # [N, K]
+    bias,  # [N]
+    output,  # [T, N]
+    T: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,  # of a program
+    PARTS: tl.constexpr,  # of the columns, one a warp
+    COLUMNS: tl.constexpr,  # of a part's tile; PARTS * COLUMNS divides K
+    HAS_BIAS: tl.constexpr,
+    STREAMED: tl.constexpr,  # whether the matrix is too large to be found in the L2 cache by the next step
+    PDL: tl.constexpr,
+):
+    """output = hidden x weight^T + bias. Grid (N / ROWS,)."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, PARTS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    t = tl.arange(0, BLOCK_T)
+    is_token = t < T
+    pdl_trigger(PDL)
+    tiles = ()
+    for i in tl.static_range(K // (PARTS * COLUMNS)):
+        addresses = weight + n[None, :, None] * K + i * (PARTS * COLUMNS) + k
+        if STREAMED:
+            tiles = tiles + (tl.load(addresses, eviction_policy="evict_first"),)
+        else:
+            tiles = tiles + (tl.load(addresses),)
+    pdl_wait(PDL)
+    parts = tl.zeros([PARTS, ROWS, BLOCK_T], tl.float32)
+    for i in tl.static_range(K // (PARTS * COLUMNS)):
+        addresses = hidden + t[None, :, None] * K + i * (PARTS * COLUMNS) + k
+        x = tl.load(addresses, mask=is_token[None, :, None], other=0.0)
+        parts = tl.dot(tiles[i], tl.permute(x, (0, 2, 1)), parts)
+    y = tl.sum(parts, axis=0)
+    if HAS_BIAS:
+        y += tl.load(bias + n).to(tl.float32)[:, None]
+    addresses = output + t[None, :] * (tl.num_programs(0) * ROWS) + n[:, None]
+    tl.store(addresses, y.to(output.dtype.element_ty), mask=is_token[None, :])
+
+
+def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `matmul_kernel` takes x [T, K] and weight [N, K]."""
+    (num_tokens, k), n = x.shape, weight.shape[0]
+    if num_tokens > MAX_TOKENS or n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K or weight.numel() >= 2**31:
+        return False
+    parts, columns = shares_of_columns(k, num_tokens, matmul_tile(n, k, num_tokens)[1])
+    return k <= parts * columns * MAX_ROUNDS and x.dtype == weight.dtype and fits(x, weight)
+
+
+def shares_of_columns(k: int, num_tokens: int, warps: int) -> tuple[int, int]:
+    """How many warps share K columns out, and how many columns each takes at a time."""
+    parts = power_of_two_factor(k // LEAST_COLUMNS, warps)
+    return parts, power_of_two_factor(k // parts, TOKENS_ELEMENTS // (parts * triton.next_power_of_2(num_tokens)))
+
+
+class MatmulCall:
+    """`Ops.linear` of several tokens, bound to its weight and result."""
+
+    def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pdl: bool):
+        (num_tokens, k), n = x.shape, weight.shape[0]
+        rows, warps = matmul_tile(n, k, num_tokens)
+        parts, columns = shares_of_columns(k, num_tokens, warps)
+        self.output = x.new_empty(num_tokens, n)
+        self.kernel = BoundKernel(
+            matmul_kernel,
+            (n // rows,),
+            warps,
+            pdl,
+            (weight, weight if bias is None else bias, self.output),
+            T=num_tokens,
+            BLOCK_T=triton.next_power_of_2(num_tokens),
+            K=k,
+            ROWS=rows,
+            PARTS=parts,
+            COLUMNS=columns,
+            HAS_BIAS=bias is not None,
+            STREAMED=weight.nbytes >= STREAMED_BYTES,
+            PDL=pdl,
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.kernel(x)
+        return self.output
+
+
+class NormMatmulCall:
+    """`Ops.norm_linear` of several tokens: one kernel normalises, as every program of the product would read all."""
+
+    def __init__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        pdl: bool,
+        norm: tuple[torch.Tensor, float],
+        has_residual: bool,
+    ):
+        num_tokens, d = x.shape
+        norm_weight, eps = norm
+        self.normed, self.residual = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
+        self.add_norm = BoundKernel(
+            add_norm_kernel,
+            (num_tokens,),
+            4,
+            pdl,
+            (norm_weight, self.normed, self.residual),
+            D=d,
+            BLOCK=triton.next_power_of_2(d),
+            EPS=eps,
+            HAS_RESIDUAL=has_residual,
+            PDL=pdl,
+        )
+        self.matmul = MatmulCall(self.normed, weight, bias, pdl)
+        self.output = self.matmul.output
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.add_norm(x, x if residual is None else residual)
+        return self.matmul(self.normed), self.residual
