@@ -11,9 +11,10 @@ import triton.language as tl
 
 from ops import RouterLogits
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
-from ops.cuda.tiles import MAX_TOKENS, STREAMED_BYTES, gemv_tile
+from ops.cuda.tiles import MAX_TOKENS, gemv_tile
 
 MAX_K = 8192  # a row lies in the registers of one program
+STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
 SMALL_BYTES = 1 << 20  # of a matrix that may well be read again for every token; for others: ops/cuda/matmul.py
 
 

@@ -2,7 +2,8 @@
 """Matrix products of a decode step of several tokens, on the tensor cores: the matrix is read once for all tokens.
 
 Each program holds some whole rows of the matrix, requested before the previous kernel has finished. Its warps share the
-columns out, so that each has a short chain of products, and their parts are added at the end.
+columns out, so that each has a short chain of products, and their parts are added at the end. A matrix that does not
+fit all programs at once is torch's to multiply.
 """
 
 import torch
@@ -11,13 +12,14 @@ import triton.language as tl
 
 from ops.cuda.launch import BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
 from ops.cuda.norm import add_norm_kernel
-from ops.cuda.tiles import MAX_TOKENS, STREAMED_BYTES, matmul_tile
+from ops.cuda.tiles import MAX_TOKENS, matmul_tile
 
 ROWS_STEP = 8  # what the rows of a matrix are a multiple of
 LEAST_COLUMNS = 16  # of a warp's tile
 TOKENS_ELEMENTS = 4096  # of the tokens in shared memory at a time; with more, fewer programs would fit beside it
 MAX_ROUNDS = 16  # tiles of a warp, for each of which there is code
 MAX_K = 8192  # rows lie in the shared memory of one program
+MAX_BYTES = 32 << 20  # of a matrix: about the shared memory of a whole H100
 
 
 @triton.jit
@@ -33,7 +35,6 @@ def matmul_kernel(
     PARTS: tl.constexpr,  # of the columns, one a warp
     COLUMNS: tl.constexpr,  # of a part's tile; PARTS * COLUMNS divides K
     HAS_BIAS: tl.constexpr,
-    STREAMED: tl.constexpr,  # whether the matrix is too large to be found in the L2 cache by the next step
     PDL: tl.constexpr,
 ):
     """output = hidden x weight^T + bias. Grid (N / ROWS,)."""
@@ -44,11 +45,7 @@ def matmul_kernel(
     pdl_trigger(PDL)
     tiles = ()
     for i in tl.static_range(K // (PARTS * COLUMNS)):
-        addresses = weight + n[None, :, None] * K + i * (PARTS * COLUMNS) + k
-        if STREAMED:
-            tiles = tiles + (tl.load(addresses, eviction_policy="evict_first"),)
-        else:
-            tiles = tiles + (tl.load(addresses),)
+        tiles = tiles + (tl.load(weight + n[None, :, None] * K + i * (PARTS * COLUMNS) + k),)
     pdl_wait(PDL)
     parts = tl.zeros([PARTS, ROWS, BLOCK_T], tl.float32)
     for i in tl.static_range(K // (PARTS * COLUMNS)):
@@ -65,7 +62,7 @@ def matmul_kernel(
 def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `matmul_kernel` takes x [T, K] and weight [N, K]."""
     (num_tokens, k), n = x.shape, weight.shape[0]
-    if num_tokens > MAX_TOKENS or n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K or weight.numel() >= 2**31:
+    if num_tokens > MAX_TOKENS or n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K or weight.nbytes > MAX_BYTES:
         return False
     parts, columns = shares_of_columns(k, num_tokens, matmul_tile(n, k, num_tokens)[1])
     return k <= parts * columns * MAX_ROUNDS and x.dtype == weight.dtype and fits(x, weight)
@@ -98,7 +95,6 @@ class MatmulCall:
             PARTS=parts,
             COLUMNS=columns,
             HAS_BIAS=bias is not None,
-            STREAMED=weight.nbytes >= STREAMED_BYTES,
             PDL=pdl,
         )
 

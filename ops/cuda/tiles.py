@@ -15,7 +15,6 @@ import torch
 from ops.cuda.launch import power_of_two_factor
 
 MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
-STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
 TABLES_FILE = Path(__file__).with_name("tiles.json")
 Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
 

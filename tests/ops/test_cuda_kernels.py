@@ -17,7 +17,7 @@ from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, Ste
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall  # noqa: E402
-from ops.cuda.matmul import MatmulCall, NormMatmulCall  # noqa: E402
+from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 
@@ -109,6 +109,12 @@ def test_linear_on_tensor_cores(k, n, num_tokens, monkeypatch):
     assert relative_error(after_norm, REFERENCE.linear(normed, float_weight(weight))) < TOLERANCE
     padded = {2: 2, 3: 4, 5: 8, 8: 8}[num_tokens]
     assert torch.equal(CudaOps().linear(x[:padded], weight, bias)[:num_tokens], y)
+
+
+@pytest.mark.parametrize("k, n", [(64, 4), (24, 8), (16 * 17, 8), (16384, 8), (2048, 8200)])
+def test_what_tensor_cores_do_not_take(k, n):
+    """Few rows, odd columns, columns in too many parts, too long rows, a matrix too large to be held at once."""
+    assert not matmul_supports(random(2, k), torch.empty(n, k, dtype=DTYPE, device=DEVICE))
 
 
 @pytest.mark.parametrize("has_residual", [False, True])
