@@ -6,6 +6,7 @@ every step together; one whose group has nothing to do still takes part in the e
 """
 
 from array import array
+from itertools import chain
 
 import torch
 from torch.nn import functional as F
@@ -137,21 +138,26 @@ class DecodeInputs:
     def fill(self, sequences: list[Sequence], latest: torch.Tensor | None = None) -> None:
         """Rows of the sequences' latest tokens, then rows of padding, which write to the null block.
 
-        Padding rows have one token; as long as the block has slots enough, each writes to one of its own.
+        Padding repeats the first sequence, so that no experts are read for it but those of that one. As long as the
+        null block has slots enough, each row writes to one of its own.
         """
         lens = lens_of(sequences, latest)
         padding = self.num_rows - len(sequences)
-        unused = [NULL_BLOCK * BLOCK_SIZE + row % BLOCK_SIZE for row in range(padding)]
-        values = [sequence.token_ids[-1] if latest is None else 0 for sequence in sequences] + [0] * padding
-        values += [length - 1 for length in lens] + [0] * padding
-        values += [s.slot(n - 1) for s, n in zip(sequences, lens, strict=True)] + unused
-        values += lens + [1] * padding
+        slots = [sequence.slot(length - 1) for sequence, length in zip(sequences, lens, strict=True)]
+        slots += [NULL_BLOCK * BLOCK_SIZE + row % BLOCK_SIZE for row in range(padding)]
+        token_ids = [sequence.token_ids[-1] if latest is None else 0 for sequence in sequences]
+        tables = []
         for sequence, length in zip(sequences, lens, strict=True):
             blocks = sequence.blocks[: blocks_for(length)]
-            values += blocks + [NULL_BLOCK] * (self.width - len(blocks))
-        values += [NULL_BLOCK] * (padding * self.width)
+            tables.append(blocks + [NULL_BLOCK] * (self.width - len(blocks)))
+        token_ids += (token_ids[:1] or [0]) * padding
+        lens += (lens[:1] or [1]) * padding
+        tables += (tables[:1] or [[NULL_BLOCK] * self.width]) * padding
+        values = [*token_ids, *(length - 1 for length in lens), *slots, *lens, *chain.from_iterable(tables)]
         # from ordinary memory CUDA copies a small tensor before it returns, so that nothing has to wait for the device
         self.data.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=self.data.is_cuda)
         if latest is not None:
             self.token_ids[: len(sequences)] = latest
-        self.step.seq_lens_list[:] = lens + [1] * padding
+            if padding and sequences:
+                self.token_ids[len(sequences) :] = latest[:1]
+        self.step.seq_lens_list[:] = lens

@@ -26,7 +26,7 @@ class Profiler:
         """Runs the work, writes a Chrome trace of it, and returns the kernels, the most expensive first."""
         on_gpu = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else some versions warn
             work()
         profiler.export_chrome_trace(str(file))
         kernels = [

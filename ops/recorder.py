@@ -2,6 +2,7 @@
 """Work of a device recorded once and replayed from then on, without what launching it costs the host."""
 
 import atexit
+import contextlib
 import weakref
 from collections.abc import Callable
 from types import ModuleType
@@ -41,7 +42,11 @@ class GraphRecorder:
 
 
 def release(graph: "weakref.ref[torch.cuda.CUDAGraph]") -> None:
-    """Frees a graph that is still there when the process ends: NCCL waits for those that recorded its exchanges."""
+    """Frees a graph that is still there when the process ends: NCCL waits for those that recorded its exchanges.
+
+    Registered after `ops.comm` has registered the end of the process groups, so that it is called before.
+    """
     alive = graph()
     if alive is not None:
-        alive.reset()
+        with contextlib.suppress(RuntimeError):  # of a device that has failed: why is being said already
+            alive.reset()

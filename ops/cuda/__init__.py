@@ -178,7 +178,7 @@ class CudaOps(ReferenceOps):
         call = self.calls.get(key)
         if call is None:
             norm = (norm_weight, eps)
-            if takes(hidden_states, residual) and gemv_supports(hidden_states, router_weight):
+            if takes(hidden_states, residual) and gemv_supports(hidden_states, router_weight, is_router=True):
                 has_residual = residual is not None
                 call = RouteCall(hidden_states, router_weight, self.pdl, norm, has_residual, top_k, renormalize)
             else:

@@ -15,7 +15,8 @@ from ops.cuda.tiles import MAX_TOKENS, gemv_tile
 
 MAX_K = 8192  # a row lies in the registers of one program
 STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
-SMALL_BYTES = 1 << 20  # of a matrix that may well be read again for every token; for others: ops/cuda/matmul.py
+SMALL_BYTES = 1 << 20  # of a matrix that may well be read again for every token; larger ones: ops/cuda/matmul.py
+ROUTER_BYTES = 8 << 20  # the same of a router, without which the experts' kernels would not be there either
 
 
 @triton.jit
@@ -78,10 +79,11 @@ def gemv_kernel(
         tl.store(output + t * (tl.num_programs(0) * ROWS * TILES) + n + i * ROWS, y.to(output.dtype.element_ty))
 
 
-def gemv_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def gemv_supports(x: torch.Tensor, weight: torch.Tensor, is_router: bool = False) -> bool:
     """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
     k = weight.shape[1]
-    few_enough = x.shape[0] <= (MAX_TOKENS if weight.nbytes <= SMALL_BYTES else 1)
+    is_small = weight.nbytes <= (ROUTER_BYTES if is_router else SMALL_BYTES)
+    few_enough = x.shape[0] <= (MAX_TOKENS if is_small else 1)
     sizes_fit = is_power_of_two(k) and 16 <= k <= MAX_K and weight.numel() < 2**31  # offsets are 32 bits wide
     return few_enough and sizes_fit and x.dtype == weight.dtype and fits(x, weight)
 

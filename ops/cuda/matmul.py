@@ -2,8 +2,8 @@
 """Matrix products of a decode step of several tokens, on the tensor cores: the matrix is read once for all tokens.
 
 Each program holds some whole rows of the matrix, requested before the previous kernel has finished. Its warps share the
-columns out, so that each has a short chain of products, and their parts are added at the end. A matrix that does not
-fit all programs at once is torch's to multiply.
+columns out, so that each has a short chain of products, and their parts are added at the end. A matrix too large for a
+Hopper GPU to hold at once is torch's to multiply.
 """
 
 import torch
@@ -19,7 +19,7 @@ LEAST_COLUMNS = 16  # of a warp's tile
 TOKENS_ELEMENTS = 4096  # of the tokens in shared memory at a time; with more, fewer programs would fit beside it
 MAX_ROUNDS = 16  # tiles of a warp, for each of which there is code
 MAX_K = 8192  # rows lie in the shared memory of one program
-MAX_BYTES = 32 << 20  # of a matrix: about the shared memory of a whole H100
+MAX_BYTES = 24 << 20  # of a matrix: 132 multiprocessors with three programs of 64 KB
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def matmul_kernel(
     BLOCK_T: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
-    PARTS: tl.constexpr,  # of the columns, one a warp
+    PARTS: tl.constexpr,  # of the columns, at most one a warp
     COLUMNS: tl.constexpr,  # of a part's tile; PARTS * COLUMNS divides K
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -62,7 +62,9 @@ def matmul_kernel(
 def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `matmul_kernel` takes x [T, K] and weight [N, K]."""
     (num_tokens, k), n = x.shape, weight.shape[0]
-    if num_tokens > MAX_TOKENS or n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K or weight.nbytes > MAX_BYTES:
+    if not 1 < num_tokens <= MAX_TOKENS or weight.nbytes > MAX_BYTES:
+        return False
+    if n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K:
         return False
     parts, columns = shares_of_columns(k, num_tokens, matmul_tile(n, k, num_tokens)[1])
     return k <= parts * columns * MAX_ROUNDS and x.dtype == weight.dtype and fits(x, weight)

@@ -21,7 +21,7 @@ Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> size
 ATTENTION_BLOCK = 128  # cached tokens of a tile
 ATTENTION_MAX_ROUNDS = 4  # tiles of a split before a sequence gets more splits than its batch size says
 # sequences, query heads of a program, splits of the cache, warps
-ATTENTION_SPLITS = ((1, 4, 20, 4), (2, 4, 20, 4), (4, 8, 8, 4), (8, 8, 8, 4), (16, 8, 4, 4))
+ATTENTION_SPLITS = ((2, 4, 20, 4), (8, 8, 8, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8

@@ -34,9 +34,18 @@ def test_padding_rows_change_nothing(tmp_path):
     for (keys, _), new in zip(llm.kv_caches, after, strict=True):
         torch.testing.assert_close(keys[NULL_BLOCK + 1 :], new[NULL_BLOCK + 1 :], atol=1e-5, rtol=0)
     assert inputs.step.slot_mapping[3:].tolist() == [NULL_BLOCK * BLOCK_SIZE, NULL_BLOCK * BLOCK_SIZE + 1]
-    assert inputs.step.seq_lens.tolist() == [131, 8, 129, 1, 1]
+    assert inputs.step.seq_lens.tolist() == [131, 8, 129, 131, 131]
+    repeated = expected[:1].expand(5, -1)
+    torch.testing.assert_close(logits[3:], repeated[3:], atol=1e-5, rtol=0)  # so padding chooses no other experts
 
-    inputs.fill(sequences[:1])  # fewer rows the next time: none of the old ones is left
+    inputs.fill(sequences[1:2])  # fewer rows the next time: none of the old ones is left
+    assert inputs.step.block_table.tolist() == [[*sequences[1].blocks[:1], 0, 0, 0]] * 5
+    inputs.fill(sequences[:1], torch.tensor([3]))  # a token that the host has not read: the sequence lacks it
+    assert inputs.token_ids.tolist() == [3] * 5 and inputs.step.seq_lens_list == [132] * 5
+    sequences[0].token_ids.pop()
+    inputs.fill(sequences[:1], torch.tensor([3]))
     logits = llm.runner.decode_step(inputs.token_ids, inputs.step).local
-    torch.testing.assert_close(logits[:1], expected[:1], atol=1e-5, rtol=0)
-    assert not inputs.step.block_table[1:].any()
+    torch.testing.assert_close(logits, repeated, atol=1e-5, rtol=0)
+
+    inputs.fill([])
+    assert not inputs.step.block_table.any() and inputs.step.seq_lens_list == [1] * 5

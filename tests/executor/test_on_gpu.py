@@ -54,7 +54,7 @@ def test_logits_of_the_demo(exe_mode):
     assert max(errors.values()) <= allowed
 
 
-def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], torch.Tensor]]:
+def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], list[torch.Tensor]]]:
     """Of each layout, mode and batch size: all sequences, and the logits of this rank's in decode."""
     results = {}
     names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")

@@ -24,8 +24,10 @@ FREE = -1.0  # bytes of an exchange that is to be chosen whatever it sends
 
 
 def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **settings: Any) -> dict[str, Any]:
-    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits of the
-    last; in float32 also at which of its tokens the choice of experts is no tie."""
+    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits.
+
+    In float32 also at which tokens of the last prompt the choice of experts is no tie.
+    """
     llm = LLM(path, device="cpu", batch_size=4, cache_tokens=2048, **settings)
     if prompts is None:
         encode = llm.tokenizer.tokenizer.encode

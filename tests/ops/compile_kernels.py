@@ -59,6 +59,7 @@ def compile_kernel(bound: BoundKernel, varying: tuple[Any, ...], capability: int
         "kernel": bound.kernel.__name__,
         "shared_memory": compiled.metadata.shared,
         "pdl": bound.options["launch_pdl"],
+        "first": bound.constants.get("FIRST", bound.constants.get("HAS_RESIDUAL") is False),  # of a step
         # places in the code, -1 if there is none
         "wait": ptx.find("griddepcontrol.wait"),
         "trigger": ptx.find("griddepcontrol.launch_dependents"),

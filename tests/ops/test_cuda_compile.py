@@ -30,5 +30,6 @@ def test_kernels_compile(capability, shared_memory, tmp_path):
     for found in compiled:
         assert found["shared_memory"] <= shared_memory, found
         assert not found["pdl"] or 0 <= found["wait"] < found["first_store"], found
-        if capability >= 90 and found["kernel"] in TRIGGER_LATE:
+        if capability >= 90 and (found["kernel"] in TRIGGER_LATE or found["first"]):
             assert found["wait"] < found["trigger"], found
+    assert {found["kernel"] for found in compiled if found["first"]} == {"gemv_kernel", "add_norm_kernel"}

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
-from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall  # noqa: E402
+from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall, RouteCall  # noqa: E402
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
@@ -92,29 +92,41 @@ def test_linear(k, n, num_tokens, has_bias):
     assert relative_error(y, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("num_tokens", [2, 3, 5, 8])
 @pytest.mark.parametrize("k, n", [(1536, 2000), (8192, 1024), (2560, 264)] if ON_GPU else [(64, 48), (96, 8), (32, 24)])
-def test_linear_on_tensor_cores(k, n, num_tokens, monkeypatch):
+def test_products_on_tensor_cores(k, n, num_tokens, has_residual, monkeypatch):
     """Of widths that are no powers of two, too; a graph's rows of padding change no other row."""
     monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 0)
-    ops, x, weight, bias = CudaOps(), random(8, k), DenseWeight(random(n, k, std=k**-0.5)), random(n)
-    residual, gain = random(8, k, std=3, dtype=torch.float32), 1 + random(k, std=0.2)
-    [y] = run_twice(ops, lambda: [ops.linear(x[:num_tokens], weight, bias)], MatmulCall)
-    assert relative_error(y, REFERENCE.linear(x[:num_tokens].float(), float_weight(weight), bias.float())) < TOLERANCE
+    padded_x, weight, bias = random(8, k), DenseWeight(random(n, k, std=k**-0.5)), random(n)
+    x, gain = padded_x[:num_tokens], 1 + random(k, std=0.2)
+    residual = random(num_tokens, k, std=3, dtype=torch.float32) if has_residual else None
     ops = CudaOps()
-    after_norm, _ = run_twice(
-        ops, lambda: ops.norm_linear(x[:num_tokens], residual[:num_tokens], gain, EPS, weight), NormMatmulCall
-    )
-    normed = REFERENCE.add_norm(x[:num_tokens].float(), residual[:num_tokens], gain.float(), EPS)[0]
-    assert relative_error(after_norm, REFERENCE.linear(normed, float_weight(weight))) < TOLERANCE
-    padded = {2: 2, 3: 4, 5: 8, 8: 8}[num_tokens]
-    assert torch.equal(CudaOps().linear(x[:padded], weight, bias)[:num_tokens], y)
+    [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)], MatmulCall)
+    assert relative_error(y, REFERENCE.linear(x.float(), float_weight(weight), bias.float())) < TOLERANCE
+    rows = {2: 2, 3: 4, 5: 8, 8: 8}[num_tokens]
+    assert torch.equal(CudaOps().linear(padded_x[:rows], weight, bias)[:num_tokens], y)
+    ops = CudaOps()
+    y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight, bias), NormMatmulCall)
+    expected = REFERENCE.norm_linear(x.float(), residual, gain.float(), EPS, float_weight(weight), bias.float())
+    assert relative_error(y, expected[0]) < TOLERANCE
+    assert relative_error(summed, expected[1]) < 1e-6
 
 
-@pytest.mark.parametrize("k, n", [(64, 4), (24, 8), (16 * 17, 8), (16384, 8), (2048, 8200)])
-def test_what_tensor_cores_do_not_take(k, n):
-    """Few rows, odd columns, columns in too many parts, too long rows, a matrix too large to be held at once."""
-    assert not matmul_supports(random(2, k), torch.empty(n, k, dtype=DTYPE, device=DEVICE))
+@pytest.mark.parametrize(
+    ("num_tokens", "k", "n"),
+    [(1, 64, 8), (9, 64, 8), (2, 64, 4), (2, 24, 8), (2, 16 * 17, 8), (2, 16384, 8), (2, 2048, 6152)],
+)
+def test_what_tensor_cores_do_not_take(num_tokens, k, n):
+    """One token, many, few rows, odd columns, columns in too many parts, long rows, a matrix too large to be held."""
+    assert not matmul_supports(random(num_tokens, k), torch.empty(n, k, dtype=DTYPE, device=DEVICE))
+
+
+def test_the_router_of_several_tokens_may_be_large(monkeypatch):
+    monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 0)
+    ops = CudaOps()
+    ops.route(random(2, 64), None, random(64), EPS, random(16, 64), 4, True)
+    assert [type(call) for call in ops.calls.values()] == [RouteCall]
 
 
 @pytest.mark.parametrize("has_residual", [False, True])

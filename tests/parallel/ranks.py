@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks over Gloo, one process each, and brings the results back."""
+"""Runs a function on several ranks, one process each, and brings the results back."""
 
 import os
 import socket
