@@ -25,7 +25,7 @@ from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports
 from ops.cuda.moe import choose_experts_kernel
-from ops.cuda.norm import add_norm_kernel, silu_and_mul_kernel
+from ops.cuda.norm import add_norm_constants, add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
 from ops.reference import ReferenceOps
@@ -73,15 +73,8 @@ class CudaOps(ReferenceOps):
         num_tokens, d = hidden_states.shape
         if num_tokens == 0 or not takes(hidden_states, residual) or d > MAX_NORM_WIDTH:
             return super().add_norm(hidden_states, residual, norm_weight, eps)
-        kernel = self.elementwise_kernel(
-            add_norm_kernel,
-            hidden_states.dtype,
-            D=d,
-            BLOCK=triton.next_power_of_2(d),
-            EPS=eps,
-            HAS_RESIDUAL=residual is not None,
-            PDL=self.pdl,
-        )
+        constants = add_norm_constants(d, eps, residual is not None, self.pdl)
+        kernel = self.elementwise_kernel(add_norm_kernel, hidden_states.dtype, **constants)
         normed, summed = torch.empty_like(hidden_states), torch.empty_like(hidden_states, dtype=torch.float32)
         first = hidden_states if residual is None else residual
         kernel.grid = (num_tokens, 1, 1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ops.cuda.launch import BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
-from ops.cuda.norm import add_norm_kernel
+from ops.cuda.norm import add_norm_constants, add_norm_kernel
 from ops.cuda.tiles import MAX_TOKENS, matmul_tile
 
 ROWS_STEP = 8  # what the rows of a matrix are a multiple of
@@ -120,18 +120,9 @@ class NormMatmulCall:
         num_tokens, d = x.shape
         norm_weight, eps = norm
         self.normed, self.residual = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32)
-        self.add_norm = BoundKernel(
-            add_norm_kernel,
-            (num_tokens,),
-            4,
-            pdl,
-            (norm_weight, self.normed, self.residual),
-            D=d,
-            BLOCK=triton.next_power_of_2(d),
-            EPS=eps,
-            HAS_RESIDUAL=has_residual,
-            PDL=pdl,
-        )
+        fixed = (norm_weight, self.normed, self.residual)
+        constants = add_norm_constants(d, eps, has_residual, pdl)
+        self.add_norm = BoundKernel(add_norm_kernel, (num_tokens,), 4, pdl, fixed, **constants)
         self.matmul = MatmulCall(self.normed, weight, bias, pdl)
         self.output = self.matmul.output
 

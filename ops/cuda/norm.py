@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Elementwise kernels for any number of tokens."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -33,6 +35,11 @@ def add_norm_kernel(
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / D + EPS)
     gain = tl.load(norm_weight + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(normed_output + token * D + d, (x * scale * gain).to(normed_output.dtype.element_ty), mask=d < D)
+
+
+def add_norm_constants(d: int, eps: float, has_residual: bool, pdl: bool) -> dict[str, Any]:
+    """Those of `add_norm_kernel` for tokens of width `d`."""
+    return {"D": d, "BLOCK": triton.next_power_of_2(d), "EPS": eps, "HAS_RESIDUAL": has_residual, "PDL": pdl}
 
 
 @triton.jit

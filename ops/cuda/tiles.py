@@ -83,7 +83,8 @@ def gemv_tile(n: int, k: int) -> GemvTile:
 
 def matmul_tile(n: int, k: int, num_tokens: int) -> tuple[int, int]:
     """Rows and warps of a program, for a matrix [n, k] and several tokens."""
-    return power_of_two_factor(n, rounded_down(min(16, MATMUL_ELEMENTS // k))), 8 if num_tokens <= 4 else 4
+    rows = power_of_two_factor(n, rounded_down(min(16, MATMUL_ELEMENTS // k)))
+    return rows, 8 if num_tokens <= 4 else 4
 
 
 def gate_up_tile(f: int, d: int) -> tuple[int, int]:

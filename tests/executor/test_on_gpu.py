@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole model on a GPU, or split over two: logits beside transformers', the same tokens eager and from graphs."""
 
+import itertools
+
 import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
@@ -11,7 +13,7 @@ from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from tests.checkpoints import reference_logits
 from tests.logits import decode_logits, relative_error
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import run_ranks, settings_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -19,6 +21,7 @@ DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
 SHAPE_30B = REPOSITORY / "models" / "qwen3_moe" / "shapes" / "qwen3_30b_a3b"
 TEXT_LENGTHS = [5, 40, 130, 300]
 MORE_THAN_TRANSFORMERS = 1.5  # allowed of our error, both in bfloat16 against float32
+MODES = ("eager", "graph")
 # attn_tp, moe_tp, embed_tp, lmhead_tp of two ranks
 LAYOUTS = {"2tp": (2, 2, 2, 2), "2ep": (2, 1, 2, 2), "2dp_2ep": (1, 1, 1, 1), "2dp_2tp": (1, 2, 2, 2)}
 
@@ -34,7 +37,13 @@ def transformers_logits(dtype: torch.dtype, sequences: list[list[int]]) -> list[
     return [reference_logits(model, sequence).cpu() for sequence in sequences]
 
 
-@pytest.mark.parametrize("exe_mode", ["eager", "graph"])
+def exact_logits(sequences: list[list[int]]) -> tuple[list[torch.Tensor], float]:
+    """In float32, and how far transformers is from them in bfloat16."""
+    exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
+    return exact, relative_error(torch.cat(theirs), torch.cat(exact))
+
+
+@pytest.mark.parametrize("exe_mode", MODES)
 def test_logits_of_the_demo(exe_mode):
     """Prefill and decode, each text alone and all at once."""
     new_tokens = 24
@@ -46,25 +55,23 @@ def test_logits_of_the_demo(exe_mode):
     sequences = [sequence for [sequence], _ in alone] + together[0]
     decoded = torch.cat([logits for _, [logits] in alone] + together[1])
     prefilled = torch.cat([llm.logits(sequence) for sequence in sequences])
-    exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
-    allowed = MORE_THAN_TRANSFORMERS * relative_error(torch.cat(theirs), torch.cat(exact))
+    exact, their_error = exact_logits(sequences)
     in_decode = torch.cat([logits[-new_tokens:-1] for logits in exact])
     errors = {"prefill": relative_error(prefilled, torch.cat(exact)), "decode": relative_error(decoded, in_decode)}
-    print(f"\n{exe_mode}: relative errors {errors}, transformers {allowed / MORE_THAN_TRANSFORMERS}")
-    assert max(errors.values()) <= allowed
+    print(f"\n{exe_mode}: relative errors {errors}, transformers {their_error}")
+    assert max(errors.values()) <= MORE_THAN_TRANSFORMERS * their_error
 
 
 def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], list[torch.Tensor]]]:
-    """Of each layout, mode and batch size: all sequences, and the logits of this rank's in decode."""
+    """Of each layout, batch size and mode: all sequences, and the logits of this rank's in decode."""
     results = {}
-    names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
     for layout, sizes in LAYOUTS.items():
-        for exe_mode in ("eager", "graph"):
-            settings = {"exe_mode": exe_mode, "world_size": 2, "batch_size": 4, "cache_tokens": 4096}
-            llm = LLM(DEMO, "cuda", input_max_len=512, **settings, **dict(zip(names, sizes, strict=True)))
+        for exe_mode in MODES:
+            settings = {"exe_mode": exe_mode, "input_max_len": 512, "batch_size": 4, "cache_tokens": 4096}
+            llm = LLM(DEMO, "cuda", **settings, **settings_of(sizes, world_size=2))
             prompts = texts(llm)
             for batch in (prompts[:1], prompts):
-                results[layout, exe_mode, len(batch)] = decode_logits(llm, batch, new_tokens)
+                results[layout, len(batch), exe_mode] = decode_logits(llm, batch, new_tokens)
     return results
 
 
@@ -73,20 +80,19 @@ def test_layouts_of_two_gpus(tmp_path):
     """With one prompt a group of attention ranks of its own has none."""
     new_tokens = 24
     ranks = run_ranks(2, results_of_layouts, tmp_path, new_tokens)
-    for key, (sequences, _) in ranks[0].items():
-        layout, exe_mode, count = key
-        assert sequences == ranks[1][key][0] == ranks[0][layout, "eager", count][0], key
+    for layout, count in itertools.product(LAYOUTS, (1, len(TEXT_LENGTHS))):
+        sequences = ranks[0][layout, count, "eager"][0]
+        exact, their_error = exact_logits(sequences)
         dp_size = 2 // LAYOUTS[layout][0]
-        exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
-        allowed = MORE_THAN_TRANSFORMERS * relative_error(torch.cat(theirs), torch.cat(exact))
-        for rank, results in enumerate(ranks):
+        for rank, exe_mode in itertools.product((0, 1), MODES):
+            found, decoded = ranks[rank][layout, count, exe_mode]
+            assert found == sequences, (layout, count, exe_mode, rank)
             own = [logits[-new_tokens:-1] for logits in exact[rank % dp_size :: dp_size]]
-            decoded = results[key][1]
             assert len(decoded) == len(own)
             if own:
                 error = relative_error(torch.cat(decoded), torch.cat(own))
-                print(f"\n{key}, rank {rank}: relative error {error}, transformers {allowed / MORE_THAN_TRANSFORMERS}")
-                assert error <= allowed
+                print(f"\n{layout}, {count}, {exe_mode}, rank {rank}: error {error}, transformers {their_error}")
+                assert error <= MORE_THAN_TRANSFORMERS * their_error
 
 
 @pytest.mark.parametrize(

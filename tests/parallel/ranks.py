@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a function on several ranks, one process each, and brings the results back."""
+"""Runs a function on several ranks, one process each, and brings the results back; the settings of a layout."""
 
 import os
 import socket
@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+
+
+def settings_of(layout: tuple[int, int, int, int], world_size: int) -> dict[str, Any]:
+    """Settings of an LLM; layout: attn_tp, moe_tp, embed_tp, lmhead_tp."""
+    names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
+    return {"world_size": world_size, **dict(zip(names, layout, strict=True))}
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from executor import LLM, SamplingParams
 from models.layers.lm_head import ShardedLogits
 from tests.checkpoints import make_checkpoint
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import run_ranks, settings_of
 
 # attn_tp, moe_tp, embed_tp, lmhead_tp
 LAYOUTS = {
@@ -28,11 +28,6 @@ CONFIG = {
 }
 PROMPT_LENGTHS = [5, 1, 130, 17, 3]
 SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "repetition_penalty": 1.2}
-
-
-def settings_of(layout: tuple[int, int, int, int], world_size: int) -> dict[str, Any]:
-    names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
-    return {"world_size": world_size, **dict(zip(names, layout, strict=True))}
 
 
 def results_of(folder: str, token_ids: list[int], prompts: list[list[int]], settings: dict[str, Any]) -> dict[str, Any]:
