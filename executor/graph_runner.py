@@ -15,9 +15,11 @@ from models.qwen3_moe.model import Qwen3Moe
 from ops.comm import ParallelContext, Traffic
 from ops.recorder import GraphRecorder, Replay
 
+UNPADDED = 8  # up to here every batch size has a graph: the fewer the rows, the more of a step one of padding takes
+
 
 class GraphRunner(ModelRunner):
-    """Captures one graph a batch size (1, 2, 4, ... up to the largest); a batch in between is padded to the next.
+    """Captures a graph for each of `graph_sizes`; a batch in between is padded to the next.
 
     Where the groups of attention ranks have batches of different sizes, all take the largest one's graph. Sequences
     that grow beyond `max_len` tokens take eager steps.
@@ -37,8 +39,7 @@ class GraphRunner(ModelRunner):
         super().__init__(model, kv_caches, parallel, sequence_parallel, device)
         self.recorder = recorder
         self.max_blocks = blocks_for(max_len)
-        sizes = {batch_size} | {2**i for i in range(batch_size.bit_length())}
-        self.graphs = {size: self.capture(size) for size in sorted(sizes, reverse=True)}
+        self.graphs = {size: self.capture(size) for size in reversed(graph_sizes(batch_size))}
 
     def capture(self, batch_size: int) -> "DecodeGraph":
         """Records a decode step of `batch_size` padding rows."""
@@ -58,6 +59,12 @@ class GraphRunner(ModelRunner):
         size = min(size for size in self.graphs if size >= max(map(len, batches)))
         self.tokens_run += len(batches[self.dp_index])
         return self.graphs[size].run(batches[self.dp_index], latest)
+
+
+def graph_sizes(largest: int) -> list[int]:
+    """Batch sizes 1 to UNPADDED, from there on powers of two, and the largest."""
+    powers = {2**i for i in range(largest.bit_length())}
+    return sorted({*range(1, min(largest, UNPADDED) + 1), *powers, largest})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,13 @@ def make_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "1GB", **
     return model
 
 
+def rounded(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Qwen3MoeForCausalLM:
+    """The model with weights that `dtype` can hold. Its rotary frequencies stay exact: `model.to` would round them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
 @torch.no_grad()
 def reference_logits(model: Qwen3MoeForCausalLM, token_ids: list[int]) -> torch.Tensor:
     """transformers' logits [T, V] float32 of one sequence."""

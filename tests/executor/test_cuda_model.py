@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from executor import LLM  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
-from tests.checkpoints import make_checkpoint, reference_logits  # noqa: E402
+from tests.checkpoints import make_checkpoint, reference_logits, rounded  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
 
 KERNELS = {
@@ -47,7 +47,7 @@ MODELS = {
 def test_logits_equal_transformers(name, tmp_path, monkeypatch):
     """Prefill and decode, one sequence and several."""
     config, lengths, seed = MODELS[name]
-    reference = make_checkpoint(tmp_path, seed, **config).half().float()
+    reference = rounded(make_checkpoint(tmp_path, seed, **config), torch.float16)
     monkeypatch.setattr("executor.llm.load_ops", lambda device_type: CudaOps())
     llm = LLM(
         tmp_path,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's inputs: rows of padding, as captured steps have them, change nothing for the others."""
+"""A step's inputs: rows of padding, as captured steps have them, change nothing for the others; which have some."""
 
+import pytest
 import torch
 
 from executor import LLM, SamplingParams
+from executor.graph_runner import graph_sizes
 from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK
 from executor.model_runner import DecodeInputs
 from tests.checkpoints import make_checkpoint
@@ -49,3 +51,17 @@ def test_padding_rows_change_nothing(tmp_path):
 
     inputs.fill([])
     assert not inputs.step.block_table.any() and inputs.step.seq_lens_list == [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("largest", "sizes"),
+    [
+        (1, [1]),
+        (3, [1, 2, 3]),
+        (8, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (9, [1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        (40, [1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 40]),
+    ],
+)
+def test_batch_sizes_with_a_graph(largest, sizes):
+    assert graph_sizes(largest) == sizes

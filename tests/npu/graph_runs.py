@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import torch
 
+import executor.graph_runner
 import executor.llm
 from executor import LLM, SamplingParams
 from executor.model_runner import DecodeInputs
@@ -49,7 +50,10 @@ def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, 
 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:
     """Tokens of three prompts, so that a batch of four has a row of padding."""
-    with patch.object(executor.llm, "load_ops", lambda device_type: ops):
+    with (
+        patch.object(executor.llm, "load_ops", lambda device_type: ops),
+        patch.object(executor.graph_runner, "UNPADDED", 2),
+    ):
         llm = LLM(DEMO, "cpu", dtype, batch_size=batch_size, cache_tokens=2048, input_max_len=512, **settings)
     prompts = [llm.tokenizer.tokenizer.encode(LONG_PROMPT)[:250], *PROMPTS[:2]]
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
