@@ -7,7 +7,13 @@ import triton
 from ops import RouterLogits
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, power_of_two_factor
 from ops.cuda.moe import down_kernel, gate_up_kernel
-from ops.cuda.shared_experts import down_shared_kernel, gate_up_shared_kernel, plan_kernel, weighted_sum_kernel
+from ops.cuda.shared_experts import (
+    PLAN_FIELDS,
+    down_shared_kernel,
+    gate_up_shared_kernel,
+    plan_kernel,
+    weighted_sum_kernel,
+)
 from ops.cuda.tiles import down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
 
 MAX_D = 8192  # a row lies in the registers of one program
@@ -70,9 +76,10 @@ class SharedExpertsCall:
     ):
         num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
         count, d, f = down.shape
-        sizes = {"D": d, "F": f, "T": num_tokens, "TOP_K": top_k}
+        sizes = {"D": d, "F": f, "TOP_K": top_k}
         num_slots = min(num_tokens * top_k, count)
-        slots = normed.new_empty(num_slots + 1, 2 + num_tokens, dtype=torch.int32)  # one past the last pair may be read
+        # one past the last pair may be read
+        slots = normed.new_empty(num_slots + 1, PLAN_FIELDS.value, dtype=torch.int32)
         weights = normed.new_empty(num_tokens, top_k, dtype=torch.float32)
         self.activated = normed.new_empty(num_tokens, top_k, f)
         self.partial = normed.new_empty(num_tokens, top_k, d, dtype=torch.float32)
@@ -82,15 +89,13 @@ class SharedExpertsCall:
             (1,),
             min(PLAN_WARPS, triton.next_power_of_2(num_tokens)),
             pdl,
-            (slots, weights),
-            T=num_tokens,
+            (slots, weights, num_tokens, num_slots),
             BLOCK_T=triton.next_power_of_2(num_tokens),
             E=num_experts,
             BLOCK_E=triton.next_power_of_2(num_experts),
             TOP_K=top_k,
             FIRST=routing.first,
             COUNT=count,
-            NUM_SLOTS=num_slots,
             RENORMALIZE=routing.renormalize,
             PDL=pdl,
         )

@@ -46,9 +46,9 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 class BoundKernel:
-    """A kernel with its grid, its constants and those of its tensors that stay the same.
+    """A kernel with its grid, its constants and those of its arguments that stay the same.
 
-    It is called with the others, tensors and ints, which the kernel takes first; the fixed tensors follow, then the
+    It is called with the others, tensors and ints, which the kernel takes first; the fixed ones follow, then the
     constants. Tensors of later calls may be other ones, but of the same dtypes and as well aligned.
     """
 
@@ -58,7 +58,7 @@ class BoundKernel:
         grid: tuple[int, ...],
         num_warps: int,
         pdl: bool = False,
-        fixed: tuple[torch.Tensor | TensorDescriptor, ...] = (),
+        fixed: tuple[torch.Tensor | TensorDescriptor | int, ...] = (),
         **constants: Any,
     ):
         self.kernel = kernel
@@ -89,7 +89,7 @@ class BoundKernel:
             *(compiled.packed_metadata, None, None, None),
         )
         names = self.kernel.arg_names[len(varying) + len(self.fixed) :]
-        fixed = (tensor.data_ptr() if isinstance(tensor, torch.Tensor) else tensor for tensor in self.fixed)
+        fixed = (argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in self.fixed)
         self.tail = (*fixed, *(self.constants[name] for name in names))
         self.launch = run.launch
 

@@ -22,13 +22,13 @@ MAX_K = 8192  # rows lie in the shared memory of one program
 MAX_BYTES = 24 << 20  # of a matrix: 132 multiprocessors with three programs of 64 KB
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def matmul_kernel(
     hidden,  # [T, K]
     weight,  # [N, K]
     bias,  # [N]
     output,  # [T, N]
-    T: tl.constexpr,
+    num_tokens,  # T
     BLOCK_T: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,  # of a program
@@ -41,7 +41,7 @@ def matmul_kernel(
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, PARTS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     t = tl.arange(0, BLOCK_T)
-    is_token = t < T
+    is_token = t < num_tokens
     pdl_trigger(PDL)
     tiles = ()
     for i in tl.static_range(K // (PARTS * COLUMNS)):
@@ -89,8 +89,7 @@ class MatmulCall:
             (n // rows,),
             warps,
             pdl,
-            (weight, weight if bias is None else bias, self.output),
-            T=num_tokens,
+            (weight, weight if bias is None else bias, self.output, num_tokens),
             BLOCK_T=triton.next_power_of_2(num_tokens),
             K=k,
             ROWS=rows,

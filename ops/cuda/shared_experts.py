@@ -3,6 +3,8 @@
 
 A pair is a token with one of its choices: token * TOP_K + choice. A plan says who does what: a slot for every chosen
 expert holds its number, how many pairs it has, and these; a slot left over holds the number -1.
+
+How many tokens there are is no constant of the kernels, so that not every number of them has to be compiled.
 """
 
 import triton
@@ -10,28 +12,31 @@ import triton.language as tl
 
 from ops.cuda.launch import pdl_trigger, pdl_wait
 from ops.cuda.moe import TAKEN, logit_of, sortable_keys
+from ops.cuda.tiles import MAX_TOKENS
+
+PLAN_FIELDS = tl.constexpr(2 + MAX_TOKENS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
 def plan_kernel(
     logits,  # [T, E] float32
-    slots,  # [NUM_SLOTS, 2 + T] int32
+    slots,  # [num_slots, PLAN_FIELDS] int32
     weights,  # [T, TOP_K] float32
-    T: tl.constexpr,
+    num_tokens,  # T
+    num_slots,
     BLOCK_T: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
     FIRST: tl.constexpr,  # expert on this rank, which has
     COUNT: tl.constexpr,  # of the E
-    NUM_SLOTS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program."""
     t = tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    is_token = t < T
+    is_token = t < num_tokens
     pdl_wait(PDL)
     pdl_trigger(PDL)
     keys = sortable_keys(logits + (t * is_token)[:, None] * E, e[None, :], E, BLOCK_E)  # padding repeats a token
@@ -55,32 +60,31 @@ def plan_kernel(
         is_chosen = is_chosen & is_here[None, :]
     has_slot = tl.max(is_chosen.to(tl.int32), axis=0)
     slot = tl.cumsum(has_slot, axis=0) - 1
-    tl.store(slots + slot * (2 + T), here, mask=has_slot > 0)
-    tl.store(slots + slot * (2 + T) + 1, tl.sum(is_chosen.to(tl.int32), axis=0), mask=has_slot > 0)
+    tl.store(slots + slot * PLAN_FIELDS, here, mask=has_slot > 0)
+    tl.store(slots + slot * PLAN_FIELDS + 1, tl.sum(is_chosen.to(tl.int32), axis=0), mask=has_slot > 0)
     order = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
     pairs = t[:, None] * TOP_K + places
-    tl.store(slots + slot[None, :] * (2 + T) + 2 + order, pairs, mask=is_chosen)
+    tl.store(slots + slot[None, :] * PLAN_FIELDS + 2 + order, pairs, mask=is_chosen)
     left_over = tl.sum(has_slot, axis=0) + e
-    tl.store(slots + left_over * (2 + T), -1, mask=left_over < NUM_SLOTS)
+    tl.store(slots + left_over * PLAN_FIELDS, -1, mask=left_over < num_slots)
 
 
 @triton.jit
 def gate_up_shared_kernel(
     normed,  # [T, D]
-    slots,  # [NUM_SLOTS, 2 + T] int32
+    slots,  # [num_slots, PLAN_FIELDS] int32
     weight,  # [COUNT, 2F, D]
     output,  # [T, TOP_K, F]
     D: tl.constexpr,
     F: tl.constexpr,
-    T: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, NUM_SLOTS): SiLU(gate) * up."""
+    """Grid (F / ROWS, num_slots): SiLU(gate) * up."""
     d = tl.arange(0, D)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    slot = slots + tl.program_id(1) * (2 + T)
+    slot = slots + tl.program_id(1) * PLAN_FIELDS
     pdl_wait(PDL)
     pdl_trigger(PDL)
     expert = tl.load(slot, cache_modifier=".cg").to(tl.int64)
@@ -103,22 +107,21 @@ def gate_up_shared_kernel(
 
 @triton.jit
 def down_shared_kernel(
-    slots,  # [NUM_SLOTS, 2 + T] int32
+    slots,  # [num_slots, PLAN_FIELDS] int32
     activated,  # [T, TOP_K, F]
     weight,  # [COUNT, D, F]
     output,  # [T, TOP_K, D] float32
     D: tl.constexpr,
     F: tl.constexpr,
-    T: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,  # a power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, NUM_SLOTS): what each expert adds to its tokens, not weighted yet."""
+    """Grid (D / ROWS, num_slots): what each expert adds to its tokens, not weighted yet."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
-    slot = slots + tl.program_id(1) * (2 + T)
+    slot = slots + tl.program_id(1) * PLAN_FIELDS
     pdl_trigger(PDL)
     # the plan is complete: gate_up has waited for it
     expert = tl.load(slot, cache_modifier=".cg").to(tl.int64)
