@@ -2,8 +2,8 @@
 """Many prompts at once, offline: output tokens a second at each batch size, for short and for long prompts.
 
 A scenario is IN:OUT, tokens of a prompt and new tokens. The batch is how many prompts run at the same time; as one
-ends, the next one starts. seconds is the whole run's wall time, prefills included. In graph mode a batch between two
-captured sizes is padded to the larger one. A YAML with several ranks has them started here; rank 0 reports.
+ends, the next one starts. seconds is the whole run's wall time, prefills included. In graph mode a batch above 8 that
+has no graph of its own is padded to the next. A YAML with several ranks has them started here; rank 0 reports.
 """
 
 import argparse

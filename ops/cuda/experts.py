@@ -14,7 +14,7 @@ from ops.cuda.shared_experts import (
     plan_kernel,
     weighted_sum_kernel,
 )
-from ops.cuda.tiles import down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
+from ops.cuda.tiles import MAX_TOKENS, down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
 
 MAX_D = 8192  # a row lies in the registers of one program
 MIN_CHUNK, MAX_CHUNK = 16, 256  # columns of the down projection that a tile has
@@ -27,9 +27,10 @@ def experts_support(normed: torch.Tensor, routing: RouterLogits, gate_up: torch.
     """Whether the decode kernels of this file take these tensors."""
     d, f = down.shape[1:]
     chunks = f // power_of_two_factor(f, MAX_CHUNK)
+    few_enough = normed.shape[0] <= MAX_TOKENS  # else they do not fit the plan
     sizes_fit = is_power_of_two(d) and 16 <= d <= MAX_D and f % MIN_CHUNK == 0 and chunks * routing.top_k <= MAX_PARTS
     dtypes_fit = normed.dtype == gate_up.dtype == down.dtype and routing.logits.dtype is torch.float32
-    return sizes_fit and dtypes_fit and fits(normed, routing.logits, gate_up, down)
+    return few_enough and sizes_fit and dtypes_fit and fits(normed, routing.logits, gate_up, down)
 
 
 class ExpertsCall:

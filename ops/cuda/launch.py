@@ -23,7 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = triton.knobs.runtime.interpret
 KNOWS_LAUNCHER = triton.__version__.startswith("3.6.")  # whose launcher takes the arguments that BoundKernel gives it
-COMPILES_PDL = not triton.__version__.startswith("3.4.")  # whose functions for it take an argument it does not pass
+IS_TRITON_3_4 = triton.__version__.startswith("3.4.")
+COMPILES_PDL = not IS_TRITON_3_4  # whose functions for it take an argument it does not pass
+COMPILES_NARROW_DOT = not IS_TRITON_3_4  # which wants at least 16 columns
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ops.cuda.launch import BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
+from ops.cuda.launch import COMPILES_NARROW_DOT, BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
 from ops.cuda.norm import add_norm_constants, add_norm_kernel
 from ops.cuda.tiles import MAX_TOKENS, matmul_tile
 
@@ -62,7 +62,7 @@ def matmul_kernel(
 def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `matmul_kernel` takes x [T, K] and weight [N, K]."""
     (num_tokens, k), n = x.shape, weight.shape[0]
-    if not 1 < num_tokens <= MAX_TOKENS or weight.nbytes > MAX_BYTES:
+    if not COMPILES_NARROW_DOT or not 1 < num_tokens <= MAX_TOKENS or weight.nbytes > MAX_BYTES:
         return False
     if n % ROWS_STEP or k % LEAST_COLUMNS or k > MAX_K:
         return False

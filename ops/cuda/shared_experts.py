@@ -2,7 +2,7 @@
 """Experts of a decode step of several tokens: an expert's weights are read once for all tokens that chose it.
 
 A pair is a token with one of its choices: token * TOP_K + choice. A plan says who does what: a slot for every chosen
-expert holds its number, how many pairs it has, and these; a slot left over holds the number -1.
+expert holds its number, how many pairs it has, and these, up to MAX_TOKENS; a slot left over holds the number -1.
 
 How many tokens there are is no constant of the kernels, so that not every number of them has to be compiled.
 """

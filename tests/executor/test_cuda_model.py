@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from executor import LLM  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
+from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
 from tests.checkpoints import make_checkpoint, reference_logits, rounded  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
 
@@ -67,7 +68,7 @@ def test_logits_equal_transformers(name, tmp_path, monkeypatch):
     bound = {type(call).__name__ for call in llm.ops.calls.values()}
     if name == "kernels_for_all":
         assert bound == KERNELS
-    if name == "odd_widths":
+    if name == "odd_widths" and COMPILES_NARROW_DOT:
         assert {"MatmulCall", "NormMatmulCall"} <= bound
     longest = max(sequences, key=len)
     assert relative_error(llm.logits(longest), reference_logits(reference, longest)) < TOLERANCE

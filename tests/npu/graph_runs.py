@@ -55,6 +55,8 @@ def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: 
         patch.object(executor.graph_runner, "UNPADDED", 2),
     ):
         llm = LLM(DEMO, "cpu", dtype, batch_size=batch_size, cache_tokens=2048, input_max_len=512, **settings)
+    if settings.get("exe_mode") == "graph":
+        assert (3 in llm.runner.graphs) == (batch_size == 3)
     prompts = [llm.tokenizer.tokenizer.encode(LONG_PROMPT)[:250], *PROMPTS[:2]]
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
     return [output.token_ids for output in outputs]

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
+from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
 from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall, RouteCall  # noqa: E402
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
@@ -61,6 +62,11 @@ def has_row_kernel(weight: DenseWeight, num_tokens: int) -> bool:
     return num_tokens == 1 or weight.data.nbytes <= SMALL_BYTES
 
 
+def product_of_several(kind: type) -> type:
+    """What a product on tensor cores is bound to."""
+    return kind if COMPILES_NARROW_DOT else partial
+
+
 def run_twice(ops: CudaOps, run, *kinds: type):
     """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit.
 
@@ -86,17 +92,18 @@ def float_weight(weight: DenseWeight) -> DenseWeight:
 def test_linear(k, n, num_tokens, has_bias):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     bias = random(n) if has_bias else None
-    kind = LinearCall if has_row_kernel(weight, num_tokens) else MatmulCall
+    kind = LinearCall if has_row_kernel(weight, num_tokens) else product_of_several(MatmulCall)
     [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)], kind)
     expected = REFERENCE.linear(x.float(), float_weight(weight), None if bias is None else bias.float())
     assert relative_error(y, expected) < TOLERANCE
 
 
+@pytest.mark.skipif(not COMPILES_NARROW_DOT, reason="torch's products with this Triton")
 @pytest.mark.parametrize("has_residual", [False, True])
 @pytest.mark.parametrize("num_tokens", [2, 3, 5, 8])
 @pytest.mark.parametrize("k, n", [(1536, 2000), (8192, 1024), (2560, 264)] if ON_GPU else [(64, 48), (96, 8), (32, 24)])
 def test_products_on_tensor_cores(k, n, num_tokens, has_residual, monkeypatch):
-    """Of widths that are no powers of two, too; a graph's rows of padding change no other row."""
+    """Of widths that are no powers of two, too; rows of padding change no other row."""
     monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 0)
     padded_x, weight, bias = random(8, k), DenseWeight(random(n, k, std=k**-0.5)), random(n)
     x, gain = padded_x[:num_tokens], 1 + random(k, std=0.2)
@@ -136,7 +143,7 @@ def test_norm_linear(k, n, num_tokens, has_residual):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     residual = random(num_tokens, k, std=3, dtype=torch.float32) if has_residual else None
     gain = 1 + random(k, std=0.2)
-    kind = NormLinearCall if has_row_kernel(weight, num_tokens) else NormMatmulCall
+    kind = NormLinearCall if has_row_kernel(weight, num_tokens) else product_of_several(NormMatmulCall)
     y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight), kind)
     expected = REFERENCE.norm_linear(x.float(), residual, gain.float(), EPS, float_weight(weight))
     assert relative_error(y, expected[0]) < TOLERANCE
@@ -313,6 +320,19 @@ def test_experts_of_few_tokens(num_experts, d, f, top_k, num_tokens, renormalize
     ops, x = CudaOps(), random(num_tokens, d)
     gate_up, down = expert_weights(num_experts, d, f)
     routing = RouterLogits(random(num_tokens, num_experts, std=2, dtype=torch.float32), top_k, renormalize)
+    [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
+    expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
+    assert relative_error(output, expected) < TOLERANCE
+
+
+def test_experts_that_all_of_eight_tokens_chose():
+    """An expert of the plan then has as many tokens as it has room for."""
+    num_experts, d, f, top_k = EXPERT_SIZES[0]
+    ops, x = CudaOps(), random(8, d)
+    gate_up, down = expert_weights(num_experts, d, f)
+    logits = random(8, num_experts, dtype=torch.float32)
+    logits[:, 1 : top_k + 1] += 100
+    routing = RouterLogits(logits, top_k, True)
     [output] = run_twice(ops, lambda: [ops.experts(x, routing, gate_up, down)])
     expected = REFERENCE.experts(x.float(), routing, float_weight(gate_up), float_weight(down))
     assert relative_error(output, expected) < TOLERANCE
