@@ -57,14 +57,11 @@ def test_fallbacks():
     assert ops.fallbacks(torch.float32) == OPERATIONS
 
 
-def has_row_kernel(weight: DenseWeight, num_tokens: int) -> bool:
-    """With several tokens the tensor cores win, unless the matrix is small."""
-    return num_tokens == 1 or weight.data.nbytes <= SMALL_BYTES
-
-
-def product_of_several(kind: type) -> type:
-    """What a product on tensor cores is bound to."""
-    return kind if COMPILES_NARROW_DOT else partial
+def kind_of_product(weight: DenseWeight, num_tokens: int, by_rows: type, on_tensor_cores: type) -> type:
+    """With several tokens the tensor cores win, unless the matrix is small; where they cannot, torch's product."""
+    if num_tokens == 1 or weight.data.nbytes <= SMALL_BYTES:
+        return by_rows
+    return on_tensor_cores if COMPILES_NARROW_DOT else partial
 
 
 def run_twice(ops: CudaOps, run, *kinds: type):
@@ -92,7 +89,7 @@ def float_weight(weight: DenseWeight) -> DenseWeight:
 def test_linear(k, n, num_tokens, has_bias):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     bias = random(n) if has_bias else None
-    kind = LinearCall if has_row_kernel(weight, num_tokens) else product_of_several(MatmulCall)
+    kind = kind_of_product(weight, num_tokens, LinearCall, MatmulCall)
     [y] = run_twice(ops, lambda: [ops.linear(x, weight, bias)], kind)
     expected = REFERENCE.linear(x.float(), float_weight(weight), None if bias is None else bias.float())
     assert relative_error(y, expected) < TOLERANCE
@@ -143,7 +140,7 @@ def test_norm_linear(k, n, num_tokens, has_residual):
     ops, x, weight = CudaOps(), random(num_tokens, k), DenseWeight(random(n, k, std=k**-0.5))
     residual = random(num_tokens, k, std=3, dtype=torch.float32) if has_residual else None
     gain = 1 + random(k, std=0.2)
-    kind = NormLinearCall if has_row_kernel(weight, num_tokens) else product_of_several(NormMatmulCall)
+    kind = kind_of_product(weight, num_tokens, NormLinearCall, NormMatmulCall)
     y, summed = run_twice(ops, lambda: ops.norm_linear(x, residual, gain, EPS, weight), kind)
     expected = REFERENCE.norm_linear(x.float(), residual, gain.float(), EPS, float_weight(weight))
     assert relative_error(y, expected[0]) < TOLERANCE
