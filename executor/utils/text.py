@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that is safe to show: one line of bounded length for errors, and no control characters from data."""
+
+import unicodedata
+from typing import Any
+
+MAX_LINE = 400  # characters of an error line
+MAX_VALUE = 80  # characters of a value quoted in one
+
+
+def one_line(text: object, limit: int = MAX_LINE) -> str:
+    """`text` on one line of at most `limit` characters: white space collapsed, control characters escaped, cut in the
+    middle if it is longer."""
+    line = str(text)
+    if len(line) > 8 * limit:
+        line = f"{line[: 4 * limit]} {line[-4 * limit :]}"
+    line = printable(" ".join(line.split()))
+    if len(line) <= limit:
+        return line
+    keep = limit - 5
+    return f"{line[: keep - keep // 3]} ... {line[len(line) - keep // 3 :]}"
+
+
+def printable(text: str) -> str:
+    """`text` with its control characters and lone surrogates escaped, except for tabs and line ends."""
+    return "".join(character if shows(character) else escaped(character) for character in text)
+
+
+def shows(character: str) -> bool:
+    return character in "\t\n" or unicodedata.category(character) not in ("Cc", "Cs")
+
+
+def escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def quoted(value: Any) -> str:
+    """repr of a value of the user's, bounded however large or deeply nested the value is."""
+    if isinstance(value, str):
+        return one_line(repr(value[: 4 * MAX_VALUE]), MAX_VALUE)
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, dict | list | tuple | set) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)} entries"
+    try:
+        return one_line(repr(value), MAX_VALUE)
+    except (RecursionError, ValueError, MemoryError):
+        return f"a {type(value).__name__}, nested too deeply"
