@@ -3,15 +3,24 @@
 
 import dataclasses
 import difflib
-import types
+import os
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from executor.known_names import hint
+from executor.sampling_params import SamplingParams
+from executor.utils.reading import read_text, refusing
+from executor.utils.strict_yaml import parse_yaml
+from executor.utils.text import one_line, printable, quoted
+from executor.utils.values import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MAX_YAML_BYTES = 1 << 20
+MAX_SHOWN = 150  # characters of a file's or an override's name in an error
+MAX_NAME = 100  # characters of model_name; no key is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +84,7 @@ class Settings:
     device: Literal["auto", "npu", "cuda", "cpu"] = "auto"
     world_size: int = 1
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    output_dir: str | None = None
     model_config: ModelSettings = field(default_factory=ModelSettings)
     data_config: DataSettings = field(default_factory=DataSettings)
     parallel_config: ParallelSettings = field(default_factory=ParallelSettings)
@@ -88,95 +98,115 @@ def load_settings(path: str | Path, overrides: typing.Sequence[str] = ()) -> Set
 
     Raises ValueError with one line that names the file or override, the key, and what is allowed.
     """
+    if isinstance(overrides, str) or not all(isinstance(override, str) for override in overrides):
+        raise TypeError("overrides: expected a list of texts, each section.key=value")
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such YAML file")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # the latter two: impossible dates, keys that are lists
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    where = one_line(path, MAX_SHOWN)
+    with refusing(where):
+        is_file = path.is_file()
+    if not is_file:
+        raise ValueError(f"{where}: no such YAML file")
+    text = read_text(path, MAX_YAML_BYTES)
+    with refusing(where, "not valid YAML"):
+        raw = parse_yaml(text)
     if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected keys and values, such as model_path: ...")
+        raise ValueError(f"{where}: expected keys and values, such as model_path: ...")
+    overridden: dict[str, str] = {}
     for override in overrides:
-        apply_override(raw, override)
-    return settings_from_dict(raw, str(path))
+        key = apply_override(raw, override)
+        overridden = {other: by for other, by in overridden.items() if not other.startswith(f"{key}.")}
+        overridden[key] = shown(override)
+    return settings_from_dict(raw, where, overridden)
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML lets the last of two equal keys win silently; here the second is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.YAMLError(f"the key in line {key_node.start_mark.line + 1} is not a plain word")
-            if key_node.value in seen:
-                raise yaml.YAMLError(
-                    f"key {key_node.value!r} stands twice, again in line {key_node.start_mark.line + 1}"
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+def shown(override: str) -> str:
+    """An override as errors name it."""
+    return f"--set {one_line(override, MAX_SHOWN)}"
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts "section.key=value" into the tree read from a YAML; the value is read as YAML."""
+def apply_override(raw: dict[str, Any], override: str) -> str:
+    """Puts "section.key=value" into the tree read from a YAML, the value read as YAML; returns "section.key"."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts) or len(parts) > 2:
-        raise ValueError(f"--set {override}: expected section.key=value, such as data_config.max_new_tokens=64")
-    try:
-        value = yaml.load(text, UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, TypeError):
-        raise ValueError(f"--set {override}: {text!r} is not a valid YAML value") from None
+        raise ValueError(f"{shown(override)}: expected section.key=value, such as data_config.max_new_tokens=64")
+    with refusing(shown(override), f"{quoted(text)} is not a valid YAML value"):
+        value = parse_yaml(text)
     target = raw
     for part in parts[:-1]:
-        if target.get(part) is None:
-            target[part] = {}
+        section = target.get(part)
+        if section is not None and not isinstance(section, dict):
+            raise ValueError(f"{shown(override)}: {one_line(part, MAX_SHOWN)} is not a section")
+        target[part] = dict(section or {})  # a copy, as an alias may stand for the same section
         target = target[part]
-        if not isinstance(target, dict):
-            raise ValueError(f"--set {override}: {part} is not a section")
     target[parts[-1]] = value
+    return name.strip()
 
 
-def settings_from_dict(raw: dict[str, Any], where: str) -> Settings:
-    """Checks names, types and sizes of a tree of settings; `where` names its origin in errors."""
-    raw = dict(raw)
+@dataclass(frozen=True)
+class Origin:
+    """Where settings were given, for errors: "FILE: key: " or, of what an override set, "--set OVERRIDE: key: "."""
+
+    file: str
+    overridden: Mapping[str, str] = field(default_factory=dict)  # "section.key" or "key" -> the override
+
+    def error(self, key: str, problem: str) -> ValueError:
+        where = self.overridden.get(key) or self.overridden.get(key.partition(".")[0]) or self.file
+        return ValueError(one_line(f"{where}: {one_line(key, MAX_SHOWN)}: {problem}"))
+
+
+def settings_from_dict(raw: dict[str, Any], where: str, overridden: Mapping[str, str] | None = None) -> Settings:
+    """Checks names, types and sizes of a tree of settings.
+
+    where: its origin in errors. overridden: "section.key" -> the name in errors of the override that set it.
+    """
+    raw, origin = dict(raw), Origin(where, overridden or {})
     for section, kind in SECTIONS.items():
         if raw.get(section) is None:
             raw.pop(section, None)
         elif isinstance(raw[section], dict):
-            raw[section] = build(kind, raw[section], where, f"{section}.")
+            raw[section] = build(kind, raw[section], origin, f"{section}.")
         else:
-            raise ValueError(f"{where}: {section}: expected a section of keys, got {raw[section]!r}")
-    settings = build(Settings, raw, where, "")
-    check_sizes(settings, where)
+            raise origin.error(section, f"expected a section of keys, got {quoted(raw[section])}")
+    settings = build(Settings, raw, origin, "")
+    check_values(settings, origin)
     return settings
 
 
-def build(kind: type, raw: dict[str, Any], where: str, prefix: str) -> Any:
+def build(kind: type, raw: dict[Any, Any], origin: Origin, prefix: str) -> Any:
     """An instance of the settings class `kind` from `raw`, every key and type checked."""
     hints = typing.get_type_hints(kind)
     for key in raw:
         if key not in hints:
-            raise ValueError(f"{where}: {prefix}{key}: unknown key{nearest(str(key), prefix)}")
+            name = key if isinstance(key, str) else quoted(key)
+            raise origin.error(f"{prefix}{name}", f"unknown key{nearest(name, prefix)}")
     for definition in dataclasses.fields(kind):
         required = definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
         if required and definition.name not in raw:
-            raise ValueError(
-                f"{where}: {prefix}{definition.name}: missing, a {hints[definition.name].__name__} is needed"
+            raise origin.error(
+                f"{prefix}{definition.name}", f"missing, a {hints[definition.name].__name__} is needed"
             )
-    values = {key: convert(value, hints[key], f"{where}: {prefix}{key}") for key, value in raw.items()}
+    values = {}
+    for key, value in raw.items():
+        try:
+            values[key] = convert(value, hints[key])
+        except ValueError as error:
+            raise origin.error(f"{prefix}{key}", str(error)) from None
     return kind(**values)
 
 
 def nearest(key: str, prefix: str) -> str:
     """A hint at the valid key that looks most like `key`: in its own section if possible, else anywhere."""
+    key = key[:MAX_NAME]  # comparing takes the product of the lengths
     full_names = {name: name for name in typing.get_type_hints(Settings)}
     for section, kind in SECTIONS.items():
         full_names |= {f"{section}.{name}": name for name in typing.get_type_hints(kind)}
     for name, own in full_names.items():
         if own == key:
             return f"; did you mean {name}?"
+    known = hint(key)
+    if known is not None:
+        return f"; {known}"
     here = [name for name in full_names if name.rpartition(".")[0] == prefix.rstrip(".")]
     for candidates in (here, list(full_names)):
         by_key = {full_names[name]: name for name in candidates}
@@ -187,56 +217,62 @@ def nearest(key: str, prefix: str) -> str:
     return f"; the nearest valid key is {closest}"
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type `hint`; ints pass as floats, everything else must match."""
-    if typing.get_origin(hint) is Literal:
-        if value in typing.get_args(hint) and isinstance(value, str):
-            return value
-        allowed = ", ".join(typing.get_args(hint))
-        match = difflib.get_close_matches(str(value), typing.get_args(hint), n=1)
-        raise ValueError(
-            f"{where}: {value!r} is not one of {allowed}" + (f"; did you mean {match[0]}?" if match else "")
-        )
-    if isinstance(hint, types.UnionType):  # X | None
-        return None if value is None else convert(value, typing.get_args(hint)[0], where)
-    container = typing.get_origin(hint) or hint
-    if container is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-3 as a string
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, container) or (container is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: expected {container.__name__}, got {value!r}")
-    if container is list and not all(isinstance(item, typing.get_args(hint)[0]) for item in value):
-        raise ValueError(f"{where}: expected a list of {typing.get_args(hint)[0].__name__}, got {value!r}")
-    return value
+MAX_SIZE = 2**31 - 1
+MAX_RANKS = 65_536
+LARGEST = {  # of the sizes that are at least 1
+    "world_size": MAX_RANKS,
+    "model_config.cache_tokens": MAX_SIZE,
+    "data_config.max_prompts": MAX_SIZE,
+    "data_config.input_max_len": MAX_SIZE,
+    "data_config.batch_size": 2**20,
+    "data_config.max_new_tokens": MAX_SIZE,
+    **{f"parallel_config.{name}": MAX_RANKS for name in typing.get_type_hints(ParallelSettings) if "_size" in name},
+}
 
 
-def check_sizes(settings: Settings, where: str) -> None:
-    """Numbers no run can have. Sampling settings are checked where they are used, in SamplingParams."""
-    data, model, parallel = settings.data_config, settings.model_config, settings.parallel_config
-    at_least_one = {
-        "world_size": settings.world_size,
-        "model_config.cache_tokens": model.cache_tokens,
-        "data_config.max_prompts": data.max_prompts,
-        "data_config.input_max_len": data.input_max_len,
-        "data_config.batch_size": data.batch_size,
-        "data_config.max_new_tokens": data.max_new_tokens,
-        **{f"parallel_config.{key}": size for key, size in parallel.sizes().items()},
-    }
-    for key, size in at_least_one.items():
+def check_values(settings: Settings, origin: Origin) -> None:
+    """Numbers and names that no run can have."""
+    for key, largest in LARGEST.items():
+        section, _, name = key.rpartition(".")
+        size = getattr(getattr(settings, section) if section else settings, name)
         if size is not None and size < 1:
-            raise ValueError(f"{where}: {key}: {size} is impossible, must be at least 1")
-    if settings.model_name in ("", ".", "..") or "/" in settings.model_name:
-        raise ValueError(f"{where}: model_name: {settings.model_name!r} is impossible, it names a folder of results")
-    if not 0 < model.cache_memory_fraction <= 1:
-        raise ValueError(
-            f"{where}: model_config.cache_memory_fraction: {model.cache_memory_fraction} is impossible, "
-            "must be above 0 and at most 1"
-        )
+            raise origin.error(key, f"{quoted(size)} is impossible, must be at least 1")
+        if size is not None and size > largest:
+            raise origin.error(key, f"{quoted(size)} is impossible, must be at most {largest}")
+    fraction = settings.model_config.cache_memory_fraction
+    if not 0 < fraction <= 1:
+        key = "model_config.cache_memory_fraction"
+        raise origin.error(key, f"{fraction} is impossible, must be above 0 and at most 1")
+    check_folder_names(settings, origin)
+    data = settings.data_config
+    if data.top_k > MAX_SIZE:
+        raise origin.error("data_config.top_k", f"{data.top_k} is impossible, must be at most {MAX_SIZE}")
+    sampling_keys = typing.get_type_hints(SamplingParams)
+    try:
+        SamplingParams(**{key: value for key, value in vars(data).items() if key in sampling_keys})
+    except ValueError as error:  # "key: problem"
+        key, _, problem = str(error).partition(": ")
+        raise origin.error(f"data_config.{key}", problem) from None
 
 
-def resolve_path(path: str) -> Path:
-    """Relative paths are looked for in the current directory, then in the repository."""
-    given = Path(path).expanduser()
-    return given if given.is_absolute() or given.exists() else REPOSITORY / given
+def check_folder_names(settings: Settings, origin: Origin) -> None:
+    name = settings.model_name
+    if name in ("", ".", "..") or printable(name) != name or any(character in name for character in "/\t\n"):
+        raise origin.error("model_name", f"{quoted(name)} is impossible, it names a folder of results")
+    if len(name) > MAX_NAME or len(name.encode()) > 2 * MAX_NAME:
+        raise origin.error("model_name", f"{quoted(name)} is impossible, must be at most {MAX_NAME} characters")
+    for key, path in (("model_path", settings.model_path), ("output_dir", settings.output_dir)):
+        if path is not None and (not path or "\0" in path):
+            raise origin.error(key, f"{quoted(path)} is impossible, it names a folder")
+
+
+def resolve_path(path: str | Path) -> Path:
+    """Relative paths are looked for in the current directory, then in the repository.
+
+    Raises ValueError, which does not name the setting, for what no file can be called or may not be looked at.
+    """
+    with refusing(quoted(str(path))):
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a null character is impossible in a path")
+        given = Path(path).expanduser()
+        return given if given.is_absolute() or given.exists() else REPOSITORY / given

@@ -202,5 +202,5 @@ def test_commands_name_settings_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_yaml_examples_are_valid(page):
     for number, block in enumerate(code_blocks(page.read_text(encoding="utf-8"), "yaml"), 1):
-        raw = {"model_name": "x", "model_path": "x", **config.yaml.load(block, config.UniqueKeyLoader)}
+        raw = {"model_name": "x", "model_path": "x", **config.parse_yaml(block)}
         config.settings_from_dict(raw, f"{page}: example {number}")
