@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts of a run: the bundled file, LongBench, or any jsonl file."""
 
-import io
+import contextlib
+import itertools
 import json
+import re
+import string
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from executor.config import REPOSITORY, DataSettings, resolve_path
+from executor.utils.reading import read_json, refusing
+from executor.utils.text import MAX_LINE, one_line, quoted
+from executor.utils.values import is_unicode
 
 DEFAULT_PROMPTS = REPOSITORY / "dataset" / "default_prompt.json"
 LONGBENCH_FOLDER = REPOSITORY / "dataset" / "LongBench"
 LONGBENCH_HUB_NAME = "zai-org/LongBench"
+MAX_PROMPT = 16 << 20  # characters
+MAX_RECORD_BYTES = 64 << 20  # of one line of a jsonl file
+MAX_MEMBER_BYTES = 512 << 20  # of a task in data.zip, unpacked
+MAX_EMPTY_LINES = 100_000  # of a jsonl file
+FIELD = re.compile(r"[^.{}\[\]]+(\[[^.{}\[\]]+\])*")  # {name}, or {name[key]} for what lies inside of it; no attributes
+FORMAT_SPEC = re.compile(r"(.?[<>=^])?[-+ ]?#?0?\d{0,4}[_,]?(\.\d{1,7})?[a-zA-Z%]?", re.DOTALL)
+DAMAGED = "damaged or cannot be unpacked, perhaps an incomplete download"
 
 LONG_SEQUENCE_PROMPT = (
     "Read the following text carefully, then write a summary of it that keeps the main points and leaves out details."
@@ -28,95 +40,183 @@ def build_dataset_input(record: dict[str, Any], prompt_template: str | None = No
     Raises ValueError for a field the record does not have.
     """
     try:
-        return (prompt_template or LONG_SEQUENCE_PROMPT).format_map(record)
-    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        text = ""
+        for literal, field in template_parts(prompt_template or LONG_SEQUENCE_PROMPT):
+            text += literal + field.format_map(record)
+            if len(text) > MAX_PROMPT:
+                raise ValueError(f"a prompt of more than {MAX_PROMPT} characters")
+        return text
+    except Exception as error:  # what a template and a record do together raises many types
+        problem = one_line(error, MAX_LINE // 4) or type(error).__name__
         raise ValueError(
-            f"data_config.prompt_template: {error} does not fit, the record's fields are {', '.join(record)}"
+            f"data_config.prompt_template: {problem} does not fit, the record's fields are {fields_of(record)}"
         ) from None
+
+
+def template_parts(template: str) -> list[tuple[str, str]]:
+    """(text, field in braces or "") of a template.
+
+    ValueError unless what stands in braces are names of fields, each with an optional short format.
+    """
+    parts = []
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+        field = ""
+        if name is not None:
+            field = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+            if not FIELD.fullmatch(name) or name.isdecimal():
+                raise ValueError(f"{quoted(field)} does not name a field; a brace that is meant literally is doubled")
+            if conversion not in (None, "r", "s", "a") or not FORMAT_SPEC.fullmatch(spec or ""):
+                raise ValueError(f"{quoted(field)} is not a field with a short format, such as {{name:.100}}")
+        parts.append((literal, field))
+    return parts
+
+
+def fields_of(record: dict[str, Any]) -> str:
+    return one_line(", ".join(itertools.islice(record, 20)), MAX_LINE // 3)
 
 
 def load_prompts(data: DataSettings) -> list[str]:
     """All prompts the settings ask for. ValueError names the key, the file and line that are wrong."""
+    if data.prompt_template is not None:
+        if data.dataset == "default":
+            raise ValueError(
+                "data_config.prompt_template: needs a dataset with records, LongBench or jsonl, not default"
+            )
+        with refusing("data_config.prompt_template"):
+            template_parts(data.prompt_template)
     loaders = {"default": default_prompts, "LongBench": longbench_prompts, "jsonl": jsonl_prompts}
-    prompts = loaders[data.dataset](data)
+    prompts = []
+    for where, prompt in itertools.islice(loaders[data.dataset](data), data.max_prompts):
+        if len(prompt) > MAX_PROMPT:
+            raise ValueError(one_line(f"{where}: a prompt of more than {MAX_PROMPT} characters"))
+        if not is_unicode(prompt):
+            raise ValueError(one_line(f"{where}: {unpaired_surrogate(prompt)}"))
+        prompts.append(prompt)
     if not prompts:
         raise ValueError(f"data_config.dataset: {data.dataset} holds no prompt")
-    return prompts[: data.max_prompts]
-
-
-def default_prompts(data: DataSettings) -> list[str]:
-    """A JSON file with one text or a list of texts."""
-    if data.prompt_template is not None:
-        raise ValueError("data_config.prompt_template: needs a dataset with records, LongBench or jsonl, not default")
-    file = DEFAULT_PROMPTS if data.dataset_path is None else existing(data.dataset_path)
-    try:
-        prompts = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable JSON file: {error}") from None
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(f"{file}: expected a text or a list of texts, none of them empty")
     return prompts
 
 
-def jsonl_prompts(data: DataSettings) -> list[str]:
-    """A file with a JSON object a line; the text is in the field data_config.text_field, or made by a template."""
+def unpaired_surrogate(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair, {quoted(text[error.start])}, at character {error.start + 1}: no text"
+    raise AssertionError("text without a surrogate")
+
+
+def source_files(data: DataSettings) -> list[Path]:
+    """The existing files that `load_prompts` reads the prompts from."""
+    default = LONGBENCH_FOLDER if data.dataset == "LongBench" else DEFAULT_PROMPTS
+    source = default if data.dataset_path is None else existing(data.dataset_path)
+    if data.dataset == "LongBench":
+        source = task_files(source).get(data.longbench_task, source / "data.zip")
+    return [source] if source.is_file() else []
+
+
+def default_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """(place, text) of a JSON file with one text or a list of texts."""
+    file = DEFAULT_PROMPTS if data.dataset_path is None else existing(data.dataset_path)
+    prompts = read_json(file)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list):
+        raise ValueError(one_line(f"{file}: expected a text or a list of texts, none of them empty"))
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) or not prompt:
+            problem = f"expected a text that is not empty, got {quoted(prompt)}"
+            raise ValueError(one_line(f"{file}: prompt {number}: {problem}"))
+    return ((f"{file}: prompt {number}", prompt) for number, prompt in enumerate(prompts, 1))
+
+
+def jsonl_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """(place, text) of a file with a JSON object a line: the field data_config.text_field, or made by a template."""
     if data.dataset_path is None:
         raise ValueError("data_config.dataset_path: missing, dataset: jsonl needs a file")
     file = existing(data.dataset_path)
-    if not file.is_file():
-        raise ValueError(f"data_config.dataset_path: {file} is not a file")
-    with file.open("rb") as stream:
-        records = list(json_lines(stream, str(file)))
-    if data.prompt_template is not None:
-        return [build_dataset_input(record, data.prompt_template) for _, record in records]
-    for line, record in records:
-        if not isinstance(record.get(data.text_field), str) or not record[data.text_field]:
-            raise ValueError(
-                f"{file}: line {line}: data_config.text_field {data.text_field!r} is no text there, "
-                f"the fields are {', '.join(record)}"
-            )
-    return [record[data.text_field] for _, record in records]
+    with opened(file) as stream:
+        for where, record in json_lines(stream, str(file)):
+            if data.prompt_template is not None:
+                yield where, prompt_of(record, data.prompt_template, where)
+                continue
+            text = record.get(data.text_field)
+            if not isinstance(text, str) or not text:
+                problem = f"data_config.text_field {quoted(data.text_field)} is no text there"
+                raise ValueError(one_line(f"{where}: {problem}, the fields are {fields_of(record)}"))
+            yield where, text
 
 
-def longbench_prompts(data: DataSettings) -> list[str]:
-    """A task of LongBench from the local folder if there is one, else from the hub."""
+def longbench_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
+    """(place, text) of a LongBench task from the local folder if there is one, else from the hub."""
     folder = LONGBENCH_FOLDER if data.dataset_path is None else existing(data.dataset_path)
-    local = longbench_local(folder, data.longbench_task)
-    if local is None and data.dataset_path is not None:
-        raise ValueError(f"data_config.dataset_path: {folder} has neither *.jsonl, data/*.jsonl nor data.zip")
-    records = longbench_online(data.longbench_task) if local is None else local
-    return [build_dataset_input(record, data.prompt_template) for record in records]
+    if data.dataset_path is not None and not folder.is_dir():
+        raise ValueError(one_line(f"data_config.dataset_path: {folder} is not a folder"))
+    records = longbench_records(folder, data.longbench_task)
+    if records is None and data.dataset_path is not None:
+        raise ValueError(one_line(f"data_config.dataset_path: {folder} has neither *.jsonl, data/*.jsonl nor data.zip"))
+    for where, record in longbench_online(data.longbench_task) if records is None else records:
+        yield where, prompt_of(record, data.prompt_template, where)
 
 
-def longbench_local(folder: Path, task: str) -> list[dict[str, Any]] | None:
-    """Records of `task` from data/*.jsonl, *.jsonl or the hub's data.zip below `folder`; None if there is no data."""
-    files = {file.stem: file for pattern in ("*.jsonl", "data/*.jsonl") for file in sorted(folder.glob(pattern))}
+def prompt_of(record: dict[str, Any], template: str | None, where: str) -> str:
+    try:
+        return build_dataset_input(record, template)
+    except ValueError as error:
+        raise ValueError(one_line(f"{where}: {error}")) from None
+
+
+def task_files(folder: Path) -> dict[str, Path]:
+    """Task -> its file, of *.jsonl and data/*.jsonl in a LongBench folder."""
+    files = {}
+    for place in (folder, folder / "data"):
+        with refusing(str(place), "cannot be read"):
+            if place.is_dir():
+                files |= {file.stem: file for file in sorted(place.iterdir()) if file.name.endswith(".jsonl")}
+    return files
+
+
+def longbench_records(folder: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]] | None:
+    """(place, record) of `task` in a folder with *.jsonl, data/*.jsonl or data.zip; None if it has none of them.
+
+    Raises ValueError if there are other tasks only.
+    """
+    files = task_files(folder)
     if files:
         if task not in files:
             raise unknown_task(task, folder, list(files))
-        with files[task].open("rb") as stream:
-            return [record for _, record in json_lines(stream, str(files[task]))]
+        return file_records(files[task])
     archive = folder / "data.zip"
-    if not archive.is_file():
-        return None
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            members = {Path(name).stem: name for name in opened.namelist() if name.endswith(".jsonl")}
-            if task not in members:
-                raise unknown_task(task, archive, list(members))
-            with opened.open(members[task]) as stream:
-                return [record for _, record in json_lines(stream, f"{archive}:{members[task]}")]
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise ValueError(f"{archive}: {error} (an incomplete download?)") from None
+    return archive_records(archive, task) if archive.is_file() else None
+
+
+def file_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with opened(file) as stream:
+        yield from json_lines(stream, str(file))
+
+
+def archive_records(archive: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of a task in data.zip, which is not unpacked."""
+    with contextlib.ExitStack() as stack:
+        with refusing(str(archive), DAMAGED):
+            opened_archive = stack.enter_context(zipfile.ZipFile(archive))
+        found = [info for info in opened_archive.infolist() if info.filename.endswith(".jsonl")]
+        members = {Path(info.filename).stem: info for info in found}
+        if task not in members:
+            raise unknown_task(task, archive, list(members))
+        where = f"{archive}: {one_line(members[task].filename, MAX_LINE // 4)}"
+        if members[task].file_size > MAX_MEMBER_BYTES:  # zipfile reads no more than this, whatever is packed
+            raise ValueError(one_line(f"{where}: larger than {MAX_MEMBER_BYTES >> 20} MiB when unpacked"))
+        with refusing(where, DAMAGED):
+            stream = stack.enter_context(opened_archive.open(members[task]))
+        yield from json_lines(stream, where, DAMAGED)
 
 
 def unknown_task(task: str, where: Path, tasks: list[str]) -> ValueError:
-    return ValueError(f"data_config.longbench_task: {task!r} is not in {where}, which has {', '.join(sorted(tasks))}")
+    there = one_line(", ".join(sorted(tasks)), MAX_LINE // 2)
+    return ValueError(one_line(f"data_config.longbench_task: {quoted(task)} is not in {where}, which has {there}"))
 
 
-def longbench_online(task: str) -> list[dict[str, Any]]:
-    """Records of `task` from the hub's data.zip; it ends in the hub's cache, so that it is fetched once."""
+def longbench_online(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of `task` in the hub's data.zip; it ends in the hub's cache, so that it is fetched once."""
     advice = f"put its data/*.jsonl or data.zip into {LONGBENCH_FOLDER}"
     try:
         from huggingface_hub import hf_hub_download
@@ -125,28 +225,46 @@ def longbench_online(task: str) -> list[dict[str, Any]]:
     except Exception as error:  # offline, no such file, no permission: the hub client has a type for each
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data_config.dataset: LongBench cannot be fetched from the hub ({reason}); {advice}"
+            one_line(f"data_config.dataset: LongBench cannot be fetched from the hub ({reason}); {advice}")
         ) from None
-    return longbench_local(Path(archive).parent, task) or []
+    return archive_records(Path(archive), task)
 
 
-def json_lines(stream: io.BufferedIOBase | Any, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a jsonl stream with their line numbers, empty lines left out."""
-    for number, line in enumerate(stream, 1):
+def json_lines(stream: Any, where: str, problem: str = "cannot be read") -> Iterator[tuple[str, dict[str, Any]]]:
+    """("WHERE: line N", object) of a jsonl stream, empty lines left out; `problem` describes a failed read."""
+    num_empty = 0
+    for number in itertools.count(1):
+        place = f"{where}: line {number}"
+        with refusing(place, problem):
+            line = stream.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        if len(line) > MAX_RECORD_BYTES:
+            raise ValueError(one_line(f"{place}: longer than {MAX_RECORD_BYTES >> 20} MiB"))
         if not line.strip():
+            num_empty += 1
+            if num_empty > MAX_EMPTY_LINES:
+                raise ValueError(one_line(f"{place}: more than {MAX_EMPTY_LINES} empty lines"))
             continue
-        try:
+        with refusing(place, "not valid JSON"):
             record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: line {number}: not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: line {number}: expected a JSON object")
-        yield number, record
+            raise ValueError(one_line(f"{place}: expected a JSON object"))
+        yield place, record
+
+
+def opened(file: Path) -> BinaryIO:
+    """A file of the user's for reading. ValueError if it is none, such as a folder or a pipe, or may not be read."""
+    with refusing(str(file), "cannot be read"):
+        if not file.is_file():
+            raise ValueError("not a file" if file.exists() else "no such file")
+        return file.open("rb")
 
 
 def existing(path: str) -> Path:
     """The file or folder data_config.dataset_path names."""
-    found = resolve_path(path)
-    if not found.exists():
-        raise ValueError(f"data_config.dataset_path: {path} does not exist")
-    return found
+    with refusing("data_config.dataset_path"):
+        found = resolve_path(path)
+        if not found.exists():
+            raise ValueError(f"{one_line(path, MAX_LINE // 2)} does not exist")
+        return found
