@@ -3,73 +3,72 @@
 
 import argparse
 import dataclasses
-import datetime
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from executor.config import REPOSITORY, Settings, load_settings
-from executor.rank import fail, join
-from executor.utils.data_utils import load_prompts
-from executor.utils.files import check_output
+from executor.command import run_command
+from executor.config import Settings, load_settings, resolve_path
+from executor.rank import PartialFailure, fail, join
+from executor.results import Results, create_run_folder, run_name
+from executor.utils.arguments import ArgumentParser
+from executor.utils.data_utils import load_prompts, source_files
+from executor.utils.files import check_output, files_in
 from executor.utils.logging_utils import adopt_transformers_logging, setup_logging
+from executor.utils.text import printable
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    return run_command(lambda: run_rank(parse_arguments()))
+
+
+def run_rank(arguments: argparse.Namespace) -> int:
+    rank = join()
+    yaml_file = Path(arguments.yaml_file_path)
+    settings = load_settings(yaml_file, arguments.set)
+    prompts = load_prompts(settings.data_config)
+    output = Path(arguments.output) if arguments.output else None
+    if output and rank == 0:
+        check_output("--output", output, input_files(settings, yaml_file))
+    folder = create_run_folder(settings, yaml_file, run_name())
     try:
-        rank = join()
-        settings = load_settings(arguments.yaml_file_path, arguments.set)
-        folder = result_folder(settings, Path(arguments.yaml_file_path))
-        setup_logging(settings.log_level, rank, folder / f"log_{rank}.log")
-        prompts = load_prompts(settings.data_config)
-        results = [folder / "result.jsonl", *([Path(arguments.output)] if arguments.output else [])]
-        for file in results if rank == 0 else []:
-            check_output("--output", file)
+        setup_logging(settings.log_level, rank, folder.path / f"log_{rank}.log")
         from executor.llm import LLM  # torch and transformers take seconds: only after the input is known to be good
 
         adopt_transformers_logging()
-        llm = LLM.from_settings(settings)
-        sequences = llm.requests([(prompt, encode(llm, prompt)) for prompt in prompts])
-    except ValueError as error:
-        return fail(2, error)
-    except Exception as error:
-        return fail(1, error)
+        llm = LLM.from_settings(settings, prompts)
+        sequences = llm.requests(llm.known_prompts)
+    except ValueError:
+        folder.discard()
+        raise
     try:
         if settings.model_config.enable_profiler:
-            profile_first(llm, sequences, folder / f"trace_{rank}.json")
+            profile_first(llm, sequences, folder.path / f"trace_{rank}.json")
         if rank == 0:
-            run(llm, sequences, results)
+            folder.link_latest()
+            run(llm, sequences, Results([folder.path / "result.jsonl", *([output] if output else [])]))
         else:
             for _ in llm.stream(sequences):
                 pass
-    except Exception as error:
-        return fail(1, error)
+    except ValueError as error:
+        return fail(1, error)  # what the user gave is good by now
     return 0
 
 
+def input_files(settings: Settings, yaml_file: Path) -> list[Path]:
+    """The files that a run reads and that must not become its output."""
+    return [yaml_file, *source_files(settings.data_config), *files_in(resolve_path(settings.model_path))]
+
+
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m executor.infer", description=__doc__)
+    parser = ArgumentParser(prog="python -m executor.infer", description=__doc__)
     parser.add_argument("--yaml_file_path", required=True, help="settings; docs/configuration.md lists the keys")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="overrides one setting; repeatable"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the results there")
     return parser.parse_args()
-
-
-def result_folder(settings: Settings, yaml_file: Path) -> Path:
-    """res/<yyyymmdd>/<model_name>_<yaml stem>/ in the repository."""
-    return REPOSITORY / "res" / f"{datetime.date.today():%Y%m%d}" / f"{settings.model_name}_{yaml_file.stem}"
-
-
-def encode(llm: Any, prompt: str) -> list[int]:
-    """Tokens of a prompt, as a conversation if the settings say so."""
-    if llm.settings.data_config.chat_template:
-        return llm.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-    return llm.tokenizer.encode(prompt)
 
 
 def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
@@ -82,39 +81,50 @@ def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
         print(f"{kernels}\n\ntrace: {file}")
 
 
-def run(llm: Any, sequences: list[Any], results: list[Path]) -> None:
-    """Generates all texts; prints and writes each as soon as those before it are finished, then the summary."""
+def run(llm: Any, sequences: list[Any], results: Results) -> None:
+    """Generates all texts; writes and prints each when it finishes, then the summary.
+
+    Raises PartialFailure if a prompt failed or a file of results could not be written to the end.
+    """
     from tqdm import tqdm
 
-    files = [file.open("w", encoding="utf-8") for file in results]
-    outputs: dict[int, Any] = {}
-    written, count = 0, len(sequences)
-    start_s = time.perf_counter()
+    unwritten = {sequence.index: sequence for sequence in sequences}
+    outputs: list[Any] = []
+    count, start_s = len(sequences), time.perf_counter()
+
+    def keep(index: int, output: Any) -> None:
+        results.write(line_of(index, output))
+        del unwritten[index]
+
     try:
-        for index, output in tqdm(llm.stream(sequences), total=count, desc="prompts", disable=count == 1):
-            outputs[index] = output
-            while written in outputs:
-                write_line(files, line_of(outputs[written]))
-                tqdm.write(f"\n--- prompt {written + 1} of {count}\n{shortened(outputs[written].prompt)}")
-                tqdm.write(f"--- text ({outputs[written].finish_reason})\n{outputs[written].text}")
-                written += 1
-        summary = summarize(llm, list(outputs.values()), time.perf_counter() - start_s)
-        write_line(files, {"summary": summary})
+        with tqdm(total=count, desc="prompts", disable=count == 1) as progress:
+            for index, output in llm.stream(sequences):
+                keep(index, output)
+                outputs.append(output)
+                progress.update()
+                tqdm.write(f"\n--- prompt {index + 1} of {count}\n{printable(shortened(output.prompt))}")
+                tqdm.write(f"--- text ({output.finish_reason})\n{printable(output.error or output.text)}")
+        summary = summarize(llm, outputs, time.perf_counter() - start_s)
+        results.write({"summary": summary})
     finally:
-        for file in files:
-            file.close()
-    print(f"\n{latency_table(summary)}\n\nresults: {', '.join(map(str, results))}")
+        for sequence in [sequence for sequence in unwritten.values() if sequence.finish_reason]:
+            keep(sequence.index, llm._output(sequence))  # finished in the step in which the run was ended
+        written = count - len(unwritten)
+        paths = ", ".join(map(str, results.close()))
+        if written < count:
+            print(f"\n{written} of {count} results: {paths if written else 'none'}", file=sys.stderr)
+    print(f"\n{latency_table(summary)}\n\nresults: {paths}")
+    if results.failures:
+        raise PartialFailure("; ".join(results.failures))
+    if summary["failed"]:
+        raise PartialFailure(f'{summary["failed"]} of {count} prompts failed: their lines have an "error"')
 
 
-def write_line(files: list[Any], record: dict[str, Any]) -> None:
-    for file in files:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        file.flush()
-
-
-def line_of(output: Any) -> dict[str, Any]:
+def line_of(index: int, output: Any) -> dict[str, Any]:
+    """The JSON object of a finished prompt; `error` is there only if it failed."""
     keys = ("prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms")
-    return {key: getattr(output, key) for key in keys}
+    line = {"index": index} | {key: getattr(output, key) for key in keys}
+    return line | ({"error": output.error} if output.error else {})
 
 
 def shortened(text: str, limit: int = 600) -> str:
@@ -129,9 +139,10 @@ def summarize(llm: Any, outputs: list[Any], wall_s: float) -> dict[str, Any]:
     new_tokens = sum(len(output.token_ids) for output in outputs)
     return {
         "prompts": len(outputs),
+        "failed": sum(output.error is not None for output in outputs),
         "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
         "new_tokens": new_tokens,
-        "ttft_ms": percentiles([output.ttft_ms for output in outputs]),
+        "ttft_ms": percentiles([output.ttft_ms for output in outputs if output.ttft_ms is not None]),
         "tpot_ms": percentiles([interval for output in outputs for interval in output.token_intervals_ms]),
         "tok_per_s": round(new_tokens / wall_s, 2),
         "device": device_name(llm.device),
@@ -144,10 +155,18 @@ def summarize(llm: Any, outputs: list[Any], wall_s: float) -> dict[str, Any]:
 def latency_table(summary: dict[str, Any]) -> str:
     from executor.utils.report import table
 
-    header = ["prompts", "prompt tokens", "new tokens", "ttft ms", "tpot p50 ms", "tpot p99 ms", "tokens/s"]
     ttft, tpot = summary["ttft_ms"], summary["tpot_ms"]
-    counts = [summary["prompts"], summary["prompt_tokens"], summary["new_tokens"]]
-    return table(header, [[*counts, ttft["p50"], tpot["p50"], tpot["p99"], summary["tok_per_s"]]])
+    columns = {
+        "prompts": summary["prompts"],
+        **({"failed": summary["failed"]} if summary["failed"] else {}),
+        "prompt tokens": summary["prompt_tokens"],
+        "new tokens": summary["new_tokens"],
+        "ttft ms": ttft["p50"],
+        "tpot p50 ms": tpot["p50"],
+        "tpot p99 ms": tpot["p99"],
+        "tokens/s": summary["tok_per_s"],
+    }
+    return table(list(columns), [list(columns.values())])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import signal
-import sys
 import time
 from pathlib import Path
+
+from executor.interrupts import Interrupted
+from executor.terminal import drain, print_error
+from executor.utils.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,7 @@ ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun, which reads 
 LAUNCHER_VARIABLE = "LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
 CONSEQUENCE_DELAY_S = 2.0
+DRAIN_S = 5.0  # what a reader that pauses gets before a failed rank ends all the same
 
 
 def join() -> int:
@@ -62,32 +66,36 @@ def place(cpu: int) -> tuple[int, int, int]:
         return 0, cpu, cpu
 
 
-def fail(exit_code: int, error: Exception) -> int:
+def fail(exit_code: int, error: BaseException) -> int:
     """Tells the user, or the launcher if there is one, why this rank ends; returns the exit code.
 
     exit_code: 2 for what the user has to change, else 1, for which the traceback is logged.
     """
-    lines = str(error).splitlines() or [""]
-    message = lines[0] if exit_code == 2 else f"{type(error).__name__}: {lines[0]}"
+    first_line = (str(error).splitlines() or [""])[0]
+    expected = exit_code == 2 or isinstance(error, Interrupted | PartialFailure)
+    message = one_line(first_line if expected else f"{type(error).__name__}: {first_line}")
     consequence = is_consequence(error)
     if consequence:
         logger.error("an exchange with other ranks failed: %s", message)
-    elif exit_code != 2:
+    elif not expected:
         logger.error("this rank failed", exc_info=error)
     if ERROR_FILE_VARIABLE not in os.environ:
-        where = "" if exit_code == 2 else f"rank {os.environ.get('RANK', '0')}: "
-        print(f"error: {where}{message}", file=sys.stderr)
+        print_error(message if expected else f"rank {os.environ.get('RANK', '0')}: {message}")
         return exit_code
     if consequence:  # the rank that caused it is to end first
         time.sleep(CONSEQUENCE_DELAY_S)
     report = {"message": message, "timestamp": int(time.time()), "exit_code": exit_code, "is_consequence": consequence}
     with contextlib.suppress(FileNotFoundError):  # its folder is gone when the launcher has said why and ended
         Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
-    sys.stdout.flush()
+    drain(DRAIN_S)
     os._exit(exit_code)  # the regular way would wait for the other ranks
 
 
-def is_consequence(error: Exception) -> bool:
+class PartialFailure(Exception):
+    """The run has ended, but not all of it went well."""
+
+
+def is_consequence(error: BaseException) -> bool:
     """Whether an exchange between ranks failed: as a rule because another rank has."""
     frame = error.__traceback__
     while frame is not None:

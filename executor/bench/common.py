@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.config import REPOSITORY, Settings, load_settings
+from executor.config import REPOSITORY, Settings, load_settings, resolve_path
 from executor.launch import launch
+from executor.utils.arguments import ArgumentParser
+from executor.utils.files import check_output, files_in
 
 if TYPE_CHECKING:
     from executor.llm import LLM
@@ -22,11 +24,7 @@ CONFIG_FOLDER = REPOSITORY / "models" / "qwen3_moe" / "config"
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser with the options that every command has which runs a model."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m executor.bench {command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog=f"python -m executor.bench {command}", description=description)
     parser.add_argument("--yaml", required=True, help="settings: a file, or a name in models/qwen3_moe/config/")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--allow-fallback", action="store_true", help="measure even where an operation is plain torch")
@@ -51,6 +49,8 @@ def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:
     settings = load_settings(yaml_file, [*arguments.set, *overrides])
     if settings.model_config.enable_profiler:
         raise ValueError("model_config.enable_profiler: what is traced is not measured; set it to False")
+    if arguments.output and os.environ.get("RANK", "0") == "0":
+        check_output("--output", arguments.output, [yaml_file, *files_in(resolve_path(settings.model_path))])
     return settings
 
 

@@ -6,28 +6,26 @@ tpot_ms: {"mean": ...}.
 """
 
 import argparse
-import json
+import math
 from pathlib import Path
 from typing import Any
 
+from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output
+from executor.utils.reading import read_json_object, refusing
 
 Rows = list[dict[str, Any]]
 GROUP_WIDTH = 0.84  # of the distance between two batch sizes
 
 
 def run(command_line: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m executor.bench plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ArgumentParser(prog="python -m executor.bench plot", description=__doc__)
     parser.add_argument("reports", nargs="+", metavar="REPORT", help="JSON files")
     parser.add_argument("--exe-mode", help="draw only rows of this mode")
     parser.add_argument("--output", required=True, type=picture, metavar="FILE", help="PNG file")
     arguments = parser.parse_args(command_line)
     check_matplotlib()
-    check_output("--output", arguments.output)
+    check_output("--output", arguments.output, map(Path, arguments.reports))
     reports = [read_report(file) for file in arguments.reports]
     rows = [row for report in reports for row in report["results"]]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
@@ -37,14 +35,14 @@ def run(command_line: list[str]) -> None:
 
 
 def read_report(file: str) -> dict[str, Any]:
-    try:
-        report = json.loads(Path(file).read_text(encoding="utf-8"))
-        for row in report["results"]:
-            series_of(row), row["batch_size"], row["tpot_ms"]["mean"] + 0.0
+    report = read_json_object(Path(file))
+    with refusing(file, "not a report of latencies"):
         if not report["results"]:
             raise ValueError("it has no row")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not a report of latencies: {type(error).__name__}: {error}") from None
+        for row in report["results"]:
+            series_of(row)
+            if not all(math.isfinite(value) for value in (row["batch_size"], row["tpot_ms"]["mean"])):
+                raise ValueError("batch_size or tpot_ms is not finite")
     return report
 
 

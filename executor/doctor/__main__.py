@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.rank import fail
+from executor.command import run_command
+from executor.utils.arguments import ArgumentParser
+from executor.utils.files import check_output, replace
 
 if TYPE_CHECKING:
     import torch
@@ -30,31 +32,31 @@ def main(
     arguments: list[str] | None = None, device: "torch.device | None" = None, shapes: "Sequence[Shapes]" = ()
 ) -> int:
     """`device` and `shapes` take the place of the NPU and of the real shapes in tests."""
-    parsed = parse_arguments(arguments)
-    try:
-        if parsed.json and not Path(parsed.json).parent.is_dir():
-            raise ValueError(f"--json: the folder of {parsed.json} does not exist")
-        try:
-            from executor.device import select_device
 
-            device = device or select_device("npu")
-        except (ImportError, RuntimeError) as error:  # torch loads torch_npu, and that CANN's libraries
-            problem = str(error).splitlines()[0]
-            raise ValueError(f"device: torch_npu does not load: {problem} (is CANN's set_env.sh sourced?)") from None
-        report = examine(device, shapes)
+    def body() -> int:
+        parsed = parse_arguments(arguments)
         if parsed.json:
-            Path(parsed.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        return fail(2, error)
-    except Exception as error:
-        return fail(1, error)
-    return int(not report["fine"])
+            check_output("--json", Path(parsed.json))
+        report = examine(device or find_npu(), shapes)
+        if parsed.json:
+            replace(Path(parsed.json), json.dumps(report, indent=1) + "\n")
+        return int(not report["fine"])
+
+    return run_command(body)
+
+
+def find_npu() -> "torch.device":
+    try:
+        from executor.device import select_device
+
+        return select_device("npu")
+    except (ImportError, RuntimeError, OSError) as error:  # torch loads torch_npu, and that CANN's libraries
+        problem = str(error).splitlines()[0]
+        raise ValueError(f"device: torch_npu does not load: {problem} (is CANN's set_env.sh sourced?)") from None
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m executor.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="python -m executor.doctor", description=__doc__)
     parser.add_argument("backend", choices=["npu"])
     parser.add_argument("--json", metavar="FILE", help="write everything there, each comparison by itself")
     return parser.parse_args(arguments)

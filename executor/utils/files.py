@@ -1,19 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that results go to."""
 
+import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def check_output(option: str, file: Path) -> None:
-    """ValueError that names the option if the file cannot be written; leaves it as it is."""
+def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
+    """ValueError that names the option if the file cannot be written, or is one of `inputs`; leaves it as it is."""
     try:
-        if file.exists():
-            file.open("a").close()
-        else:
-            file.touch()
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             file.unlink()
-    except OSError as error:
-        raise ValueError(f"{option}: {file} cannot be written: {error.strerror}") from None
+        except FileExistsError:  # O_NONBLOCK: a pipe that nobody reads is an error, not something to wait for
+            descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
+        os.close(descriptor)
+        same = next((path for path in inputs if is_same(file, path)), None)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{option}: {file} cannot be written: {reason}") from None
+    if same is not None:
+        raise ValueError(f"{option}: {file} is {same}, which this run reads: choose another file")
+
+
+def is_same(file: Path, other: Path) -> bool:
+    """Whether both are one regular file."""
+    try:
+        found, there = file.stat(), other.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and os.path.samestat(found, there)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The entries of a folder; a file itself; nothing where there is neither."""
+    try:
+        return list(folder.iterdir()) if folder.is_dir() else [folder]
+    except OSError:
+        return []
 
 
 def replace(file: Path, text: str) -> None:

@@ -21,8 +21,8 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
         raise ValueError(f"{LEVEL_VARIABLE}: {level!r} is not one of DEBUG, INFO, WARNING, ERROR")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
+    logging.raiseExceptions = False  # a log that cannot be written must not fill the terminal with tracebacks
     formatter = logging.Formatter(FORMAT, defaults={"rank": rank})
     for handler in handlers:
         handler.setFormatter(formatter)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from executor import LLM, infer
+from executor import LLM, infer, results
 from executor.config import REPOSITORY, load_settings
+from executor.interrupts import Interrupted
 from executor.model_runner import ModelRunner
 from tests.checkpoints import make_checkpoint
 
-KEYS = ["prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"]
+KEYS = ["index", "prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"]
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d .* (DEBUG|INFO|WARNING) \[rank \d+\] ")
 TODAY = f"{datetime.date.today():%Y%m%d}"
 
@@ -51,7 +52,7 @@ def yaml_file(checkpoint, tmp_path) -> Path:
 @pytest.fixture
 def run(yaml_file, tmp_path, monkeypatch, capsys):
     """Calls main() with options; returns its exit code, stdout and stderr. Results go below tmp_path."""
-    monkeypatch.setattr(infer, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(results, "REPOSITORY", tmp_path)
     for variable in ("RANK", "LOG_LEVEL"):
         monkeypatch.delenv(variable, raising=False)
     root = logging.getLogger()
@@ -71,7 +72,13 @@ def run(yaml_file, tmp_path, monkeypatch, capsys):
 
 
 def result_folder(tmp_path: Path) -> Path:
-    return tmp_path / "res" / TODAY / "small_tiny"
+    """Of the only run, or of the latest."""
+    runs = tmp_path / "res" / TODAY / "small_tiny"
+    return runs / "latest" if (runs / "latest").exists() else next(runs.iterdir())
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def assert_refused(code: int, out: str, err: str) -> str:
@@ -95,6 +102,7 @@ def test_results(run, yaml_file, tmp_path):
     settings = load_settings(yaml_file, ["data_config.max_new_tokens=5", "data_config.seed=3"])
     prompts = json.loads((tmp_path / "prompts.json").read_text())
     llm = LLM.from_settings(settings)
+    lines.sort(key=lambda line: line["index"])
     for prompt, line, expected in zip(prompts, lines, llm.generate(prompts), strict=True):
         assert list(line) == KEYS
         assert line["prompt"] == prompt and line["prompt_token_ids"] == expected.prompt_token_ids
@@ -104,23 +112,47 @@ def test_results(run, yaml_file, tmp_path):
 
     assert list(last) == ["summary"]
     summary = last["summary"]
-    assert summary["prompts"] == 3 and summary["new_tokens"] == 15 and summary["tok_per_s"] > 0
+    assert summary["prompts"] == 3 and summary["failed"] == 0
+    assert summary["new_tokens"] == 15 and summary["tok_per_s"] > 0
     assert summary["prompt_tokens"] == sum(len(line["prompt_token_ids"]) for line in lines)
     for key in ("ttft_ms", "tpot_ms"):
         assert list(summary[key]) == ["p50", "p90", "p99"]
         assert 0 < summary[key]["p50"] <= summary[key]["p90"] <= summary[key]["p99"]
     assert summary["settings"] == dataclasses.asdict(settings)
-    assert str(result_folder(tmp_path) / "result.jsonl") in out and "tpot p99" in out
+    assert str((result_folder(tmp_path) / "result.jsonl").resolve()) in out and "tpot p99" in out
     log = (result_folder(tmp_path) / "log_0.log").read_text()
     assert log and log == "".join(line + "\n" for line in err.splitlines() if LOG_LINE.match(line))
 
 
-def test_results_keep_the_order_of_the_prompts(run, tmp_path, monkeypatch):
-    stream = LLM.stream
-    monkeypatch.setattr(LLM, "stream", lambda self, sequences: reversed(list(stream(self, sequences))))
-    assert run()[0] == 0
-    *lines, _ = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())
-    assert [line["prompt"] for line in lines] == json.loads((tmp_path / "prompts.json").read_text())
+def test_each_result_is_written_when_it_finishes(run, yaml_file, tmp_path, monkeypatch):
+    """The first prompt's text is long: the others are on disk long before it ends."""
+    stream, seen = LLM.stream, []
+
+    def watched(self, sequences):
+        for index, output in stream(self, sequences):
+            yield index, output
+            seen.append([record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")])
+
+    monkeypatch.setattr(LLM, "stream", watched)
+    options = ["data_config.max_new_tokens=60", "data_config.ignore_eos=True"]
+    prompts = [f"{number}" for number in range(5)]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    monkeypatch.setattr(LLM, "stream", shorter(watched))
+    assert run(*(part for option in options for part in ("--set", option)))[0] == 0
+    assert seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 0]]
+    *lines, last = records(result_folder(tmp_path) / "result.jsonl")
+    assert [line["prompt"] for line in lines] == [prompts[line["index"]] for line in lines] and "summary" in last
+
+
+def shorter(stream):
+    """Only the first sequence gets all its new tokens, the others 3."""
+
+    def call(self, sequences):
+        for sequence in sequences[1:]:
+            sequence.sampling = dataclasses.replace(sequence.sampling, max_new_tokens=3)
+        yield from stream(self, sequences)
+
+    return call
 
 
 def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
@@ -133,7 +165,7 @@ def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
 
 def test_chat_template(run, checkpoint, tmp_path):
     assert run("--set", "data_config.chat_template=True", "--set", "data_config.enable_thinking=True")[0] == 0
-    *lines, _ = map(json.loads, (result_folder(tmp_path) / "result.jsonl").read_text().splitlines())
+    *lines, _ = records(result_folder(tmp_path) / "result.jsonl")
     llm = LLM(checkpoint, device="cpu", dtype="float32", enable_thinking=True, max_new_tokens=6)
     for line in lines:
         [expected] = llm.chat([{"role": "user", "content": line["prompt"]}])
@@ -175,8 +207,9 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
         (["--output", "/proc/out.jsonl"], "--output: /proc/out.jsonl cannot be written"),
     ],
 )
-def test_bad_input(options, named, run):
+def test_bad_input(options, named, run, tmp_path):
     assert named in assert_refused(*run(*options))
+    assert not (tmp_path / "res").exists()
 
 
 def test_empty_prompt_is_named(run, tmp_path):
@@ -202,7 +235,7 @@ def test_damaged_checkpoint(run, checkpoint, tmp_path):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     assert f"{weights}: truncated" in assert_refused(*run("--set", f"model_path={folder}"))
-    assert not (result_folder(tmp_path) / "result.jsonl").exists()
+    assert not (tmp_path / "res").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -234,6 +267,91 @@ def test_finished_prompts_survive_a_failure(run, tmp_path, monkeypatch):
     assert run()[0] == 1
     lines = (result_folder(tmp_path) / "result.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in lines] == [KEYS, KEYS]
+
+
+def after_the_first_result(monkeypatch, action) -> None:
+    """Does something between the first result and the second."""
+    stream = LLM.stream
+
+    def watched(self, sequences):
+        for number, found in enumerate(stream(self, sequences)):
+            if number == 1:
+                action()
+            yield found
+
+    monkeypatch.setattr(LLM, "stream", watched)
+
+
+def test_a_folder_that_is_removed_during_a_run_is_restored(run, tmp_path, monkeypatch):
+    after_the_first_result(monkeypatch, lambda: shutil.rmtree(tmp_path / "res"))
+    code, out, err = run()
+    file = Path(out.splitlines()[-1].removeprefix("results: "))
+    assert code == 0 and len(records(file)) == 4 and "was deleted while it was written" in err
+
+
+def test_results_that_cannot_all_be_written(run, tmp_path):
+    """The other file gets them all, and the exit code says that something went wrong."""
+    code, out, err = run("--output", "/dev/full")
+    assert code == 1 and len(records(result_folder(tmp_path) / "result.jsonl")) == 4
+    assert err.splitlines()[-1] == "error: /dev/full cannot be written: No space left on device"
+
+
+def test_what_finished_in_the_last_step_is_written(run, tmp_path, monkeypatch):
+    """Two sequences finish in one step; the run ends before the second was handed on."""
+    stream = LLM.stream
+
+    def interrupted(self, sequences):
+        yield next(stream(self, sequences))
+        raise Interrupted("interrupted by SIGINT")
+
+    monkeypatch.setattr(LLM, "stream", interrupted)
+    code, _, err = run()
+    assert code == 1 and err.splitlines()[-1] == "error: interrupted by SIGINT"
+    assert sorted(record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")) == [0, 1]
+
+
+@pytest.mark.parametrize("what", ["prompts", "yaml", "config", "link", "hard link"])
+def test_output_that_is_an_input_is_refused(what, run, yaml_file, checkpoint, tmp_path):
+    inputs = {"prompts": tmp_path / "prompts.json", "yaml": yaml_file, "config": checkpoint / "config.json"}
+    output = inputs.get(what, tmp_path / "other")
+    if what == "link":
+        output.symlink_to(inputs["prompts"])
+    if what == "hard link":
+        output.hardlink_to(inputs["prompts"])
+    before = output.read_bytes()
+    assert "which this run reads" in assert_refused(*run("--output", str(output)))
+    assert output.read_bytes() == before
+
+
+def test_results_of_a_checkout_that_cannot_be_written(run, yaml_file, tmp_path):
+    line = assert_refused(*run("--set", "output_dir=/proc/results"))
+    assert line.startswith("error: output_dir: /proc/results/") and "set output_dir to a folder" in line
+    assert run("--set", f"output_dir={tmp_path / 'elsewhere'}")[0] == 0
+    assert len(list((tmp_path / "elsewhere").glob(f"{TODAY}/small_tiny/latest/result.jsonl"))) == 1
+    assert not (tmp_path / "res").exists()
+
+
+def test_text_cannot_steer_the_terminal(run, tmp_path):
+    (tmp_path / "prompts.json").write_text(json.dumps(["a\x1b]0;title\x07b\x9b31m"]))
+    code, out, _ = run()
+    assert code == 0 and "a\\x1b]0;title\\x07b\\x9b31m" in out and "\x1b" not in out
+    assert records(result_folder(tmp_path) / "result.jsonl")[0]["prompt"] == "a\x1b]0;title\x07b\x9b31m"
+
+
+def test_a_prompt_that_fails(run, tmp_path, monkeypatch):
+    """Its line has the reason, the summary counts it, the others are there, and the exit code is 1."""
+    output_of = LLM._output
+
+    def failing(self, sequence):
+        output = output_of(self, sequence)
+        return dataclasses.replace(output, error="why", finish_reason="error") if sequence.index == 1 else output
+
+    monkeypatch.setattr(LLM, "_output", failing)
+    code, out, err = run()
+    assert code == 1 and err.splitlines()[-1] == 'error: 1 of 3 prompts failed: their lines have an "error"'
+    *lines, last = records(result_folder(tmp_path) / "result.jsonl")
+    assert {line["index"]: line.get("error") for line in lines} == {0: None, 1: "why", 2: None}
+    assert last["summary"]["failed"] == 1 and last["summary"]["prompts"] == 3 and "--- text (error)\nwhy" in out
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -278,7 +396,7 @@ def test_as_a_command(yaml_file, tmp_path):
     assert "tokens/s" in done.stdout and "Traceback" not in done.stderr
     refused = start(tmp_path, "--yaml_file_path", str(yaml_file), "--set", "divice=cpu")
     assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr == f"error: {yaml_file}: divice: unknown key; did you mean device?\n"
+    assert refused.stderr == "error: --set divice=cpu: divice: unknown key; did you mean device?\n"
     assert start(tmp_path, "--set", "device=cpu").returncode == 2
 
 
@@ -295,10 +413,10 @@ def test_profiler(run, tmp_path):
     """A trace of each rank that a browser can open, the kernels on the terminal, and the same tokens as without."""
     assert run()[0] == 0
     file = result_folder(tmp_path) / "result.jsonl"
-    without = [json.loads(line).get("token_ids") for line in file.read_text().splitlines()]
+    without = {record.get("index"): record.get("token_ids") for record in records(file)}
     code, out, _ = run("--set", "model_config.enable_profiler=True")
     assert code == 0
-    assert [json.loads(line).get("token_ids") for line in file.read_text().splitlines()] == without
+    assert {record.get("index"): record.get("token_ids") for record in records(file)} == without
     trace = result_folder(tmp_path) / "trace_0.json"
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event.get("cat") == "cpu_op"]
@@ -313,4 +431,4 @@ def test_profiler(run, tmp_path):
     for time_ms, share in zip(times_ms, shares, strict=True):
         rounding = 0.006 + 0.001 * total_ms
         assert share / 100 * total_ms == pytest.approx(time_ms, abs=rounding)
-    assert lines[13] == f"trace: {trace}"
+    assert lines[13] == f"trace: {trace.resolve()}"

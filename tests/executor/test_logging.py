@@ -31,7 +31,7 @@ def say_everything() -> None:
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_terminal_is_rank_0_and_every_rank_has_its_file(rank, tmp_path, capsys):
-    file = tmp_path / "res/today/log.log"
+    file = tmp_path / "log.log"
     setup_logging("INFO", rank, file)
     say_everything()
     written = [LINE.fullmatch(line).groups() for line in file.read_text().splitlines()]

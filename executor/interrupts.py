@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that ask a process to end become an exception, so that it can say so and keep what is finished."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end; its text names the signal."""
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; a second one ends the process at once.
+
+    A signal that is ignored (SIGHUP under nohup) stays so. A rank of several keeps what its launcher relies on: it ends
+    at once, as Python would run a handler only after the collective that it waits for.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS} if alone else {}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    for other in SIGNALS:
+        if signal.getsignal(other) is interrupt:
+            signal.signal(other, end)
+    raise Interrupted(f"interrupted by {signal.Signals(number).name}")
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    os._exit(1)
+
+
+def end_quietly(number: int, frame: FrameType | None) -> None:
+    """For the time before a program can handle its signals: the line that it would print, no traceback."""
+    os.write(2, b"error: interrupted by SIGINT\n")
+    os._exit(1)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines whose errors are one line."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from executor.terminal import print_error
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, without abbreviated options and with errors of one line, exit code 2."""
+
+    def __init__(self, **settings: object):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,  # type: ignore[arg-type]
+        )
+
+    def error(self, message: str) -> NoReturn:
+        print_error(f"{message} (--help tells the options)")
+        sys.exit(2)
