@@ -4,9 +4,12 @@
 import glob
 import os
 import resource
+from pathlib import Path
 
+import psutil
 import torch
 
+from executor.cgroup import memory_left_bytes
 from ops import npu_available
 
 
@@ -51,15 +54,27 @@ def synchronize(device: torch.device) -> None:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device; on a CPU, this rank's share of what is available."""
+    """Memory that can still be allocated on the device.
+
+    On a CPU, this rank's share of what the machine has available and its control groups allow, or what the limits of
+    the process itself (ulimit -v, -d) leave if that is less.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "npu":
         return torch.npu.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as meminfo:
-        sizes = dict(line.split(":") for line in meminfo)
-    return int(sizes["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shared = [psutil.virtual_memory().available, memory_left_bytes()]
+    share = min(size for size in shared if size is not None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min([share, *process_left_bytes()])
+
+
+def process_left_bytes() -> list[int]:
+    """What this process may still allocate by each resource limit that it has: of address space, and of data."""
+    used = psutil.Process().memory_info()
+    limits = ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data))
+    allowed = [(resource.getrlimit(limit)[0], used_bytes) for limit, used_bytes in limits]
+    return [max(0, soft - used_bytes) for soft, used_bytes in allowed if soft != resource.RLIM_INFINITY]
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -72,11 +87,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device: the card, or the CPU and its threads."""
+    """What a person calls the device: the card, or the CPU and its threads. Some CPUs and containers tell no name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "npu":
         return torch.npu.get_device_name(device)
-    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{cpu_name(Path('/proc/cpuinfo'))}, {torch.get_num_threads()} threads"
+
+
+def cpu_name(file: Path) -> str:
+    """The model name that /proc/cpuinfo gives, "CPU" where it gives none."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")

@@ -4,7 +4,7 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,17 @@ class LLM:
         return cls.from_settings(load_settings(path, overrides))
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "LLM":
-        """An LLM for settings already checked."""
+    def from_settings(cls, settings: Settings, prompts: list[str] | None = None) -> "LLM":
+        """An LLM for settings already checked.
+
+        prompts: all that it is to run with the settings' own sampling, if that is known. Their tokens are then in
+        `known_prompts`, and the cache is no larger than what they can use.
+        """
         llm = cls.__new__(cls)
-        llm._load(settings)
+        llm._load(settings, prompts or ())
         return llm
 
-    def _load(self, settings: Settings) -> None:
+    def _load(self, settings: Settings, prompts: Collection[str] = ()) -> None:
         start_s = time.perf_counter()
         self.settings = settings
         data, model, sizes = settings.data_config, settings.model_config, settings.parallel_config
@@ -97,6 +101,7 @@ class LLM:
             self._tokenizer_path(model_path), data.input_max_len, data.long_prompt, data.enable_thinking
         )
         self.default_sampling = default_sampling(data, model_path)
+        self.known_prompts = [(prompt, self.encode_prompt(prompt)) for prompt in prompts]
         self.max_len = max(self.config.max_position_embeddings, data.input_max_len + data.max_new_tokens)
         table_bytes = 2 * 4 * self.config.head_dim * self.max_len  # cos and sin of every position
         if 4 * table_bytes > free_memory_bytes(self.device):
@@ -122,7 +127,9 @@ class LLM:
         where = (self.parallel, self.dtype, self.device)
         self.parameters = fill_parameters(settings, self.config, model_path, *where)
         self.parameters.prepare(self.ops)
-        self.num_blocks, self.kv_caches = allocate_cache(settings, self.config, self.max_len, *where)
+        new_tokens = self.default_sampling.max_new_tokens
+        known_lens = [len(token_ids) + new_tokens - 1 for _, token_ids in self.known_prompts]  # the last is not cached
+        self.num_blocks, self.kv_caches = allocate_cache(settings, self.config, self.max_len, *where, known_lens)
         self.model = self._build_model()
         self.runner = self._build_runner(recorder)
         dp_size = self.parallel.attn_dp.size
@@ -156,6 +163,12 @@ class LLM:
         )
         longest = min(self.max_len, self.num_blocks * BLOCK_SIZE)
         return Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, longest, self.device))
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Tokens of a prompt, as a conversation if the settings say so. ValueError for one that cannot be encoded."""
+        if self.settings.data_config.chat_template:
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        return self.tokenizer.encode(prompt)
 
     def exchange(self, is_prefill: bool) -> ExpertExchange:
         """How tokens reach their experts in a prefill or a decode step."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device's memory is filled with: the weights, then the cache in what they leave. Both are checked to fit."""
 
+import heapq
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,15 +52,19 @@ def allocate_cache(
     parallel: ParallelContext,
     dtype: torch.dtype,
     device: torch.device,
+    known_lens: Sequence[int] = (),
 ) -> tuple[int, list[KVCache]]:
     """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory: its blocks, equal on all ranks.
 
-    max_len: tokens that one sequence can grow to. ValueError if it does not fit.
+    max_len: tokens that one sequence can grow to. known_lens: tokens to be cached of each sequence that is to run, if
+    that is known; the cache is then no larger than what they can use. ValueError if it does not fit.
     """
     model = settings.model_config
     num_kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp.size)
     bytes_per_block = block_bytes(config.num_hidden_layers, num_kv_heads, config.head_dim, dtype)
     free = free_memory_bytes(device)
+    batch_size = -(-settings.data_config.batch_size // parallel.attn_dp.size)
+    usable = blocks_in_use(known_lens, batch_size) if known_lens else batch_size * blocks_for(max_len)
     if model.cache_tokens is not None:
         num_blocks = blocks_for(model.cache_tokens)
         needed = (num_blocks + 1) * bytes_per_block
@@ -67,11 +73,17 @@ def allocate_cache(
                 f"model_config.cache_tokens: {model.cache_tokens} tokens need {needed / 1e9:.1f} GB, "
                 f"{device} has {free / 1e9:.1f} GB free"
             )
+        num_blocks = min(num_blocks, usable) if known_lens else num_blocks
     else:
-        affordable = int(free * model.cache_memory_fraction) // bytes_per_block - 1
-        num_blocks = min(affordable, settings.data_config.batch_size * blocks_for(max_len))
+        num_blocks = min(usable, int(free * model.cache_memory_fraction) // bytes_per_block - 1)
     num_blocks = min(parallel.control.all_gather(torch.tensor([num_blocks], device=device)).tolist())
     if num_blocks < 1:
         raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
-    logger.info("cache: %d tokens, %.2f GB", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9)
+    why = ", all that the known prompts can use" if known_lens and num_blocks == usable else ""
+    logger.info("cache: %d tokens, %.2f GB%s", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9, why)
     return num_blocks, cache_tensors(config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, dtype, device)
+
+
+def blocks_in_use(lens: Sequence[int], batch_size: int) -> int:
+    """The most blocks that sequences of these lengths can hold at a time, `batch_size` of them running at once."""
+    return sum(heapq.nlargest(batch_size, map(blocks_for, lens)))

@@ -62,7 +62,10 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float 
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, interpreter and imports included."""
+    """Seconds since this process was started, interpreter and imports included.
+
+    Read here, as psutil's create_time counts from the second of the boot, cut off: up to a second wrong.
+    """
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that the control groups of this process still allow: what a container, a batch system or systemd limits.
+
+Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; proc(5) for /proc/self/cgroup
+and /proc/self/mountinfo.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+# Version 2 has a throttling limit beside the hard one; its files exist only where the memory controller is enabled.
+LIMITS = {"cgroup2": ("memory.max", "memory.high"), "cgroup": ("memory.limit_in_bytes",)}
+USAGE = {"cgroup2": "memory.current", "cgroup": "memory.usage_in_bytes"}
+# The page cache of files counts as usage, but gives way. Version 1 sums a group with those below it as total_*.
+RECLAIMABLE = {"cgroup2": ("inactive_file", "active_file"), "cgroup": ("total_inactive_file", "total_active_file")}
+
+
+def memory_left_bytes(root: Path = Path("/")) -> int | None:
+    """The least that any control group of this process, or one above it, still allows; None if none has a limit.
+
+    root: the folder that holds proc and sys. What cannot be read sets no limit.
+    """
+    left = [
+        max(0, min(limits) - used_bytes(folder, kind))
+        for kind, folder in control_groups(root)
+        if (limits := [limit for name in LIMITS[kind] if (limit := read_number(folder / name)) is not None])
+    ]
+    return min(left, default=None)
+
+
+def used_bytes(folder: Path, kind: str) -> int:
+    """What the processes of a group hold, without the page cache that gives way to them."""
+    reclaimable = 0
+    for line in read_lines(folder / "memory.stat"):
+        name, _, number = line.partition(" ")
+        if name in RECLAIMABLE[kind] and number.isdecimal():
+            reclaimable += int(number)
+    return max(0, (read_number(folder / USAGE[kind]) or 0) - reclaimable)
+
+
+def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
+    """(file system type, folder) of every visible control group that can limit this process's memory."""
+    paths = {}
+    for line in read_lines(root / "proc/self/cgroup"):
+        hierarchy, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if hierarchy == "0" and not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for kind, mounted, mount_point in memory_mounts(root):
+        if kind in paths:
+            # A container sees its own group where it mounted it, though the path may begin outside.
+            below = PurePosixPath(os.path.relpath(paths[kind], mounted))
+            top = root / mount_point.lstrip("/")
+            folder = top / below
+            if ".." in below.parts or not folder.is_dir():
+                below = PurePosixPath()
+            yield from ((kind, top / part) for part in (below, *below.parents))
+
+
+def memory_mounts(root: Path) -> Iterator[tuple[str, str, str]]:
+    """(file system type, group at its top, mount point) of the mounted hierarchies that can limit memory."""
+    for line in read_lines(root / "proc/self/mountinfo"):
+        fields, _, source = line.partition(" - ")
+        kind, _, options = source.partition(" ")
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in re.split("[ ,]", options)):
+            mounted, mount_point = fields.split(" ")[3:5]
+            yield kind, unescaped(mounted), unescaped(mount_point)
+
+
+def unescaped(text: str) -> str:
+    r"""A path of mountinfo, where a blank is \040."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file of the kernel's; none if it is not there or not for this user."""
+    try:
+        return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except OSError:
+        return []
+
+
+def read_number(file: Path) -> int | None:
+    """The number that a file holds; None for "max", or if there is none."""
+    text = "".join(read_lines(file)).strip()
+    return int(text) if text.isdecimal() else None
