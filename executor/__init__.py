@@ -12,6 +12,7 @@ if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_
 
     signal.signal(signal.SIGINT, end_quietly)
 
+__version__ = "0.2.0"
 EXPORTS = {"LLM": "executor.llm", "RequestOutput": "executor.llm", "SamplingParams": "executor.sampling_params"}
 __all__ = list(EXPORTS)
 

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from executor import __version__
 from executor.config import REPOSITORY
 
 
@@ -35,7 +36,7 @@ def cell_text(cell: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of what decides numbers and speed."""
-    found = {}
+    found = {"recipe": __version__}
     for name in ("torch", "transformers", "safetensors", "triton", "torch_npu"):
         try:
             found[name] = importlib.metadata.version(name)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schema that editors read says what the settings classes say."""
+
+import json
+import typing
+
+import pytest
+
+from executor import settings_schema
+from executor.config import REPOSITORY, SECTIONS, Settings, load_settings
+
+CONFIG = REPOSITORY / "models/qwen3_moe/config"
+FILE = CONFIG / "settings.schema.json"
+YAMLS = sorted(CONFIG.glob("*.yaml"))
+
+
+def test_the_file_is_what_the_command_writes():
+    assert FILE.read_text(encoding="utf-8") == settings_schema.text()
+
+
+def test_it_knows_every_key():
+    properties = json.loads(FILE.read_text(encoding="utf-8"))["properties"]
+    assert set(properties) == set(typing.get_type_hints(Settings))
+    for name, kind in SECTIONS.items():
+        assert set(properties[name]["anyOf"][0]["properties"]) == set(typing.get_type_hints(kind))
+    data = properties["data_config"]["anyOf"][0]["properties"]
+    assert data["dataset"]["enum"] == ["default", "LongBench", "jsonl"] and data["batch_size"]["minimum"] == 1
+    assert data["seed"]["type"] == ["integer", "null"] and data["stop"] == {
+        "type": "array",
+        "items": {"type": "string"},
+    }
+
+
+@pytest.mark.parametrize("yaml", YAMLS, ids=lambda file: file.stem)
+def test_every_yaml_names_it(yaml):
+    assert yaml.read_text(encoding="utf-8").splitlines()[0] == f"# yaml-language-server: $schema={FILE.name}"
+    load_settings(yaml)
