@@ -1,51 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts this node's ranks of a job: `python -m executor.launch` with the arguments of executor.infer.
 
-Environment: NODE_IPS (all nodes in rank order), MASTER_PORT, RENDEZVOUS_TIMEOUT_S; see docs/parallelism.md.
+Environment: NODE_IPS (all nodes in rank order), MASTER_PORT, RENDEZVOUS_TIMEOUT_S, JOB_SECRET; see docs/parallelism.md.
 """
 
-import ctypes
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import threading
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+import psutil
+
 from executor import infer
+from executor.command import run_command
 from executor.config import Settings, load_settings, resolve_path
-from executor.rank import LAUNCHER_VARIABLE, forget_rank
+from executor.interrupts import Interrupted
+from executor.rank import DRAIN_S, LAUNCHER_VARIABLE, forget_rank
+from executor.results import RUN_NAME_VARIABLE, RunFolder, create_run_folder
+from executor.terminal import drain, print_error
 from executor.utils.data_utils import load_prompts
+from executor.utils.text import quoted
 
 if TYPE_CHECKING:
-    from ops.cluster import Nodes
+    from ops.messages import Failure, Start
+    from ops.nodes import Nodes
+
+LOOPBACK = ("lo", "127.0.0.1")
 
 
 def main() -> int:
+    forget_rank()
+    return run_command(start)
+
+
+def start() -> int:
     arguments = infer.parse_arguments()
-    try:
-        settings = load_settings(arguments.yaml_file_path, arguments.set)
-        if settings.world_size > 1:
-            launch(settings, ["executor.infer", *sys.argv[1:]])
-        forget_rank()
-        return infer.main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, KeyboardInterrupt) as error:
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr)
-        return 1
+    settings = load_settings(arguments.yaml_file_path, arguments.set)
+    if settings.world_size > 1:
+        launch(settings, ["executor.infer", *sys.argv[1:]], Path(arguments.yaml_file_path))
+    return infer.main()
 
 
-def launch(settings: Settings, command: list[str]) -> NoReturn:
+def launch(settings: Settings, command: list[str], yaml_file: Path | None = None) -> NoReturn:
     """Runs `command` (a module and its arguments) in this node's share of `world_size` ranks, then ends the process.
 
-    Raises ValueError for what the user has to change and TimeoutError for a node that does not come.
+    yaml_file: of a run that gets a result folder. Raises ValueError for what the user has to change.
     """
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, which torchrun would undo by a handler of its own
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
@@ -53,47 +63,151 @@ def launch(settings: Settings, command: list[str]) -> NoReturn:
     logging.getLogger("torch.distributed.elastic").setLevel(os.environ.setdefault("LOGLEVEL", "CRITICAL"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from executor.before_loading import check_before_launch
-    from ops.cluster import Watch, end_launcher, meet, open_store, run_ranks
+    from ops.cluster import open_job
+    from ops.messages import Failure
 
     timeout_s, port = environment_number("RENDEZVOUS_TIMEOUT_S", 120), environment_number("MASTER_PORT", 29500)
+    secret = os.fsencode(os.environ.pop("JOB_SECRET", ""))  # the ranks do without
     nodes, interface = find_node(os.environ.get("NODE_IPS", "127.0.0.1").split())
     processes = processes_per_node(settings.world_size, nodes.addresses)
     check_before_launch(settings)
     check_devices(settings, processes)
-    print("environment:", set_environment(interface, nodes.addresses[nodes.index], processes), file=sys.stderr)
+    announce(settings, nodes, interface, processes, port, secret)
+    facts = job_facts(settings, command) if len(nodes) > 1 else {}
 
-    store = open_store(nodes, port, timeout_s)
-    first = nodes.index * processes
+    run = Run(settings=settings, command=command, yaml_file=yaml_file, nodes=nodes, port=port, timeout_s=timeout_s)
+    watched = None
+    try:
+        job = open_job(nodes, port, secret, timeout_s)
+        outcome = job.meet(facts, timeout_s, run.decide)
+        if isinstance(outcome, Failure):
+            run.end(outcome)
+        job.watch(run.end)
+        watched = job
+        run.end(job.finish(run.run(outcome, processes)))
+    except (OSError, Interrupted) as error:
+        message = str(error)
+        if isinstance(error, Interrupted):
+            message = f"{run.here}: the launcher was ended by {message.removeprefix('interrupted by ')}"
+        failure = Failure(message=message)
+        run.end(watched.finish(failure) if watched else failure)
+
+
+def announce(settings: Settings, nodes: "Nodes", interface: str, processes: int, port: int, secret: bytes) -> None:
+    """Sets the ranks' environment; says what is in force and what this node does."""
+    interface, address = (interface, nodes.addresses[nodes.index]) if len(nodes) > 1 else LOOPBACK
+    print("environment:", set_environment(interface, address, processes), file=sys.stderr)
+    first, meeting = nodes.index * processes, ""
+    if len(nodes) > 1:
+        meeting = f", meeting at {nodes.addresses[0]}:{port}"
+        if not secret:
+            print("warning: JOB_SECRET is not set: whoever reaches the port can end this job", file=sys.stderr)
     print(
-        f"{nodes.name(nodes.index)}, {interface}: ranks {first} to {first + processes - 1} of {settings.world_size}, "
-        f"meeting at {nodes.addresses[0]}:{store.port}",
+        f"{nodes.name(nodes.index)}, {interface}: ranks {first} to {first + processes - 1} of {settings.world_size}"
+        f"{meeting}",
         file=sys.stderr,
     )
-    failure = meet(store, nodes, job_facts(settings), timeout_s) if len(nodes) > 1 else None
-    scratch = tempfile.mkdtemp(prefix="ranks_")
-    if failure is None:
-        watch = Watch(store, nodes, scratch)
-        failure = watch.finish(run_ranks(nodes, store.port, processes, timeout_s, scratch, command))
-    end_launcher(failure, scratch)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """A node's part of a job, and what has to be cleared away when it ends."""
+
+    settings: Settings
+    command: list[str]
+    yaml_file: Path | None
+    nodes: "Nodes"
+    port: int
+    timeout_s: int
+    folder: RunFolder | None = None
+    scratch: "Scratch | None" = None
+    store: object = None
+    ending: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+
+    @property
+    def here(self) -> str:
+        return self.nodes.name(self.nodes.index)
+
+    @property
+    def address(self) -> str:
+        """Where the ranks of all nodes meet."""
+        return self.nodes.addresses[0] if len(self.nodes) > 1 else LOOPBACK[1]
+
+    def decide(self) -> "Start":
+        """What node 0 tells the others. Raises ValueError where the result folder cannot be made."""
+        from ops.messages import Start
+        from ops.ranks import open_store
+
+        first = self.port + (len(self.nodes) > 1)  # several nodes meet at the port itself
+        self.store = store = open_store(self.address, first, self.timeout_s)
+        if len(self.nodes) == 1 and store.port != first:
+            print(f"port {first} is in use, this job takes {store.port}", file=sys.stderr)
+        if self.yaml_file is not None:
+            self.folder = create_run_folder(self.settings, self.yaml_file)
+        return Start(port=store.port, run_name=self.folder.name if self.folder else "")
+
+    def run(self, start: "Start", processes: int) -> "Failure | None":
+        """Runs this node's ranks; returns what became of them."""
+        from ops.messages import Failure
+        from ops.ranks import run_ranks
+
+        try:
+            if self.yaml_file is not None and self.folder is None:
+                self.folder = create_run_folder(self.settings, self.yaml_file, start.run_name)
+        except ValueError as error:
+            return Failure(message=f"{self.here}: {error}", exit_code=2)
+        os.environ[RUN_NAME_VARIABLE] = start.run_name
+        self.scratch = Scratch()
+        return run_ranks(
+            self.nodes, self.address, start.port, processes, self.timeout_s, self.scratch.path, self.command
+        )
+
+    def end(self, failure: "Failure | None") -> NoReturn:
+        """Ends this process from any thread, whatever the others wait for; the kernel then kills its ranks."""
+        self.ending.acquire()  # by the first thread, for good
+        if failure is not None:
+            if self.folder is not None and (failure.exit_code == 2 or self.scratch is None):
+                self.folder.discard()  # nothing has run
+            print_error(failure.message)
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch.path, ignore_errors=True)
+        drain(DRAIN_S)
+        os._exit(0 if failure is None else failure.exit_code)
+
+
+class Scratch:
+    """A folder for torchrun's files, which does not stay behind however this process ends."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="ranks_")
+        self.remover = subprocess.Popen(  # reads until the kernel closes this process's end of the pipe
+            ["sh", "-c", 'cat; rm -rf -- "$1"', "sh", self.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", os.defpath)},
+        )
 
 
 def environment_number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise ValueError(f"{name}: {text!r} is not a number from 1 to 65535, such as {default}")
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
+        raise ValueError(f"{name}: {quoted(text)} is not a number from 1 to 65535, such as {default}")
     return int(text)
 
 
 def find_node(hosts: list[str]) -> tuple["Nodes", str]:
     """The nodes named by addresses or host names, which of them this machine is, and its interface to the others."""
-    from ops.cluster import Nodes
+    from ops.nodes import Nodes
 
     addresses = []
     for host in hosts:
         try:
             addresses.append(socket.gethostbyname(host))
-        except OSError as error:
-            raise ValueError(f"IPs: {host!r} does not resolve to an IPv4 address: {error}") from None
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"IPs: {quoted(host)} does not resolve to an IPv4 address: {error}") from None
     for host, address in zip(hosts, addresses, strict=True):
         if addresses.count(address) > 1:
             raise ValueError(f"IPs: {address} stands twice in {' '.join(hosts)}")
@@ -107,32 +221,14 @@ def find_node(hosts: list[str]) -> tuple["Nodes", str]:
     return Nodes(addresses=tuple(addresses), index=mine[0]), interfaces[addresses[mine[0]]]
 
 
-class InterfaceAddress(ctypes.Structure):
-    """struct ifaddrs of getifaddrs(3), as far as it is read here."""
-
-
-InterfaceAddress._fields_ = [
-    ("next", ctypes.POINTER(InterfaceAddress)),
-    ("name", ctypes.c_char_p),
-    ("flags", ctypes.c_uint),
-    ("address", ctypes.POINTER(ctypes.c_ubyte * 8)),  # struct sockaddr_in: family (2 bytes), port (2), address (4)
-]
-
-
 def local_interfaces() -> dict[str, str]:
     """IPv4 address -> name of the interface that has it."""
-    libc = ctypes.CDLL(None)
-    first = ctypes.POINTER(InterfaceAddress)()
-    if libc.getifaddrs(ctypes.byref(first)) != 0:
-        raise OSError("getifaddrs failed")
-    found, entry = {}, first
-    while entry:
-        data = bytes(entry.contents.address.contents) if entry.contents.address else b""
-        if int.from_bytes(data[:2], sys.byteorder) == socket.AF_INET:
-            found[socket.inet_ntoa(data[4:8])] = entry.contents.name.decode()
-        entry = entry.contents.next
-    libc.freeifaddrs(first)
-    return found
+    return {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    }
 
 
 def processes_per_node(world_size: int, addresses: tuple[str, ...]) -> int:
@@ -180,11 +276,12 @@ def set_environment(interface: str, address: str, processes: int) -> str:
     return " ".join(f"{name}={os.environ[name]}" for name in defaults)
 
 
-def job_facts(settings: Settings) -> dict[str, str]:
-    """What must be the same on every node: software, settings, prompts and checkpoint."""
+def job_facts(settings: Settings, command: list[str]) -> dict[str, str]:
+    """What must be the same on every node: program, software, settings, prompts and checkpoint."""
     import torch
 
-    facts = {"the version of torch": torch.__version__, "the version of transformers": version("transformers")}
+    facts = {"the program": command[0]}
+    facts |= {"the version of torch": torch.__version__, "the version of transformers": version("transformers")}
     for key, value in dataclasses.asdict(settings).items():
         entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
         facts |= {name: str(entry) for name, entry in entries.items()}

@@ -1,274 +1,305 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes of a job, seen from the launcher of each: they meet, start their ranks, and tell each other what failed.
+"""The nodes of a job, seen from the launcher of each: they meet, and tell each other what failed.
 
-All of it goes through one TCPStore in the launcher of node 0, which the ranks' process groups use as well.
+The launcher of node 0 listens at MASTER_PORT, those of the other nodes connect. One node has nobody to talk to. None
+ends well on another's word: that its own ranks have ended well is what only the node itself can know.
 """
 
 import contextlib
 import dataclasses
-import datetime
-import json
-import os
-import shutil
-import signal
-import socket
-import sys
 import threading
 import time
-from dataclasses import dataclass
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from torch.distributed import DistError, DistNetworkError, Store, TCPStore
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.run import parse_args, run
-
-# The heartbeat is that of a node's launcher, not of its ranks: it does nothing else, so that a rank which keeps Python
-# busy for minutes (loading, compiling) is not taken for dead, and a rank that dies is seen at once by its launcher.
-BEAT_S = 1.0
-LOST_AFTER_S = 15.0  # several times what a beat may be late on an overloaded machine
-PORTS_TRIED = 100
+from ops.channel import Channel, Listener, Stranger
+from ops.messages import MAX_FACT, Failure, Start, clean, parse, parse_facts, parse_failure, parse_start
+from ops.nodes import TIMING, Nodes, Timing, connect
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """Why the job ends; the message names rank and node. A consequence is a failure that another rank's may explain."""
+class Job:
+    """A node's view of the job. This one is of a job on one node; `open_job` makes those of several."""
 
-    message: str
-    exit_code: int = 1
-    is_consequence: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Nodes:
-    """The addresses of all nodes in rank order, and which of them this one is."""
-
-    addresses: tuple[str, ...]
-    index: int
-
-    def __len__(self) -> int:
-        return len(self.addresses)
-
-    def name(self, index: int) -> str:
-        return f"node {index} ({self.addresses[index]})"
-
-
-def open_store(nodes: Nodes, port: int, timeout_s: float) -> TCPStore:
-    """The job's store, in node 0 at `port`; a job on one node takes the next free port.
-
-    Raises ValueError if the port is in use, TimeoutError if node 0 does not answer.
-    """
-    address = nodes.addresses[0]
-    timeout = datetime.timedelta(seconds=timeout_s)
-    if nodes.index > 0:
-        wait_for_port(nodes, port, timeout_s)
-        return TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    reason = ""
-    for candidate in range(port, port + (PORTS_TRIED if len(nodes) == 1 else 1)):
-        try:
-            store = TCPStore(
-                address, candidate, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True
-            )
-        except DistNetworkError as error:
-            reason = str(error).splitlines()[0]
-            continue
-        if candidate != port:
-            print(f"port {port} is in use, this job takes {candidate}", file=sys.stderr)
-        return store
-    raise ValueError(f"MASTER_PORT: {nodes.name(0)} cannot listen on port {port}, choose a free one: {reason}")
-
-
-def wait_for_port(nodes: Nodes, port: int, timeout_s: float) -> None:
-    """Returns when node 0 listens."""
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        try:
-            socket.create_connection((nodes.addresses[0], port), timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(
-                    f"{nodes.name(0)} did not answer on port {port} within {timeout_s:g} s ({error}): start infer.sh "
-                    "there too, and let no firewall stand between"
-                ) from None
-        time.sleep(0.2)
-
-
-def meet(store: Store, nodes: Nodes, facts: dict[str, str], timeout_s: float) -> Failure | None:
-    """Returns once all nodes are there; a Failure, the same on each, if one is missing or has other facts than node 0.
-
-    Raises ValueError if another job is at the store, TimeoutError if node 0 ends.
-    """
-    own_ips = " ".join(nodes.addresses)
-    if nodes.index == 0:
-        store.set("IPs", own_ips)
-        failure = judge(store, nodes, facts, timeout_s)
-        store.set("verdict", json.dumps(failure and dataclasses.asdict(failure)))
-    else:
-        try:
-            job_ips = store.get("IPs").decode()
-            if job_ips != own_ips or store.add(f"arrived/{nodes.index}", 1) > 1:
-                raise ValueError(
-                    f"MASTER_PORT: the job at that port of {nodes.name(0)} is not this one, or was started before: its "
-                    f"IPs are {job_ips}, here they are {own_ips}; give all nodes the same IPs, and each job a port"
-                )
-            store.set(f"facts/{nodes.index}", json.dumps(facts))
-            store.wait(["verdict"], datetime.timedelta(seconds=timeout_s + 5))
-            verdict = json.loads(store.get("verdict"))
-        except DistError:
-            raise TimeoutError(f"{nodes.name(0)} ended before all nodes had met") from None
-        failure = verdict and Failure(**verdict)
-    if failure:
-        leave(store, nodes)
-    return failure
-
-
-def judge(store: Store, nodes: Nodes, facts: dict[str, str], timeout_s: float) -> Failure | None:
-    """What node 0 has against the others."""
-    others = range(1, len(nodes))
-    deadline_s = time.monotonic() + timeout_s
-    while missing := [index for index in others if not store.check([f"facts/{index}"])]:
-        if time.monotonic() > deadline_s:
-            names = ", ".join(map(nodes.name, missing))
-            return Failure(message=f"{names} did not come within {timeout_s:g} s: start infer.sh there too")
-        time.sleep(0.1)
-    for index in others:
-        theirs = json.loads(store.get(f"facts/{index}"))
-        for key in [*facts, *theirs]:
-            here, there = facts.get(key, "absent"), theirs.get(key, "absent")
-            if here != there:
-                message = f"{key} must be the same on all nodes: {there} on {nodes.name(index)}, {here} on node 0"
-                return Failure(message=message, exit_code=2)
-    return None
-
-
-def leave(store: Store, nodes: Nodes) -> None:
-    """To be called last. Node 0, which holds the store, waits for the others, but no longer than a few beats."""
-    deadline_s = time.monotonic() + 3 * BEAT_S
-    left = store.add("left", 1)
-    while nodes.index == 0 and left < len(nodes) and time.monotonic() < deadline_s:
-        time.sleep(0.1)
-        left = store.add("left", 0)
-
-
-class Watch:
-    """Ends this launcher, and with it this node's ranks, when any node fails or is no longer heard of."""
-
-    def __init__(self, store: Store, nodes: Nodes, scratch: str):
-        self.store = store
+    def __init__(self, nodes: Nodes, timing: Timing):
         self.nodes = nodes
-        self.scratch = scratch
-        self.failure: Failure | None = None  # of this node, since failed_s
-        self.failed_s = 0.0
-        self.cause: Failure | None = None  # the job's first failure
-        now_s = time.monotonic()
-        self.answered_s = now_s
-        self.heard = {index: (0, now_s) for index in range(1, len(nodes))}  # number and time of the latest beat
-        if len(nodes) > 1:
-            # A store's answer may never come where a link is cut: one thread asks, another looks at the clock.
-            threading.Thread(target=self._beat, daemon=True).start()
-            threading.Thread(target=self._guard, daemon=True).start()
+        self.timing = timing
+
+    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+        """Returns once all nodes are there what node 0 decides, or a Failure, the same on each, if a node is missing or
+        has other facts than node 0. Raises TimeoutError if node 0 ends, and there what `decide` raises."""
+        return decide()
+
+    def watch(self, end: Callable[[Failure], NoReturn]) -> None:
+        """From here on `end` is called, in a thread, when any node fails or is no longer heard of."""
 
     def finish(self, failure: Failure | None) -> Failure | None:
-        """Takes what became of this node's ranks. Returns what became of the job, unless the process ends before."""
-        if len(self.nodes) == 1:
-            return failure
+        """Takes what became of this node's ranks. Returns what became of the job, if `end` is not called before."""
+        return failure
+
+
+class JobOfSeveral(Job):
+    def __init__(self, nodes: Nodes, timing: Timing):
+        super().__init__(nodes, timing)
+        self.state = threading.Condition()  # guards what follows, notified when it changes
+        self.failure: Failure | None = None  # of this node, since failed_s
+        self.failed_s = 0.0
+        self.is_posted = False
+        self.cause: Failure | None = None  # the job's first failure
+        self.has_left = False
+
+    def watch(self, end: Callable[[Failure], NoReturn]) -> None:
+        def wait_for_cause() -> None:
+            with self.state:
+                while self.cause is None and not self.has_left:
+                    self.state.wait(self.timing.beat_s / 4)
+                    self._look_at_the_clock(time.monotonic())
+            if self.cause is not None:
+                self._leave(self.timing.leave_s)
+                end(self.cause)
+
+        threading.Thread(target=wait_for_cause, daemon=True).start()
+
+    def finish(self, failure: Failure | None) -> Failure | None:
         if failure is None:
-            leave(self.store, self.nodes)
+            self._leave(self.timing.lost_after_s)
             return None
-        self.failed_s, self.failure = time.monotonic(), failure
-        while True:  # the guard ends the process
-            time.sleep(BEAT_S)
+        with self.state:
+            self.failed_s, self.failure = time.monotonic(), failure
+            self.state.notify_all()
+            while not self.has_left:  # as a rule the watch ends the process first
+                self.state.wait(self.timing.beat_s)
+        return self.cause or failure
 
     def _beat(self) -> None:
-        while self.cause is None:
-            with contextlib.suppress(DistError):  # the guard counts the time without an answer
-                self._exchange()
-            time.sleep(BEAT_S)
+        while not self.has_left:
+            self._send(kind="beat")
+            time.sleep(self.timing.beat_s)
 
-    def _exchange(self) -> None:
-        self.store.add(f"beat/{self.nodes.index}", 1)
-        now_s = time.monotonic()
-        if self.nodes.index == 0:
-            for index, (count, heard_s) in self.heard.items():
-                new_count = self.store.add(f"beat/{index}", 0)
-                if new_count != count:
-                    self.heard[index] = (new_count, now_s)
-                elif now_s - heard_s > LOST_AFTER_S:
-                    self._post(self._lost(index))
+    def _look_at_the_clock(self, now_s: float) -> None:
+        """Posts what has become due; called with `state` held."""
         # What caused a consequence is posted by its own node, or is that node's loss: that comes first.
-        patience_s = LOST_AFTER_S + 2 * BEAT_S if self.failure and self.failure.is_consequence else 0
-        if self.failure and now_s - self.failed_s >= patience_s:
+        late = self.failure is not None and self.failure.is_consequence
+        patience_s = self.timing.lost_after_s + 2 * self.timing.beat_s if late else 0
+        if self.failure and not self.is_posted and now_s - self.failed_s >= patience_s:
+            self.is_posted = True
             self._post(self.failure)
-        if self.store.check(["cause"]):
-            cause = Failure(**json.loads(self.store.get("cause")))
-            leave(self.store, self.nodes)
-            self.cause = cause
-        self.answered_s = time.monotonic()
-
-    def _post(self, failure: Failure) -> None:
-        self.store.compare_set("cause", "", json.dumps(dataclasses.asdict(failure)))  # only the first one stays
 
     def _lost(self, index: int) -> Failure:
-        return Failure(message=f"{self.nodes.name(index)} is lost: nothing was heard of it for {LOST_AFTER_S:g} s")
+        after_s = self.timing.lost_after_s
+        return Failure(message=f"{self.nodes.name(index)} is lost: nothing was heard of it for {after_s:g} s")
 
-    def _guard(self) -> None:
-        while self.cause is None and time.monotonic() - self.answered_s < LOST_AFTER_S:
-            time.sleep(BEAT_S / 4)
-        end_launcher(self.cause or self._lost(0), self.scratch)
+    def _send(self, **message: Any) -> None:
+        raise NotImplementedError
 
+    def _post(self, failure: Failure) -> None:
+        """Makes it the cause, if it is the first one."""
+        raise NotImplementedError
 
-def end_launcher(failure: Failure | None, scratch: str) -> NoReturn:
-    """Ends this process from any thread, whatever the others wait for; the kernel then kills ranks that still run."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    if failure is None:
-        os._exit(0)
-    print(f"error: {failure.message}", file=sys.stderr, flush=True)
-    os._exit(failure.exit_code)
+    def _leave(self, timeout_s: float) -> None:
+        """To be called last: says what is to be said and waits until it is heard."""
+        raise NotImplementedError
 
 
-def run_ranks(
-    nodes: Nodes, port: int, processes: int, timeout_s: float, scratch: str, command: list[str]
-) -> Failure | None:
-    """Runs `command` (a module and its arguments) in `processes` ranks on this node, by torchrun, until all have ended.
+class Member:
+    """Another node, as node 0 knows it."""
 
-    torchrun runs in this process, so that no signal ends the one and leaves the other. scratch: a folder for its files.
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self.facts: dict[str, str] | None = None
+        self.heard_s = time.monotonic()
+        self.is_connected = True
+        self.is_done = False
+
+
+class Head(JobOfSeveral):
+    """The job in node 0."""
+
+    def __init__(self, nodes: Nodes, port: int, secret: bytes, timing: Timing):
+        """Raises ValueError if it cannot listen at `port`."""
+        super().__init__(nodes, timing)
+        self.members: dict[int, Member] = {}
+        self.have_met = False
+        try:
+            self.listener = Listener(nodes.addresses[0], port, secret, self._admit, timing.answer_s)
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_PORT: {nodes.name(0)} cannot listen on port {port}, choose a free one: {error.strerror}"
+            ) from None
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+        failure = self._judge(facts, timeout_s)
+        if failure:
+            self._refuse(failure)
+            return failure
+        try:
+            start = decide()
+        except ValueError as error:
+            self._refuse(Failure(message=f"{self.nodes.name(0)}: {error}", exit_code=2))
+            raise
+        self._send(kind="start", **dataclasses.asdict(start))
+        return start
+
+    def _refuse(self, failure: Failure) -> None:
+        self._post(failure)
+        self._leave(self.timing.leave_s)
+
+    def _judge(self, facts: dict[str, str], timeout_s: float) -> Failure | None:
+        """What node 0 has against the others."""
+        others, deadline_s = range(1, len(self.nodes)), time.monotonic() + timeout_s
+        with self.state:
+            while missing := [i for i in others if i not in self.members or self.members[i].facts is None]:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    names = ", ".join(map(self.nodes.name, missing))
+                    return Failure(message=f"{names} did not come within {timeout_s:g} s: start infer.sh there too")
+                self.state.wait(min(left_s, 0.2))
+            self.have_met = True
+            found = {index: self.members[index].facts or {} for index in others}
+        for index, theirs in found.items():
+            for key in [*facts, *theirs]:
+                texts = key, theirs.get(key, "absent"), facts.get(key, "absent")
+                if texts[1] != texts[2]:
+                    what, there, here = (clean(text, MAX_FACT) for text in texts)
+                    where = f"{there} on {self.nodes.name(index)}, {here} on node 0"
+                    return Failure(message=f"{what} must be the same on all nodes: {where}", exit_code=2)
+        return None
+
+    def _admit(self, channel: Channel, message: dict[str, Any]) -> None:
+        """Takes a node in, or refuses it, and reads what it says until it leaves."""
+        with contextlib.suppress(OSError, Stranger):
+            hello = parse(message, "hello")
+            index, ips = hello["index"], " ".join(self.nodes.addresses)
+            member = None
+            with self.state:
+                if hello["ips"] == ips and 0 < index < len(self.nodes) and index not in self.members:
+                    channel.send({"kind": "welcome"})
+                    member = self.members[index] = Member(channel)
+            if member is None:
+                channel.send({"kind": "refused", "ips": ips})
+            else:
+                self._read(index, member)
+        channel.close()
+
+    def _read(self, index: int, member: Member) -> None:
+        try:
+            while not member.is_done:
+                message = parse(member.channel.receive(self.timing.lost_after_s), "facts", "beat", "failure", "done")
+                with self.state:
+                    member.heard_s = time.monotonic()
+                    if message["kind"] == "facts":
+                        member.facts = parse_facts(message)
+                    elif message["kind"] == "failure":
+                        self._post(parse_failure(message))
+                    member.is_done = message["kind"] == "done"
+                    self.state.notify_all()
+        finally:
+            with self.state:
+                member.is_connected = False
+                if not self.have_met:  # it may be started again
+                    del self.members[index]
+                self.state.notify_all()
+
+    def _send(self, **message: Any) -> None:
+        with self.state:
+            members = [member for member in self.members.values() if member.is_connected]
+        for member in members:
+            with contextlib.suppress(OSError):  # what it means when nothing reaches a node, the clock decides
+                member.channel.send(message)
+
+    def _look_at_the_clock(self, now_s: float) -> None:
+        for index, member in self.members.items():
+            if not member.is_done and now_s - member.heard_s > self.timing.lost_after_s:
+                self._post(self._lost(index))
+        super()._look_at_the_clock(now_s)
+
+    def _post(self, failure: Failure) -> None:
+        with self.state:
+            self.cause = self.cause or failure
+            self.state.notify_all()
+
+    def _leave(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        if self.cause:
+            self._send(kind="end", **dataclasses.asdict(self.cause))
+        with self.state:
+            while any(member.is_connected for member in self.members.values()) and time.monotonic() < deadline_s:
+                self.state.wait(0.1)
+            self.has_left = True
+        self.listener.close()
+
+
+class Guest(JobOfSeveral):
+    """The job in a node other than node 0."""
+
+    def __init__(self, nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing):
+        """Raises TimeoutError if node 0 does not answer, ValueError if something else does."""
+        super().__init__(nodes, timing)
+        self.channel = connect(nodes, port, secret, timeout_s, timing)
+        self.heard_s = time.monotonic()
+        self.is_connected = True
+        self.start: Start | None = None
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+        self._send(kind="facts", facts=facts)
+        deadline_s = time.monotonic() + timeout_s + self.timing.answer_s
+        with self.state:
+            while self.start is None and self.cause is None:
+                now_s = time.monotonic()
+                if not self.is_connected or now_s > min(deadline_s, self.heard_s + self.timing.lost_after_s):
+                    raise TimeoutError(f"{self.nodes.name(0)} ended before all nodes had met")
+                self.state.wait(0.2)
+            outcome = self.cause or self.start
+        if self.cause:
+            self._leave(self.timing.leave_s)
+        return outcome
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError, Stranger):
+            while True:
+                message = parse(self.channel.receive(self.timing.lost_after_s), "start", "beat", "end")
+                with self.state:
+                    self.heard_s = time.monotonic()
+                    if message["kind"] == "start":
+                        self.start = parse_start(message)
+                    elif message["kind"] == "end":
+                        self.cause = self.cause or parse_failure(message)
+                    self.state.notify_all()
+        with self.state:
+            self.is_connected = False
+            self.state.notify_all()
+
+    def _send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # what it means when nothing reaches node 0, the clock decides
+            self.channel.send(message)
+
+    def _look_at_the_clock(self, now_s: float) -> None:
+        if now_s - self.heard_s > self.timing.lost_after_s:
+            self.cause = self.cause or self._lost(0)
+        super()._look_at_the_clock(now_s)
+
+    def _post(self, failure: Failure) -> None:
+        self._send(kind="failure", **dataclasses.asdict(failure))  # node 0 answers with the cause
+
+    def _leave(self, timeout_s: float) -> None:
+        self._send(kind="done")
+        deadline_s = time.monotonic() + timeout_s
+        with self.state:
+            while self.is_connected and time.monotonic() < deadline_s:  # until node 0 has read it
+                self.state.wait(0.1)
+            self.has_left = True
+        self.channel.close()
+
+
+def open_job(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing = TIMING) -> Job:
+    """This node's view of the job: node 0 listens at `port`, the others connect to it within `timeout_s`.
+
+    Raises ValueError if the port is not node 0's to use, TimeoutError if node 0 does not come.
     """
-    arguments = [f"--nnodes={len(nodes)}", f"--node_rank={nodes.index}", f"--nproc_per_node={processes}"]
-    arguments += [f"--master_addr={nodes.addresses[0]}", f"--master_port={port}", f"--log_dir={scratch}"]
-    arguments += [f"--rdzv_conf=timeout={timeout_s:g}", "--max_restarts=0", "--module", *command]
-    here = nodes.name(nodes.index)
-    try:
-        run(parse_args(arguments))
-    except ChildFailedError as error:
-        return first_failure(here, error.failures)
-    except SignalException as error:
-        return Failure(message=f"{here}: the launcher was ended by {error.sigval.name}")
-    except DistError as error:
-        reason = str(error).splitlines()[0]
-        return Failure(message=f"{here}: no connection to {nodes.name(0)}: {reason}", is_consequence=True)
-    return None
-
-
-def first_failure(here: str, failures: dict[int, ProcessFailure]) -> Failure:
-    """The failure that caused the others, as far as this node can tell; `failures` by rank, in the order seen."""
-    described = [describe(f"rank {rank} on {here}", failure) for rank, failure in failures.items()]
-    return min(described, key=lambda failure: failure.is_consequence)
-
-
-def describe(where: str, failure: ProcessFailure) -> Failure:
-    report = failure.error_file_data
-    if "exit_code" in report:  # by executor.rank.fail
-        return Failure(
-            message=f"{where}: {report['message']}",
-            exit_code=report["exit_code"],
-            is_consequence=report["is_consequence"],
-        )
-    if failure.exitcode >= 0:
-        return Failure(message=f"{where}: ended with exit code {failure.exitcode}")
-    name = failure.signal_name()
-    # torchrun ends the other ranks by SIGTERM, NCCL's watchdog one that waits for a dead rank by SIGABRT
-    return Failure(
-        message=f"{where}: killed by {name}" + (" (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""),
-        is_consequence=failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT),
-    )
+    if len(nodes) == 1:
+        return Job(nodes, timing)
+    if nodes.index == 0:
+        return Head(nodes, port, secret, timing)
+    return Guest(nodes, port, secret, timeout_s, timing)

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_RANKS = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
@@ -18,7 +21,8 @@ ENDS_WITHIN_S = 30  # what a fault may take to end the whole job
 class Job:
     """One node's infer.sh with the demo checkpoint on the CPU; its terminal is the file `terminal`."""
 
-    def __init__(self, terminal: Path, *settings: str, options: tuple[str, ...] = (), namespace: str = "", **env: str):
+    def __init__(self, terminal: Path, *settings: str, options: tuple[str, ...] = (), namespace: str = "",
+                 folder: Path | None = None, **env: str):  # fmt: skip
         self.terminal = terminal
         arguments = [argument for setting in ("device=cpu", *settings) for argument in ("--set", setting)]
         # `ip` and infer.sh both hand their process on, so this is the launcher's
@@ -29,6 +33,7 @@ class Job:
             stdout=terminal.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            cwd=folder,
         )
 
     @property
@@ -52,8 +57,14 @@ class Job:
                 found[int(ranks[0].removeprefix(b"RANK="))] = int(folder.name)
         return found
 
+    def listening_at(self) -> dict[str, int]:
+        """Address -> number of ports at which the launcher and its ranks listen."""
+        processes = [psutil.Process(pid) for pid in (self.process.pid, *self.ranks().values())]
+        found = [entry for process in processes for entry in process.net_connections("tcp")]
+        return Counter(entry.laddr.ip for entry in found if entry.status == psutil.CONN_LISTEN)
+
     def wait_until_decoding(self) -> None:
-        wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, 90)
+        wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, 180)
         assert self.process.poll() is None, self.text
         time.sleep(1)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
+from ops.comm import all_gather_single
 from ops.cuda.launch import BoundKernel, fits, has_pdl, pdl_trigger, pdl_wait
 
 logger = logging.getLogger(__name__)
@@ -128,9 +129,10 @@ def slot_words(size: int) -> int:
 def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | None:
     """To be called by all ranks of a group. None, with the reason in the log, where they share no memory."""
     size, ranks = dist.get_world_size(group), dist.get_process_group_ranks(group)
-    hosts: list[str | None] = [None] * size
-    dist.all_gather_object(hosts, Path("/proc/sys/kernel/random/boot_id").read_text(), group=group)
-    if len(set(hosts)) > 1:
+    own = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    hosts = torch.empty(size, len(own), dtype=torch.uint8, device=device)
+    all_gather_single(hosts, torch.tensor([list(own)], dtype=torch.uint8, device=device), group=group)
+    if (hosts != hosts[0]).any():
         logger.info("ranks %s: on several hosts, all exchanges by %s", ranks, dist.get_backend(group))
         return None
     exchange, reason = None, "another rank has no access to its peers' memory"

@@ -2,7 +2,10 @@
 """What a launcher finds out and decides before any rank starts."""
 
 import os
+import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,8 @@ import torch.distributed
 from executor import launch
 from executor.config import load_settings
 from executor.rank import is_consequence, share_of_cores
+from ops.nodes import Nodes
+from tests.jobs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = {"127.0.0.1": "lo", "10.0.0.2": "eth0", "10.0.1.2": "eth1"}
@@ -46,9 +51,11 @@ def test_wrong_nodes(two_interfaces: None, hosts: list[str], named: str) -> None
     assert named in str(raised.value)
 
 
-def test_host_without_address() -> None:
-    with pytest.raises(ValueError, match="IPs: 'nowhere.invalid' does not resolve"):
-        launch.find_node(["nowhere.invalid"])
+@pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 100, "a..b", "\udcff", "\x1b[2J"])
+def test_host_without_address(host: str) -> None:
+    with pytest.raises(ValueError, match="IPs: '.*' does not resolve") as raised:
+        launch.find_node([host])
+    assert str(raised.value).isprintable() and len(str(raised.value)) < 300
 
 
 def test_local_interfaces() -> None:
@@ -74,10 +81,10 @@ def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.check_devices(settings, 4)
 
 
-@pytest.mark.parametrize("port", ["http", "0", "70000", "-1", ""])
+@pytest.mark.parametrize("port", ["http", "0", "65536", "70000", "-1", "", "9" * 5000, "²"])
 def test_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     monkeypatch.setenv("MASTER_PORT", port)
-    with pytest.raises(ValueError, match=f"MASTER_PORT: '{port}' is not a number from 1 to 65535"):
+    with pytest.raises(ValueError, match=f"MASTER_PORT: '{port[:20]}.* is not a number from 1 to 65535"):
         launch.environment_number("MASTER_PORT", 29500)
 
 
@@ -99,6 +106,44 @@ def test_hccl_address_does_not_overrule_the_users_interface(monkeypatch: pytest.
     assert os.environ["HCCL_SOCKET_IFNAME"] == "ib0" and "HCCL_IF_IP" not in os.environ
 
 
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+
+
+@pytest.mark.parametrize("secret", [b"", b"a"])
+def test_several_nodes_without_a_secret_are_warned(
+    environment: None, capsys: pytest.CaptureFixture, secret: bytes
+) -> None:
+    settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
+    launch.announce(settings, Nodes(addresses=("10.0.0.1", "10.0.0.2"), index=1), "eth0", 2, 29500, secret)
+    shown = capsys.readouterr().err.splitlines()
+    assert [line for line in shown if "JOB_SECRET" in line] == shown[1:-1] and len(shown) == (2 if secret else 3)
+    assert shown[-1] == "node 1 (10.0.0.2), eth0: ranks 2 to 3 of 4, meeting at 10.0.0.1:29500"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
+
+
+def test_one_node_uses_no_network(environment: None, capsys: pytest.CaptureFixture) -> None:
+    settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
+    launch.announce(settings, Nodes(addresses=("10.0.0.1",), index=0), "eth0", 4, 29500, b"")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo" and "JOB_SECRET" not in capsys.readouterr().err
+
+
+def test_scratch_folder_goes_with_a_killed_process(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\nfrom executor.launch import Scratch\nscratch = Scratch()\n"
+        "open(scratch.path + '/file', 'w').close()\nprint(scratch.path, flush=True)\n"
+        "os.kill(os.getpid(), getattr(signal, sys.argv[1]))"
+    )
+    for name in ("SIGKILL", "SIGTERM"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, name], env=os.environ | {"TMPDIR": str(tmp_path)}, cwd=ROOT,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == -getattr(signal, name) and done.stdout.startswith(str(tmp_path))
+    wait_for(lambda: not list(tmp_path.iterdir()), 5)
+
+
 def test_every_core_has_one_rank() -> None:
     cores = list(range(3, 14))
     shares = [share_of_cores(cores, index, 4) for index in range(4)]
@@ -113,10 +158,11 @@ def test_job_facts(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
 
     def different() -> set[str]:
-        return {key for key, value in launch.job_facts(load_settings(yaml)).items() if value != facts.get(key)}
+        now = launch.job_facts(load_settings(yaml), ["executor.infer"])
+        return {key for key, value in now.items() if value != facts.get(key)}
 
-    facts = launch.job_facts(load_settings(yaml))
-    assert facts["data_config.max_new_tokens"] == "32" and not different()
+    facts = launch.job_facts(load_settings(yaml), ["executor.infer"])
+    assert facts["data_config.max_new_tokens"] == "32" and facts["the program"] == "executor.infer" and not different()
     (tmp_path / "config.json").write_text("other")
     (tmp_path / "a.safetensors").write_text("longer than it was")
     yaml.write_text(yaml.read_text() + "parallel_config: {attn_tp_size: 2}\ndata_config: {dataset_path: p.json}\n")

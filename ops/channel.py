@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Authenticated messages between the launchers of a job's nodes, over TCP.
+
+Both sides open with a greeting and a nonce. From then on everything is a frame: length of the body (4 bytes),
+HMAC-SHA256 (32 bytes), body (a JSON object). The key of a connection is made of the job's secret and both nonces, and a
+MAC covers the direction and the number of its frame: none is good a second time, elsewhere, or sent back to its sender.
+Whoever does not know the secret costs a thread for a few seconds, and no more than `MAX_FIRST_BYTES` of memory.
+"""
+
+import contextlib
+import hmac
+import json
+import secrets
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+GREETING = b"moe-job-nodes/1\n"
+NONCE_BYTES = 32
+LENGTH_BYTES = 4
+MAC_BYTES = 32
+MAX_BYTES = 4 << 20  # of a body
+MAX_FIRST_BYTES = 64 << 10  # of the first one, which shows that its sender knows the secret
+WRONG_MAC = bytes(LENGTH_BYTES + MAC_BYTES)  # a node's answer to a first frame that was made with another secret
+MAX_STRANGERS = 32  # connections at a time that have not shown it
+SEND_S = 2.0
+
+
+class Stranger(Exception):
+    """What is at the other end does not speak this protocol, or does not know the job's secret."""
+
+
+class WrongSecret(Stranger):
+    """The other end says that this side's secret is not its own."""
+
+
+class Channel:
+    """One side of a connection. `send` may be called by several threads, `receive` by one."""
+
+    def __init__(self, connection: socket.socket, key: bytes, from_server: bool):
+        self.connection = connection
+        self.writer = connection.dup()  # with a timeout of its own
+        self.key = key
+        self.labels = (b"server", b"client") if from_server else (b"client", b"server")  # of what is sent and received
+        self.sent = self.received = 0
+        self.lock = threading.Lock()
+
+    def send(self, message: dict[str, Any], timeout_s: float = SEND_S) -> None:
+        """Raises OSError, and closes the connection, if it is not taken in time."""
+        body = json.dumps(message).encode()
+        if len(body) > MAX_BYTES:
+            raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_BYTES} that nodes take")
+        with self.lock:
+            frame = len(body).to_bytes(LENGTH_BYTES, "big") + self._mac(self.labels[0], self.sent, body) + body
+            self.sent += 1
+            try:
+                self.writer.settimeout(timeout_s)
+                self.writer.sendall(frame)
+            except OSError:  # part of the frame may be under way: nothing can follow it
+                self.close()
+                raise
+
+    def receive(self, timeout_s: float) -> dict[str, Any]:
+        """The next message. Raises OSError if it does not come in time or the connection is closed, Stranger if it is
+        not what the other side's next message can be, WrongSecret if that is said instead."""
+        deadline_s = time.monotonic() + timeout_s
+        header = read(self.connection, LENGTH_BYTES + MAC_BYTES, deadline_s)
+        if header == WRONG_MAC and self.received == 0:
+            raise WrongSecret
+        length = int.from_bytes(header[:LENGTH_BYTES], "big")
+        if not 0 < length <= (MAX_BYTES if self.received else MAX_FIRST_BYTES):
+            raise Stranger
+        body = read(self.connection, length, deadline_s)
+        if not hmac.compare_digest(header[LENGTH_BYTES:], self._mac(self.labels[1], self.received, body)):
+            raise Stranger
+        self.received += 1
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Stranger from None
+        if not isinstance(message, dict):
+            raise Stranger
+        return message
+
+    def close(self) -> None:
+        """Closes the connection; whoever waits for its messages gets an OSError."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+        self.connection.close()
+        self.writer.close()
+
+    def _mac(self, label: bytes, number: int, body: bytes) -> bytes:
+        return hmac.digest(self.key, label + number.to_bytes(8, "big") + body, "sha256")
+
+
+def read(connection: socket.socket, count: int, deadline_s: float) -> bytes:
+    """`count` bytes. Raises TimeoutError if they are not all there at the deadline, ConnectionError at the end."""
+    data = bytearray()
+    while len(data) < count:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("it says nothing" if not data else "it says too little")
+        connection.settimeout(left_s)
+        part = connection.recv(min(count - len(data), 1 << 16))
+        if not part:
+            raise ConnectionError("it closes the connection")
+        data += part
+    return bytes(data)
+
+
+def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s: float) -> Channel:
+    """Exchanges greetings and nonces; what follows shows whether the other side has the same secret.
+
+    Raises Stranger if the other side's greeting is another, OSError if there is none in time.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.settimeout(timeout_s)
+    own = secrets.token_bytes(NONCE_BYTES)
+    if not from_server:
+        connection.sendall(GREETING + own)
+    if read(connection, len(GREETING), deadline_s) != GREETING:
+        raise Stranger
+    theirs = read(connection, NONCE_BYTES, deadline_s)
+    if from_server:
+        connection.sendall(GREETING + own)
+    nonces = theirs + own if from_server else own + theirs
+    return Channel(connection, hmac.digest(secret, GREETING + nonces, "sha256"), from_server)
+
+
+class Listener:
+    """Takes connections at one address and hands those over whose first message is authentic.
+
+    join(channel, message): called in a thread of the connection's own, which ends with it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        secret: bytes,
+        join: Callable[[Channel, dict[str, Any]], None],
+        timeout_s: float,
+    ):
+        """Raises OSError if the port is not free. timeout_s: for a greeting and the first message."""
+        self.secret = secret
+        self.join = join
+        self.timeout_s = timeout_s
+        self.strangers: dict[socket.socket, threading.Thread] = {}  # the oldest first
+        self.lock = threading.Lock()
+        self.socket = socket.create_server((address, port), backlog=128)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # ends an accept that waits
+        self.socket.close()
+
+    def _accept(self) -> None:
+        while self.socket.fileno() != -1:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:  # closed by its sender, or too many open files
+                time.sleep(0.05)
+                continue
+            thread = threading.Thread(target=self._welcome, args=(connection,), daemon=True)
+            with self.lock:
+                self.strangers[connection] = thread
+                evicted = self._most_crowded() if len(self.strangers) > MAX_STRANGERS else None
+            thread.start()
+            if evicted is not None:
+                with contextlib.suppress(OSError):
+                    evicted[0].shutdown(socket.SHUT_RDWR)
+                evicted[1].join(self.timeout_s)
+
+    def _most_crowded(self) -> tuple[socket.socket, threading.Thread]:
+        """The oldest stranger of the address that most of them come from, so that a crowd shuts out only itself."""
+        addresses = {connection: peer_address(connection) for connection in self.strangers}
+        crowded = Counter(addresses.values()).most_common(1)[0][0]
+        connection = next(connection for connection, address in addresses.items() if address == crowded)
+        return connection, self.strangers[connection]
+
+    def _welcome(self, connection: socket.socket) -> None:
+        channel = message = None
+        with contextlib.suppress(OSError, Stranger):
+            channel = greet(connection, self.secret, True, self.timeout_s)
+            try:
+                message = channel.receive(self.timeout_s)
+            except Stranger:
+                connection.sendall(WRONG_MAC)
+        with self.lock:
+            del self.strangers[connection]
+        if message is not None:
+            self.join(channel, message)
+        elif channel is not None:
+            channel.close()
+        else:
+            connection.close()
+
+
+def peer_address(connection: socket.socket) -> str:
+    try:
+        return connection.getpeername()[0]
+    except OSError:  # gone
+        return ""
