@@ -3,11 +3,20 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from executor.known_names import hint
+from executor.utils.text import quoted
+from executor.utils.values import is_unicode
+
+WHOLE = ("max_new_tokens", "top_k", "seed")
+NUMBERS = (*WHOLE, "temperature", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of one request.
+    """Settings of one request. Given in a call, they replace all of the LLM's defaults, which are data_config's: what
+    is not stated here has the values below, not those of the LLM's settings or the checkpoint.
 
     max_new_tokens: tokens to generate at most. temperature: 0 takes the most likely token, whatever the other three
     filters say. top_k: keep that many, 0 for all. top_p: keep the most likely ones that reach this probability
@@ -15,7 +24,7 @@ class SamplingParams:
     tokens of prompt and text less likely. seed: makes sampling repeatable. stop: strings that end the text, which are
     not part of it. ignore_eos: go on to max_new_tokens.
 
-    Raises ValueError for values out of range.
+    Raises ValueError for values of a wrong kind or out of range, TypeError for names that do not exist.
     """
 
     max_new_tokens: int = 32
@@ -28,19 +37,28 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
+    def __new__(cls, **settings: Any) -> "SamplingParams":
+        for key in settings:
+            if key not in cls.__dataclass_fields__:
+                advice = hint(key) or f"possible are {', '.join(cls.__dataclass_fields__)}"
+                advice = advice.replace("data_config.", "")
+                raise TypeError(f"SamplingParams: {quoted(key)}: unknown setting; {advice}")
+        return super().__new__(cls)
+
     def __post_init__(self):
-        for key in ("max_new_tokens", "top_k", "temperature", "top_p", "min_p", "repetition_penalty", "seed"):
-            kinds = int if key in ("max_new_tokens", "top_k", "seed") else (int, float)
+        for key in NUMBERS:
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, kinds) and not (key == "seed" and value is None):
-                raise ValueError(f"{key}: expected a {'whole ' if kinds is int else ''}number, got {value!r}")
+            if not (key == "seed" and value is None):
+                object.__setattr__(self, key, number(key, value))
         if not isinstance(self.stop, list | tuple) or not all(isinstance(text, str) for text in self.stop):
-            raise ValueError(f"stop: expected strings in a tuple or list, got {self.stop!r}")
+            raise ValueError(f"stop: expected strings in a tuple or list, got {quoted(self.stop)}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos: expected True or False, got {quoted(self.ignore_eos)}")
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "max_new_tokens": (1 <= self.max_new_tokens < 2**31, "at least 1 and below 2**31"),
             "temperature": (self.temperature == 0 or 1e-5 <= self.temperature < math.inf, "0, or at least 0.00001"),
-            "top_k": (self.top_k >= 0, "at least 0 (0 keeps all)"),
+            "top_k": (0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2**31"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
@@ -49,8 +67,24 @@ class SamplingParams:
         }
         for key, (valid, allowed) in checks.items():
             if not valid:
-                raise ValueError(f"{key}: {getattr(self, key)!r} is impossible, must be {allowed}")
+                raise ValueError(f"{key}: {quoted(getattr(self, key))} is impossible, must be {allowed}")
+        for text in self.stop:
+            if not is_unicode(text):
+                raise ValueError(f"stop: {quoted(text)} holds half of a surrogate pair, which no text can contain")
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+def number(key: str, value: Any) -> int | float:
+    """`value` of the setting `key` as a plain int, or as a float where it may be one."""
+    kinds = int if key in WHOLE else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise ValueError(f"{key}: expected a {'whole ' if kinds is int else ''}number, got {quoted(value)}")
+    if kinds is int:
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{key}: {quoted(value)} is impossible, must be a finite number") from None

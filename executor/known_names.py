@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What settings of vLLM, SGLang and transformers are called here: hints for keys and values that do not exist."""
+
+LENGTH = "data_config.input_max_len bounds a prompt and data_config.max_new_tokens what is generated"
+NEW_TOKENS = "did you mean data_config.max_new_tokens?"
+ATTENTION_AND_EXPERTS = (
+    "parallel_config.attn_tp_size splits attention and parallel_config.moe_tp_size the experts, over world_size ranks"
+)
+CACHE_SHARE = "did you mean model_config.cache_memory_fraction?"
+NO_PIPELINE = "there is no pipeline parallelism; parallel_config splits attention and experts"
+NO_QUANTIZATION = "there is no such setting: the checkpoint says in which number format its weights are"
+NO_REMOTE_CODE = "there is no such setting: code in a checkpoint is never run"
+NO_REVISION = "there is no such setting: model_path is a folder on this machine"
+DTYPE = "did you mean model_config.dtype?"
+DEVICE = "did you mean device? A rank uses the visible device of its number"
+EAGER = 'exe_mode: "eager" or "graph" says it'
+ONE_ANSWER = "there is one answer a prompt: give the prompt several times"
+NO_BEAMS = "there is no beam search, only greedy decoding and sampling"
+NO_SAMPLE = "temperature 0 is greedy, above 0 samples"
+
+HINTS = {
+    "model": "did you mean model_path?",
+    "model_id": "did you mean model_path?",
+    "pretrained_model_name_or_path": "did you mean model_path?",
+    "tokenizer": "there is no such setting: the tokenizer is the one in the folder model_path",
+    "tokenizer_path": "there is no such setting: the tokenizer is the one in the folder model_path",
+    "tokenizer_mode": "there is no such setting: the tokenizer is the one in the folder model_path",
+    "max_model_len": LENGTH,
+    "max_seq_len": LENGTH,
+    "max_seq_length": LENGTH,
+    "context_length": LENGTH,
+    "max_length": LENGTH,
+    "max_prompt_len": "did you mean data_config.input_max_len?",
+    "max_tokens": NEW_TOKENS,
+    "max_completion_tokens": NEW_TOKENS,
+    "max_output_tokens": NEW_TOKENS,
+    "truncation": "data_config.long_prompt: cut or refuse says it",
+    "truncate_prompt_tokens": "data_config.input_max_len and data_config.long_prompt say it",
+    "tensor_parallel_size": ATTENTION_AND_EXPERTS,
+    "tp_size": ATTENTION_AND_EXPERTS,
+    "tp": ATTENTION_AND_EXPERTS,
+    "data_parallel_size": "it follows: parallel_config.attn_dp_size is world_size / attn_tp_size",
+    "dp_size": "it follows: parallel_config.attn_dp_size is world_size / attn_tp_size",
+    "enable_expert_parallel": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "expert_parallel_size": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "ep_size": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "pipeline_parallel_size": NO_PIPELINE,
+    "pp_size": NO_PIPELINE,
+    "num_gpus": "did you mean world_size?",
+    "gpu_memory_utilization": CACHE_SHARE,
+    "mem_fraction_static": CACHE_SHARE,
+    "cache_fraction": CACHE_SHARE,
+    "num_gpu_blocks_override": "did you mean model_config.cache_tokens?",
+    "max_total_tokens": "did you mean model_config.cache_tokens?",
+    "kv_cache_dtype": "there is no such setting: the cache has model_config.dtype",
+    "block_size": "there is no such setting: a block of the cache has 128 tokens",
+    "max_num_seqs": "did you mean data_config.batch_size?",
+    "max_running_requests": "did you mean data_config.batch_size?",
+    "max_batch_size": "did you mean data_config.batch_size?",
+    "torch_dtype": DTYPE,
+    "precision": DTYPE,
+    "quantization": NO_QUANTIZATION,
+    "quantization_config": NO_QUANTIZATION,
+    "load_in_8bit": NO_QUANTIZATION,
+    "load_in_4bit": NO_QUANTIZATION,
+    "device_map": DEVICE,
+    "devices": DEVICE,
+    "enforce_eager": EAGER,
+    "use_cuda_graph": EAGER,
+    "disable_cuda_graph": EAGER,
+    "trust_remote_code": NO_REMOTE_CODE,
+    "revision": NO_REVISION,
+    "download_dir": NO_REVISION,
+    "attn_implementation": "there is no such setting: the device decides which kernel computes attention",
+    "load_format": "model_config.with_ckpt: False fills random weights; checkpoints are safetensors files",
+    "rope_parameters": "did you mean model_config.rope_scaling?",
+    "hf_overrides": "only rotary parameters can be replaced, by model_config.rope_scaling",
+    "generation_config": "data_config.sampling_from_checkpoint: True takes generation_config.json",
+    "n": ONE_ANSWER,
+    "best_of": ONE_ANSWER,
+    "num_return_sequences": ONE_ANSWER,
+    "num_beams": NO_BEAMS,
+    "use_beam_search": NO_BEAMS,
+    "do_sample": NO_SAMPLE,
+    "stop_strings": "did you mean data_config.stop?",
+    "stop_token_ids": "end tokens are those of the checkpoint; data_config.stop takes texts",
+    "eos_token_id": "end tokens are those of the checkpoint; data_config.stop takes texts",
+    "frequency_penalty": "only data_config.repetition_penalty exists",
+    "presence_penalty": "only data_config.repetition_penalty exists",
+    "random_seed": "did you mean data_config.seed?",
+    "prompts": "did you mean data_config.dataset_path?",
+    "log_file": "output_dir says where the folder of results with the logs is made",
+}
+
+VALUES = {  # of device and dtype
+    "gpu": "cuda",
+    "ascend": "npu",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+
+
+def hint(key: str) -> str | None:
+    """Where the setting that others call `key` is found here, or that there is none; None for an unknown name."""
+    return HINTS.get(key.lower().replace("-", "_"))
+
+
+def known_value(value: str) -> str | None:
+    """What the device or number format that others call `value` is called here; None for an unknown one."""
+    return VALUES.get(value.lower().rpartition(":")[2].removeprefix("torch."))
