@@ -5,14 +5,58 @@
 #   PYTHON           the Python to use (default: python, or python3 where there is no python)
 #   NPU_DEVICE_GLOB  the device files that tell an NPU machine (default: /dev/davinci[0-9]*)
 #   JEMALLOC         on an NPU machine: the memory allocator to preload (default: libjemalloc.so.2 where there is one)
-#   NODE_IPS, MASTER_PORT, RENDEZVOUS_TIMEOUT_S   each in place of what set_env.sh says
+#   NODE_IPS, MASTER_PORT, RENDEZVOUS_TIMEOUT_S, JOB_SECRET   each in place of what set_env.sh says
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+ROOT="$(readlink -f -- "${BASH_SOURCE[0]}"; echo x)" # x: a path may end in a newline, which $() would cut off
+ROOT="${ROOT%/*/*/*}"
+ROOT="${ROOT:-/}"
+
+# say TEXT: one line on stderr, what cannot be shown escaped, without its middle if it is long.
+say() {
+    { local LC_ALL=C.UTF-8; } 2>/dev/null # where there is none, the locale stays
+    local text line='' character i
+    text="$(without_middle "$*")"
+    for ((i = 0; i < ${#text}; i++)); do
+        character="${text:i:1}"
+        [[ "$character" == [[:print:]] ]] || printf -v character '\\x%02x' "'$character"
+        line+="$character"
+    done
+    printf '%s\n' "$(without_middle "$line")" >&2
+}
+
+without_middle() {
+    if ((${#1} <= 400)); then
+        printf '%s' "$1"
+    else
+        printf '%s' "${1:0:250} ... ${1: -140}"
+    fi
+}
 
 # One line on stderr; exit 2: what the user gave is wrong.
 die() {
-    printf '%s: %s\n' "${0##*/}" "$*" >&2
+    say "${0##*/}: $*"
     exit 2
+}
+
+# drop_empty_parts NAME: those of a list of folders, which mean the current folder. CANN's set_env.sh leaves one behind.
+drop_empty_parts() {
+    local folders=":${!1:-}:"
+    while [[ "$folders" == *::* ]]; do
+        folders="${folders//::/:}"
+    done
+    folders="${folders#:}"
+    [[ -z "${!1:-}" ]] || printf -v "$1" '%s' "${folders%:}"
+}
+
+# run_module PYTHON MODULE ARGUMENT...: `python -m`, but without the current folder in sys.path, which Python 3.10 has no
+# option for: nothing is imported before it is removed.
+RUN_MODULE='import sys
+sys.path = [folder for folder in sys.path if folder]
+module, sys.argv = sys.argv[1], ["-m", *sys.argv[2:]]
+import runpy
+runpy.run_module(module, run_name="__main__", alter_sys=True)'
+run_module() {
+    "$1" -c "$RUN_MODULE" "${@:2}"
 }
 
 npu_visible() {
@@ -45,11 +89,12 @@ find_yaml() {
 inspect_python() {
     "$1" -c '
 import sys
-assert sys.version_info >= (3, 10)
+if sys.version_info < (3, 10):
+    sys.exit(1)
+sys.path = [folder for folder in sys.path if folder]  # nothing is imported from the current folder
 import importlib.metadata, importlib.util, re
-sys.path = [folder for folder in sys.path if folder]  # not what lies in the current folder
 modules = {"torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "yaml": "pyyaml",
-           "tokenizers": "tokenizers", "tqdm": "tqdm"}
+           "tokenizers": "tokenizers", "tqdm": "tqdm", "psutil": "psutil"}
 specs = {package: importlib.util.find_spec(module) for module, package in modules.items()}
 missing = [package for package, spec in specs.items() if spec is None or spec.origin is None]
 try:
@@ -74,6 +119,9 @@ python_is_ready() {
 # built for this machine's accelerator; where there is none, and no NPU, the packages go into .venv.
 choose_python() {
     local candidates=(python python3) candidate report='' found='' missing
+    drop_empty_parts PYTHONPATH
+    drop_empty_parts LD_LIBRARY_PATH
+    [[ "$ROOT" != *:* ]] || die "the path of this repository has a colon, which parts PYTHONPATH: '$ROOT'"
     [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
         if report="$(inspect_python "$candidate" 2>/dev/null)"; then
@@ -111,7 +159,7 @@ use_venv() {
     wanted="$(cksum <"$ROOT/requirements.txt")"
     (
         if command -v flock >/dev/null && ! flock -n 9; then
-            echo "waiting for another launch to make $venv" >&2
+            say "waiting for another launch to make $venv"
             flock 9
         fi
         if [[ -e "$venv" && ! -e "$venv/.made_from" ]]; then
@@ -121,13 +169,13 @@ use_venv() {
         if [[ -e "$venv" && "$(cat "$venv/.made_from")" == "$wanted" ]] && python_is_ready "$venv/bin/python"; then
             exit 0
         fi
-        echo "torch is not installed: making $venv from requirements.txt (once; torch is a large download)" >&2
+        say "torch is not installed: making $venv from requirements.txt (once; torch is a large download)"
         rm -rf "$venv"
-        if mkdir "$venv" && echo incomplete >"$venv/.made_from" && "$PYTHON" -m venv "$venv" >&2 &&
-            "$venv/bin/python" -m pip install --disable-pip-version-check -r "$ROOT/requirements.txt" >&2; then
+        if mkdir "$venv" && echo incomplete >"$venv/.made_from" && run_module "$PYTHON" venv "$venv" >&2 &&
+            run_module "$venv/bin/python" pip install --disable-pip-version-check -r "$ROOT/requirements.txt" >&2; then
             echo "$wanted" >"$venv/.made_from"
         else
-            echo "${0##*/}: could not make $venv; set PYTHON to a Python that has the packages of requirements.txt" >&2
+            say "${0##*/}: could not make $venv; set PYTHON to a Python that has the packages of requirements.txt"
             exit 1
         fi
     ) 9<"$ROOT" || exit $?
@@ -193,11 +241,12 @@ export_npu_settings() {
 
 # launch ARGUMENT...: executor.launch takes this process's place, so its exit code and signals are its own. What
 # set_env.sh says goes into its environment, unless it is there already.
-# PYTHONSAFEPATH keeps an `executor` folder in the caller's directory from being taken for this one.
+# PYTHONSAFEPATH keeps what it starts from importing what lies in the current folder, such as another `executor`.
 launch() {
     export PYTHONSAFEPATH=1 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
     export NODE_IPS="${NODE_IPS:-${IPs[*]}}" MASTER_PORT="${MASTER_PORT:-$master_port}"
     export RENDEZVOUS_TIMEOUT_S="${RENDEZVOUS_TIMEOUT_S:-$rendezvous_timeout_s}"
+    export JOB_SECRET="${JOB_SECRET:-${job_secret:-}}"
     export_npu_settings
-    exec "$PYTHON" -m executor.launch "$@"
+    exec "$PYTHON" -c "$RUN_MODULE" executor.launch "$@"
 }

@@ -4,9 +4,24 @@
 
 YAML_FILE_NAME=demo.yaml # a file of the config folder beside this script, or a path
 
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "infer.sh: this shell is not bash; run: bash infer.sh" >&2
+    return 2 2>/dev/null || exit 2
+fi
+if (return 0 2>/dev/null); then # sourced: the caller's shell stays as it is
+    "$BASH" -- "${BASH_SOURCE[0]}" "$@"
+    return
+fi
+
 set -euo pipefail
+set +o posix
 unset CDPATH
-MODEL_DIR="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+MODEL_DIR="$(readlink -f -- "${BASH_SOURCE[0]:-}"; echo x)" # links followed; x keeps a newline at the end of a path
+MODEL_DIR="${MODEL_DIR%/*}"
+if [[ "$MODEL_DIR" != /* || ! -f "$MODEL_DIR/../../executor/scripts/function.sh" ]]; then
+    echo "infer.sh: its repository is not around it: run the file there, or a link to that" >&2
+    exit 2
+fi
 # shellcheck source=../../executor/scripts/set_env.sh
 source "$MODEL_DIR/../../executor/scripts/set_env.sh"
 # shellcheck source=../../executor/scripts/function.sh

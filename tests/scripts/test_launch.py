@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh and what it sources, run for real in a copy whose executor only reports how it was started."""
+"""infer.sh's options, the Python it takes, and the environment it sets."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import venv
@@ -12,59 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ["models/qwen3_moe/infer.sh", "executor/scripts/set_env.sh", "executor/scripts/function.sh"]
-REPORTING_EXECUTOR = """
-import json, os, sys
-nodes = [os.environ[name] for name in ("NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")]
-print(json.dumps({"argv": sys.argv[1:], "executor": __file__, "python": sys.executable, "nodes": nodes}))
-sys.exit(int(os.environ.get("STUB_EXIT_CODE", "0")))
-"""
-NO_NPU = "/nonexistent/davinci*"
-
-
-@pytest.fixture
-def repo(tmp_path: Path) -> Path:
-    """A repository, at a path with spaces, of the launch scripts, two YAMLs and the reporting executor."""
-    repo = tmp_path / "my repo"
-    for name in [*SCRIPTS, "requirements.txt"]:
-        (repo / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, repo / name)
-    (repo / "executor/__init__.py").touch()
-    (repo / "executor/launch.py").write_text(REPORTING_EXECUTOR)
-    (repo / "models/qwen3_moe/config").mkdir()
-    for name in ["demo.yaml", "other.yaml"]:
-        (repo / "models/qwen3_moe/config" / name).write_text("model_name: x\n")
-    return repo
-
-
-def infer(repo: Path, *arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    ours = ("PIP_", "PYTHON", "ASCEND_", "HCCL_", "TASK_QUEUE", "NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    environment |= {"PYTHON": sys.executable, "NPU_DEVICE_GLOB": NO_NPU} | env
-    script = repo / "models/qwen3_moe/infer.sh"
-    return subprocess.run(
-        ["bash", script, *arguments], cwd=cwd or repo, env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def started(result: subprocess.CompletedProcess[str]) -> dict:
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def refused(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line on stderr of a run that ended with exit code 2 before anything was started."""
-    assert result.returncode == 2 and not result.stdout, result
-    assert result.stderr.startswith("infer.sh: ") and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
-
-
-@pytest.fixture
-def bare_python(tmp_path: Path) -> Path:
-    """A Python that has no packages at all."""
-    venv.create(tmp_path / "bare", symlinks=True)
-    return tmp_path / "bare/bin/python"
+from tests.scripts.launching import infer, refused, set_traps, sprung, started
 
 
 def add_package(python: Path, name: str, version: str = "1.0") -> None:
@@ -86,8 +32,7 @@ def test_default_yaml(repo: Path, tmp_path: Path) -> None:
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").touch()
     (shadow / "launch.py").write_text("raise SystemExit('the wrong executor')")
-    cwd = shadow.parent if sys.version_info >= (3, 11) else tmp_path
-    report = started(infer(repo, cwd=cwd))
+    report = started(infer(repo, cwd=shadow.parent))
     assert report["argv"] == ["--yaml_file_path", str(repo / "models/qwen3_moe/config/demo.yaml")]
     assert report["executor"] == str(repo / "executor/launch.py")
 
@@ -134,6 +79,11 @@ def test_set_values_arrive_as_typed(repo: Path) -> None:
         (["--set", "a.b=1", "--output"], "--output needs an argument"),
         (["--yaml", "nope"], "--yaml: no such YAML file: 'nope' (in models/qwen3_moe/config: demo.yaml other.yaml)"),
         (["--yaml", "models"], "no such YAML file: 'models'"),
+        (["--yaml", "no\n\x1b[31m\x7f\x9bpe"], r"no such YAML file: 'no\x0a\x1b[31m\x7f\x9bpe'"),
+        (["--yaml", "没有/é 🎭"], "no such YAML file: '没有/é 🎭'"),
+        (["--yaml", "no" * 10_000], "--yaml: no such YAML file: 'nono"),
+        (["--" + "x\t" * 60_000], r"unknown option '--x\x09x"),
+        ([os.fsdecode(b"--\xff\xc3")], "unknown option '--"),
     ],
 )
 def test_wrong_options(repo: Path, arguments: list[str], named: str) -> None:
@@ -151,11 +101,14 @@ def test_exit_code_is_that_of_the_executor(repo: Path, code: int) -> None:
 
 
 def test_nodes_of_set_env(repo: Path) -> None:
-    assert started(infer(repo))["nodes"] == ["127.0.0.1", "29500", "120"]
+    assert started(infer(repo))["nodes"] == ["127.0.0.1", "29500", "120", ""]
     set_env = repo / "executor/scripts/set_env.sh"
     set_env.write_text(set_env.read_text().replace("IPs=('127.0.0.1')", "IPs=('10.0.0.1' head)"))
-    assert started(infer(repo, MASTER_PORT="4000"))["nodes"] == ["10.0.0.1 head", "4000", "120"]
-    assert started(infer(repo, NODE_IPS="a b", RENDEZVOUS_TIMEOUT_S="5"))["nodes"] == ["a b", "29500", "5"]
+    assert started(infer(repo, MASTER_PORT="4000"))["nodes"] == ["10.0.0.1 head", "4000", "120", ""]
+    assert started(infer(repo, NODE_IPS="a b", RENDEZVOUS_TIMEOUT_S="5"))["nodes"] == ["a b", "29500", "5", ""]
+    set_env.write_text(set_env.read_text() + "job_secret='two words'\n")
+    assert started(infer(repo))["nodes"][3] == "two words"
+    assert started(infer(repo, JOB_SECRET="another"))["nodes"][3] == "another"
 
 
 # The Python that is used
@@ -181,7 +134,7 @@ def test_npu_machine_never_installs(repo: Path, bare_python: Path, tmp_path: Pat
     (tmp_path / "davinci0").touch()
     add_package(bare_python, "transformers")
     line = refused(infer(repo, PYTHON=str(bare_python), NPU_DEVICE_GLOB=str(tmp_path / "davinci*")))
-    assert "lacks torch safetensors pyyaml tokenizers tqdm" in line
+    assert "lacks torch safetensors pyyaml tokenizers tqdm psutil" in line
     assert not (repo / ".venv").exists()
 
 
@@ -247,7 +200,9 @@ def test_installed_torch_is_never_replaced(repo: Path, bare_python: Path) -> Non
     add_package(bare_python, "yaml")
     (repo / "tqdm").mkdir()  # a folder of that name where the user stands is not the package
     line = refused(infer(repo, PYTHON=str(bare_python)))
-    assert f"run: {bare_python} -m pip install 'transformers>=5.0,<6' 'safetensors' 'tokenizers' 'tqdm'" in line
+    assert (
+        f"run: {bare_python} -m pip install 'transformers>=5.0,<6' 'safetensors' 'tokenizers' 'tqdm' 'psutil'" in line
+    )
     assert not (repo / ".venv").exists()
 
 
@@ -264,7 +219,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Empty wheels of all that requirements.txt names, one torch of them too new, so that pip needs no network."""
     folder = tmp_path_factory.mktemp("wheels")
     versions = [("torch", "2.9.1"), ("torch", "2.14.0"), ("transformers", "5.1.0"), ("tokenizers", "0.22.0")]
-    versions += [(name, "1.0") for name in ("safetensors", "pyyaml", "tqdm", "datasets")]
+    versions += [(name, "1.0") for name in ("safetensors", "pyyaml", "tqdm", "psutil")]
     for name, version in versions:
         info = f"{name}-{version}.dist-info"
         requires = "Requires-Dist: tokenizers\n" if name == "transformers" else ""
@@ -277,13 +232,15 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_venv_is_made_once_and_not_used_half_made(repo: Path, bare_python: Path, wheels: Path, tmp_path: Path) -> None:
+    traps = set_traps(tmp_path / "shared")
+
     def run(python: Path, find_links: Path = tmp_path) -> subprocess.CompletedProcess[str]:
         pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(find_links)}
-        return infer(repo, PYTHON=str(python), **pip)
+        return infer(repo, PYTHON=str(python), cwd=traps, **pip)
 
     stopping = tmp_path / "python"  # dies while it makes the environment
     stopping.write_text(
-        f'#!/bin/sh\n[ "$2" != venv ] || {{ touch "$3/half_made"; kill -KILL $$; }}\nexec "{bare_python}" "$@"\n'
+        f'#!/bin/sh\n[ "$3" != venv ] || {{ touch "$4/half_made"; kill -KILL $$; }}\nexec "{bare_python}" "$@"\n'
     )
     stopping.chmod(0o755)
     stopped = run(stopping)
@@ -297,11 +254,12 @@ def test_venv_is_made_once_and_not_used_half_made(repo: Path, bare_python: Path,
 
     again = run(bare_python)
     assert started(again)["python"] == str(repo / ".venv/bin/python") and not again.stderr
+    assert sprung(traps) == []
 
 
 def test_users_own_venv_is_left_alone(repo: Path, bare_python: Path) -> None:
     venv.create(repo / ".venv", symlinks=True)
     assert "was not made by this script" in refused(infer(repo, PYTHON=str(bare_python)))
-    for name in ["torch", "transformers", "safetensors", "yaml", "tokenizers", "tqdm"]:
+    for name in ["torch", "transformers", "safetensors", "yaml", "tokenizers", "tqdm", "psutil"]:
         add_package(repo / ".venv/bin/python", name, "3.0")
     assert started(infer(repo, PYTHON=str(bare_python)))["python"] == str(repo / ".venv/bin/python")
