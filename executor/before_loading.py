@@ -2,26 +2,79 @@
 """What follows from the settings and the checkpoint's small files, before a device or another rank is needed."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from transformers import Qwen3MoeConfig
 
+from executor.checkpoint import read_unique_object
 from executor.config import SECTIONS, DataSettings, Settings, nearest, resolve_path
 from executor.sampling_params import SamplingParams
 from executor.tokenizer import read_generation_config
-from models.qwen3_moe.architecture import load_config
+from executor.utils.reading import refusing
+from executor.utils.text import one_line
+from models.qwen3_moe.architecture import attention_limit, override_rope, parse_config
+from models.qwen3_moe.config_keys import ignored_keys
 from models.qwen3_moe.sharding import check_layout
+
+logger = logging.getLogger(__name__)
 
 
 def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
     """The checkpoint's folder and config, checked with the layout; nothing of it needs a device or other ranks."""
-    model_path = resolve_path(settings.model_path)
-    if not model_path.exists():
-        raise ValueError(f"model_path: {settings.model_path} does not exist")
+    with refusing("model_path"):
+        model_path = resolve_path(settings.model_path)
+        found = model_path.exists()
+    if not found:
+        raise ValueError(one_line(f"model_path: {settings.model_path} does not exist"))
     config = load_config(model_path, settings.model_config.rope_scaling)
+    check_attention(model_path, config, settings.data_config)
     check_layout(config, settings.world_size, settings.parallel_config.sizes())
     return model_path, config
+
+
+def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings) -> None:
+    """ValueError where the run's longest sequence is longer than the config's attention is plain attention."""
+    limit = attention_limit(config)
+    if limit is None:
+        return
+    tokens, key = limit
+    longest = data.input_max_len + data.max_new_tokens
+    text = f"{model_path}: config.json: {key} {tokens} is not plain attention beyond {tokens} tokens"
+    if longest > tokens:
+        raise ValueError(
+            one_line(
+                f"{text}, which is not supported: data_config.input_max_len {data.input_max_len} + max_new_tokens "
+                f"{data.max_new_tokens} must be at most {tokens}"
+            )
+        )
+    logger.warning("%s", one_line(f"{text}: this run's {longest} are computed as plain attention"))
+
+
+def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) -> Qwen3MoeConfig:
+    """The config of the checkpoint folder `model_path` (or of a config file), with `rope_scaling` put over its own.
+
+    Raises ValueError, naming the file and the key, for what the network cannot honour; keys without effect are logged.
+    """
+    with refusing(f"model_path: {model_path}"):
+        file = model_path / "config.json" if model_path.is_dir() else model_path
+        found = file.exists()
+        quantised = sorted(file.parent.glob("quant_model_description*.json"))
+    if not found:
+        raise ValueError(one_line(f"model_path: {model_path} has no config.json"))
+    raw = read_unique_object(file)
+    own = raw if rope_scaling is None else {**raw, "rope_scaling": None, "rope_parameters": None}
+    with refusing(str(file)):
+        config = parse_config(own)
+    if quantised:
+        raise ValueError(one_line(f"{quantised[0]}: quantised checkpoints are not supported"))
+    if rope_scaling is not None:
+        with refusing("model_config.rope_scaling"):
+            config = parse_config(override_rope(raw, rope_scaling))
+    if ignored := ignored_keys(own):
+        logger.warning("%s", one_line(f"{file}: keys without effect here and in transformers: {', '.join(ignored)}"))
+    return config
 
 
 def place(raw: dict[str, Any], key: str, value: Any) -> None:

@@ -1,26 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills a model's parameters from safetensors files, all or nothing, or with random numbers."""
 
-import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from executor.checkpoint import StoredTensor, open_checked, read_headers, some, weight_files
+from executor.utils.text import one_line
 from models.layers.parameter import Parameters, ParameterSpec, Role, Source
+from models.qwen3_moe.weights import EMBEDDING, HEAD, NOT_A_WEIGHT, name_in_model
 from ops import DenseWeight
 
 logger = logging.getLogger(__name__)
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-LOADABLE_DTYPES = ("F32", "BF16", "F16")
+LOADABLE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # safetensors' types -> bytes of a number
 MAPPED_BYTES = 8 << 20  # a file is mapped anew after that many bytes, so that pages already copied leave memory
 PROGRESS_FROM_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stored tensor that is read at once, and the region of a parameter it fills."""
+
+    name: str
+    part: tuple[slice, ...]
+    target: torch.Tensor
+    mapped_bytes: int
 
 
 def load_parameters(
@@ -37,18 +47,21 @@ def load_parameters(
     anything is allocated, naming the tensors of `whole_model` (all ranks' parameters) that are missing, of another
     shape or type, tensors it does not expect, and files that are missing or damaged.
     """
-    files = weight_files(model_path)
-    check_tensors(model_path, files, whole_model)
+    found = check_tensors(model_path, whole_model)
     values = {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in specs}
-    sources = {source.name: source for spec in specs for source in spec.sources}
-    targets = {source.name: values[spec.name][source.region] for spec in specs for source in spec.sources}
+    wanted: dict[Path, list[Piece]] = {}
+    for spec in specs:
+        for source in chosen(spec, found):
+            tensor = found[source.name]
+            target = values[spec.name][source.region]
+            wanted.setdefault(tensor.file, []).extend(pieces(tensor, source, target))
     total = parameter_bytes(specs, dtype)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", disable=quiet or total < PROGRESS_FROM_BYTES
     ) as progress:
-        for file in files:
-            for name, part in read_parts(file, sources):
-                targets[name].copy_(part)
+        for file in sorted(wanted):
+            for part, target in read_parts(file, wanted[file]):
+                target.copy_(part)
                 progress.update(part.numel() * dtype.itemsize)
     return as_parameters(specs, values)
 
@@ -82,84 +95,98 @@ def parameter_bytes(specs: list[ParameterSpec], dtype: torch.dtype) -> int:
     return sum(torch.Size(spec.shape).numel() for spec in specs) * dtype.itemsize
 
 
-def weight_files(model_path: Path) -> list[Path]:
-    """The checkpoint's weight files: those its index names, or the single file. Other files beside them don't count."""
-    index = model_path / INDEX_NAME
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not names or not all(isinstance(name, str) for name in names):
-                raise ValueError("its weight_map has no file names")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
-        absent = [name for name in names if not (model_path / name).is_file()]
-        if absent:
-            raise ValueError(f"{index}: {some(absent)} named there but not in the folder (an incomplete download?)")
-        return [model_path / name for name in names]
-    if not (model_path / SINGLE_NAME).is_file():
-        raise ValueError(f"model_path: {model_path} has neither {INDEX_NAME} nor {SINGLE_NAME}")
-    return [model_path / SINGLE_NAME]
+def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[str, StoredTensor]:
+    """The checkpoint's tensors by their names in the model, compared with what the model needs; headers only."""
+    needed = {source.name for spec in whole_model for source in (*spec.sources, *spec.stacked)}
+    found: dict[str, StoredTensor] = {}
+    for tensor in read_headers(weight_files(model_path)).values():
+        name = name_in_model(tensor.name, needed)
+        if name in found:
+            raise ValueError(one_line(f"{tensor.file}: tensor {tensor.name} stands in the checkpoint under two names"))
+        found[name] = tensor
+    skipped = [name for name in found if name not in needed and NOT_A_WEIGHT.fullmatch(name)]
+    for name in skipped:
+        del found[name]
+    tied = found.pop(HEAD) if HEAD in found and HEAD not in needed else None
+    if tied is not None and EMBEDDING not in found:  # the one that is there is both, as in transformers
+        found[EMBEDDING], tied = tied, None
+    refuse_unfit(model_path, found, {source.name: source for spec in whole_model for source in chosen(spec, found)})
+    if tied is not None:
+        check_equal(tied, found[EMBEDDING])
+        skipped.append(f"{HEAD} (equals the embedding)")
+    if skipped:
+        logger.info("%s", one_line(f"{model_path}: tensors that are not needed: {some(skipped, 8)}"))
+    return found
 
 
-def check_tensors(model_path: Path, files: list[Path], specs: list[ParameterSpec]) -> None:
-    """Compares what the files hold with what the model needs, headers only."""
-    sources = {source.name: source for spec in specs for source in spec.sources}
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in files:
-        with open_checked(file) as handle:
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if name in found:
-                    raise ValueError(f"{file}: tensor {name} is also in another file of this checkpoint")
-                tensor = handle.get_slice(name)
-                found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
-    if "lm_head.weight" in found and "lm_head.weight" not in sources:
-        raise ValueError(f"{model_path}: lm_head.weight is not expected, as the config ties it to the embedding")
+def chosen(spec: ParameterSpec, found: Collection[str]) -> tuple[Source, ...]:
+    """A parameter's sources as this checkpoint has them."""
+    return spec.stacked if any(source.name in found for source in spec.stacked) else spec.sources
+
+
+def refuse_unfit(model_path: Path, found: dict[str, StoredTensor], sources: dict[str, Source]) -> None:
+    """ValueError that names the tensors that are missing, too many, or of another shape or type."""
     wrong_shape = [
-        f"{name} is {list(found[name][0])} instead of {list(source.shape)}"
+        f"{name} is {list(found[name].shape)} instead of {list(source.shape)}"
         for name, source in sources.items()
-        if name in found and found[name][0] != source.shape
+        if name in found and found[name].shape != source.shape
     ]
     wrong_dtype = [
-        f"{name} is {found[name][1]} instead of {', '.join(LOADABLE_DTYPES)}"
+        f"{name} is {found[name].dtype} instead of {', '.join(LOADABLE_BYTES)}"
         for name in sources
-        if name in found and found[name][1] not in LOADABLE_DTYPES
+        if name in found and found[name].dtype not in LOADABLE_BYTES
     ]
     problems = {
         "missing": [name for name in sources if name not in found],
-        "not expected": [name for name in found if name not in sources],
+        "not expected": [found[name].name for name in found if name not in sources],
         "of another shape": wrong_shape,
         "of another type": wrong_dtype,
     }
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {problem}: {some(names)}" for problem, names in problems.items() if names)
-        raise ValueError(f"{model_path}: tensors do not fit the config: {text}")
+        raise ValueError(one_line(f"{model_path}: tensors do not fit the config: {text}"))
 
 
-def open_checked(file: Path) -> safe_open:
-    """An open safetensors file; ValueError if it is truncated or not one."""
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
+def check_equal(tied: StoredTensor, embedding: StoredTensor) -> None:
+    """ValueError unless two tensors that the config ties are equal; transformers would not tie them."""
+    equal = tied.shape == embedding.shape and tied.dtype == embedding.dtype
+    rows = 1 + (MAPPED_BYTES - 1) // (embedding.shape[1] * LOADABLE_BYTES[embedding.dtype])
+    for start in range(0, embedding.shape[0] if equal else 0, rows):
+        with open_checked(tied.file) as first, open_checked(embedding.file) as second:
+            one, other = (
+                handle.get_slice(tensor.name)[start : start + rows]
+                for handle, tensor in ((first, tied), (second, embedding))
+            )
+            equal = equal and torch.equal(one, other)
+    if not equal:
+        raise ValueError(
+            one_line(
+                f"{tied.file}: {tied.name} differs from the embedding {embedding.name}, but the config ties them: "
+                "tie_word_embeddings must be false"
+            )
+        )
 
 
-def read_parts(file: Path, sources: dict[str, Source]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The wanted parts of a file's tensors, with at most about MAPPED_BYTES of it in memory."""
-    remaining = None
-    while remaining is None or remaining:
+def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The wanted pieces of a file's tensors and where they go, with at most about MAPPED_BYTES of it in memory."""
+    remaining = sorted(wanted, key=lambda piece: piece.name, reverse=True)
+    while remaining:
         mapped = 0
         with open_checked(file) as handle:
-            if remaining is None:
-                remaining = sorted(set(handle.keys()) & set(sources), reverse=True)
             while remaining and mapped < MAPPED_BYTES:
-                source = sources[remaining.pop()]
-                part = handle.get_slice(source.name)[source.part or ...]
-                rows_apart = len(source.part) > 1  # then most pages of the whole tensor are touched
-                mapped += part.nbytes * (source.shape[-1] // part.shape[-1] if rows_apart else 1)
-                yield source.name, part
-                del part
+                piece = remaining.pop()
+                mapped += piece.mapped_bytes
+                yield handle.get_slice(piece.name)[piece.part], piece.target
 
 
-def some(names: list[str], limit: int = 3) -> str:
-    """The first few of a list, for one line of text."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def pieces(tensor: StoredTensor, source: Source, target: torch.Tensor) -> Iterator[Piece]:
+    """The part of a tensor that fills `target`, in runs of its first dimension of at most about MAPPED_BYTES."""
+    first, *others = source.part or (slice(None),)
+    start, stop, _ = first.indices(source.shape[0])
+    columns_apart = source.shape[-1] // target.shape[-1]  # then most pages of whole rows are touched
+    row_bytes = target[0].numel() * columns_apart * LOADABLE_BYTES[tensor.dtype]
+    count = max(1, MAPPED_BYTES // row_bytes)
+    for at in range(start, stop, count):
+        run = slice(at, min(at + count, stop))
+        region = target[run.start - start : run.stop - start]
+        yield Piece(tensor.name, (run, *others), region, (run.stop - run.start) * row_bytes)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small random checkpoints, written by transformers: what the tests compare with."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 TINY = {
@@ -37,11 +39,29 @@ def make_model(seed: int = 0, **config: Any) -> Qwen3MoeForCausalLM:
     return model
 
 
-def make_checkpoint(folder: Path, seed: int = 0, max_shard_size: str = "1GB", **config: Any) -> Qwen3MoeForCausalLM:
-    """Saves `make_model` as a checkpoint in `folder` and returns it."""
+def make_checkpoint(
+    folder: Path, seed: int = 0, max_shard_size: str = "1GB", stacked: bool = False, **config: Any
+) -> Qwen3MoeForCausalLM:
+    """Saves `make_model` as a checkpoint in `folder` and returns it; `stacked` experts are one tensor a layer."""
     model = make_model(seed, **config)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not stacked)
     return model
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Saves the single file again after `change` has edited its dictionary of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def unstack(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Replaces one tensor of stacked experts, `...experts.gate_up_proj` or `...experts.down_proj`, by the experts'."""
+    prefix, _, kind = name.rpartition(".")
+    parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+    for expert, matrix in enumerate(tensors.pop(name)):
+        for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+            tensors[f"{prefix}.{expert}.{part}.weight"] = rows.clone()
 
 
 def rounded(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Qwen3MoeForCausalLM:

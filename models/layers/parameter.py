@@ -30,12 +30,14 @@ class Source:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the model; its sources fill it completely."""
+    """One parameter of the model; its sources fill it completely, and so do those of `stacked`, where it has any:
+    the same values in a checkpoint that holds all experts' matrices in one tensor."""
 
     name: str
     shape: tuple[int, ...]
     role: Role
     sources: tuple[Source, ...]
+    stacked: tuple[Source, ...] = ()
 
 
 class Parameters:

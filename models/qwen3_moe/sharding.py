@@ -19,7 +19,9 @@ SHARDING = (
     (r".*\.mlp\.experts\.\d+\.(gate|up)_proj\.weight", 0, "moe_tp"),
     (r".*\.mlp\.experts\.\d+\.down_proj\.weight", 1, "moe_tp"),
 )
-# whole experts are split over the group moe_ep (see `Layout.experts`)
+# whole experts are split over the group moe_ep (see `Layout.experts`), stacked ones too
+
+MAX_WORLD_SIZE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ def check_layout(config: Qwen3MoeConfig, world_size: int, sizes: dict[str, int])
     `sizes` has the keys attn_tp_size, moe_tp_size, embed_tp_size, lmhead_tp_size and, where stated, attn_dp_size and
     moe_ep_size, which follow from the others.
     """
+    if not 1 <= world_size <= MAX_WORLD_SIZE:
+        raise ValueError(f"world_size: {world_size} is impossible, must be from 1 to {MAX_WORLD_SIZE}")
     divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
     dense_layers = config.num_experts == 0 or config.decoder_sparse_step > 1 or config.mlp_only_layers
 

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-MoE's parameters and the checkpoint tensors they are made of: q, k and v merged, gate and up merged,
-experts stacked. Names on the right are those of the published checkpoints."""
+experts stacked. Names on the right are those of the published checkpoints, and of those that transformers writes with
+`save_original_format=False`, where the experts of a layer are stacked already."""
+
+import re
+from collections.abc import Collection
 
 from transformers import Qwen3MoeConfig
 
 from models.layers.parameter import ParameterSpec, Role, Source
 from models.qwen3_moe.sharding import Layout
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NOT_A_WEIGHT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
 
 
 def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
@@ -15,6 +22,12 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
         and config.num_experts > 0
         and (layer_id + 1) % config.decoder_sparse_step == 0
     )
+
+
+def name_in_model(stored_name: str, needed: Collection[str]) -> str:
+    """The name in `needed` of a checkpoint's tensor: one of the base model alone has no "model." before its names."""
+    prefixed = f"model.{stored_name}"
+    return prefixed if stored_name not in needed and prefixed in needed else stored_name
 
 
 def parameter_specs(config: Qwen3MoeConfig, layout: Layout) -> list[ParameterSpec]:
@@ -32,12 +45,12 @@ class SpecBuilder:
     def all(self) -> list[ParameterSpec]:
         config = self.config
         vocabulary = (config.vocab_size, config.hidden_size)
-        specs = [self.plain("embed_tokens.weight", "model.embed_tokens.weight", vocabulary, Role.TABLE)]
+        specs = [self.plain("embed_tokens.weight", EMBEDDING, vocabulary, Role.TABLE)]
         for layer_id in range(config.num_hidden_layers):
             specs += self.layer(layer_id)
         specs.append(self.plain("norm.weight", "model.norm.weight", (config.hidden_size,), Role.NORM))
         if not config.tie_word_embeddings:
-            specs.append(self.plain("lm_head.weight", "lm_head.weight", vocabulary, Role.MATRIX))
+            specs.append(self.plain("lm_head.weight", HEAD, vocabulary, Role.MATRIX))
         return specs
 
     def layer(self, layer_id: int) -> list[ParameterSpec]:
@@ -93,11 +106,32 @@ class SpecBuilder:
             for expert in experts
         ]
         count = len(experts)
+        gate_up_shape, down_shape = (count, 2 * width, hidden), (count, hidden, width)
+        gate_up_stacked, down_stacked = self.stacked_experts(f"{theirs}.experts", gate_up[0], down[0])
         return [
             self.plain(f"{ours}.gate.weight", f"{theirs}.gate.weight", (config.num_experts, hidden), Role.TABLE),
-            ParameterSpec(f"{ours}.experts.gate_up_proj", (count, 2 * width, hidden), Role.MATRIX, tuple(gate_up)),
-            ParameterSpec(f"{ours}.experts.down_proj", (count, hidden, width), Role.MATRIX, tuple(down)),
+            ParameterSpec(f"{ours}.experts.gate_up_proj", gate_up_shape, Role.MATRIX, tuple(gate_up), gate_up_stacked),
+            ParameterSpec(f"{ours}.experts.down_proj", down_shape, Role.MATRIX, tuple(down), down_stacked),
         ]
+
+    def stacked_experts(self, theirs: str, gate: Source, down: Source) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
+        """The sources of both parameters in tensors [E, 2F, D] and [E, D, F]; `gate` and `down` are one expert's."""
+        full_width, hidden = gate.shape
+        held = self.layout.experts(self.config)
+        experts = slice(held.start, held.stop)
+        rows = gate.part[0] if gate.part else slice(0, full_width)
+        width = rows.stop - rows.start
+        gate_up = tuple(
+            Source(
+                f"{theirs}.gate_up_proj",
+                (self.config.num_experts, 2 * full_width, hidden),
+                (experts, slice(half * full_width + rows.start, half * full_width + rows.stop)),
+                (slice(None), slice(half * width, (half + 1) * width)),
+            )
+            for half in (0, 1)
+        )
+        down_shape = (self.config.num_experts, hidden, full_width)
+        return gate_up, (Source(f"{theirs}.down_proj", down_shape, (experts, *down.part), ()),)
 
     def source(self, name: str, shape: tuple[int, ...], region: tuple[int | slice, ...]) -> Source:
         return Source(name, shape, self.layout.part(name, shape, self.config), region)

@@ -19,12 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from executor.before_loading import load_config  # noqa: E402
 from executor.kv_cache import cache_tensors  # noqa: E402
 from executor.loader import as_parameters  # noqa: E402
 from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share  # noqa: E402
 from models.layers.parameter import Parameters  # noqa: E402
 from models.layers.rotary import RotaryEmbedding  # noqa: E402
-from models.qwen3_moe.architecture import load_config  # noqa: E402
 from models.qwen3_moe.model import Building, Qwen3Moe  # noqa: E402
 from models.qwen3_moe.sharding import Layout  # noqa: E402
 from models.qwen3_moe.weights import parameter_specs  # noqa: E402

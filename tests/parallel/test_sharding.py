@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts that ranks read make up every tensor of the checkpoint, and impossible layouts are refused."""
 
+import time
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from executor.before_loading import check_before_launch
 from executor.bench.common import CONFIG_FOLDER
@@ -36,6 +39,7 @@ def layouts(world_size: int, **sizes: int) -> list[Layout]:
     ]
 
 
+@pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -45,8 +49,9 @@ def layouts(world_size: int, **sizes: int) -> list[Layout]:
         {"attn_tp": 2, "moe_tp": 1, "embed_tp": 8, "lmhead_tp": 2},
     ],
 )
-def test_parts_glued_together_are_the_checkpoint(sizes, tmp_path):
-    model = make_checkpoint(tmp_path, **CONFIG)
+def test_parts_glued_together_are_the_checkpoint(sizes, stacked, tmp_path):
+    model = make_checkpoint(tmp_path, stacked=stacked, **CONFIG)
+    stored = load_file(tmp_path / "model.safetensors")
     full = {}
     whole_model = parameter_specs(model.config, Layout())
     for layout in layouts(8, **sizes):
@@ -56,16 +61,12 @@ def test_parts_glued_together_are_the_checkpoint(sizes, tmp_path):
             value = loaded[spec.name]
             tensor = value if isinstance(value, torch.Tensor) else value.data
             assert tensor.shape == spec.shape
-            for source in spec.sources:
+            for source in stacked and spec.stacked or spec.sources:
                 glued = full.setdefault(source.name, torch.full(source.shape, torch.nan))
                 glued[source.part] = tensor[source.region]
-    one_process = load_parameters(tmp_path, whole_model, whole_model, torch.float32, torch.device("cpu"))
-    for spec in whole_model:
-        value = one_process[spec.name]
-        tensor = value if isinstance(value, torch.Tensor) else value.data
-        for source in spec.sources:
-            assert torch.equal(full.pop(source.name), tensor[source.region]), source.name
-    assert not full
+    assert full.keys() == stored.keys()
+    for name, glued in full.items():
+        assert torch.equal(glued, stored[name]), name
 
 
 def test_ranks_share_kv_heads_where_there_are_fewer():
@@ -96,6 +97,15 @@ def test_impossible_layouts_name_the_possible_sizes(changed, key, possible):
     check_layout(config, 16, sizes)
     with pytest.raises(ValueError, match=rf"parallel_config\.{key}: .*{possible}$"):
         check_layout(config, 16, sizes | changed)
+
+
+@pytest.mark.parametrize("world_size", [0, -1, 10**12, 10**30])
+def test_world_sizes_that_no_job_has_are_refused_at_once(world_size):
+    sizes = {"attn_tp_size": 1, "moe_tp_size": 1, "embed_tp_size": 1, "lmhead_tp_size": 1}
+    start_s = time.perf_counter()
+    with pytest.raises(ValueError, match=f"^world_size: {world_size} is impossible, must be from 1 to"):
+        check_layout(make_model().config, world_size, sizes)
+    assert time.perf_counter() - start_s < 1
 
 
 @pytest.mark.parametrize("yaml_file", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
