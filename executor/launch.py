@@ -85,7 +85,7 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
         job.watch(run.end)
         watched = job
         run.end(job.finish(run.run(outcome, processes)))
-    except (OSError, Interrupted) as error:
+    except (OSError, RuntimeError, Interrupted) as error:
         message = str(error)
         if isinstance(error, Interrupted):
             message = f"{run.here}: the launcher was ended by {message.removeprefix('interrupted by ')}"
@@ -282,7 +282,7 @@ def job_facts(settings: Settings, command: list[str]) -> dict[str, str]:
 
     facts = {"the program": command[0]}
     facts |= {"the version of torch": torch.__version__, "the version of transformers": version("transformers")}
-    for key, value in dataclasses.asdict(settings).items():
+    for key, value in dataclasses.asdict(dataclasses.replace(settings, output_dir=None)).items():
         entries = {f"{key}.{name}": entry for name, entry in value.items()} if isinstance(value, dict) else {key: value}
         facts |= {name: str(entry) for name, entry in entries.items()}
     facts["sha256 of the prompts"] = sha256(json.dumps(load_prompts(settings.data_config)).encode())

@@ -169,19 +169,20 @@ class Listener:
             thread = threading.Thread(target=self._welcome, args=(connection,), daemon=True)
             with self.lock:
                 self.strangers[connection] = thread
-                evicted = self._most_crowded() if len(self.strangers) > MAX_STRANGERS else None
             thread.start()
+            with self.lock:
+                evicted = self._evict() if len(self.strangers) > MAX_STRANGERS else None
             if evicted is not None:
-                with contextlib.suppress(OSError):
-                    evicted[0].shutdown(socket.SHUT_RDWR)
-                evicted[1].join(self.timeout_s)
+                evicted.join(self.timeout_s)
 
-    def _most_crowded(self) -> tuple[socket.socket, threading.Thread]:
-        """The oldest stranger of the address that most of them come from, so that a crowd shuts out only itself."""
+    def _evict(self) -> threading.Thread:
+        """Ends the oldest connection of the address that most come from, so that a crowd shuts out only itself."""
         addresses = {connection: peer_address(connection) for connection in self.strangers}
         crowded = Counter(addresses.values()).most_common(1)[0][0]
         connection = next(connection for connection, address in addresses.items() if address == crowded)
-        return connection, self.strangers[connection]
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        return self.strangers[connection]
 
     def _welcome(self, connection: socket.socket) -> None:
         channel = message = None

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TWO_RANKS = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
 LONG = ("data_config.max_new_tokens=4000", "data_config.ignore_eos=True")
 ENDS_WITHIN_S = 30  # what a fault may take to end the whole job
+STARTS_WITHIN_S = 180  # on a machine that is busy with other work
 
 
 class Job:
@@ -64,7 +65,7 @@ class Job:
         return Counter(entry.laddr.ip for entry in found if entry.status == psutil.CONN_LISTEN)
 
     def wait_until_decoding(self) -> None:
-        wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, 180)
+        wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, STARTS_WITHIN_S)
         assert self.process.poll() is None, self.text
         time.sleep(1)
 

@@ -153,7 +153,7 @@ def test_every_core_has_one_rank() -> None:
 
 def test_job_facts(tmp_path: Path) -> None:
     yaml = tmp_path / "a.yaml"
-    yaml.write_text(f"model_name: a\nmodel_path: {tmp_path}\n")
+    yaml.write_text(f"model_name: a\nmodel_path: {tmp_path}\noutput_dir: of_this_node\n")
     for name in ("config.json", "a.safetensors", "a.pth"):
         (tmp_path / name).write_text(name)
 
@@ -163,6 +163,8 @@ def test_job_facts(tmp_path: Path) -> None:
 
     facts = launch.job_facts(load_settings(yaml), ["executor.infer"])
     assert facts["data_config.max_new_tokens"] == "32" and facts["the program"] == "executor.infer" and not different()
+    yaml.write_text(yaml.read_text().replace("of_this_node", "of_another"))
+    assert not different()
     (tmp_path / "config.json").write_text("other")
     (tmp_path / "a.safetensors").write_text("longer than it was")
     yaml.write_text(yaml.read_text() + "parallel_config: {attn_tp_size: 2}\ndata_config: {dataset_path: p.json}\n")
