@@ -13,7 +13,7 @@ from executor.config import SECTIONS, DataSettings, Settings, nearest, resolve_p
 from executor.sampling_params import SamplingParams
 from executor.tokenizer import read_generation_config
 from executor.utils.reading import refusing
-from executor.utils.text import one_line
+from executor.utils.text import one_line, quoted
 from models.qwen3_moe.architecture import attention_limit, override_rope, parse_config
 from models.qwen3_moe.config_keys import ignored_keys
 from models.qwen3_moe.sharding import check_layout
@@ -77,6 +77,15 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
     return config
 
 
+def folder_name(model_path: str | Path) -> str:
+    """The model_name of a checkpoint's folder, "model" where its own name can be none; ValueError for no path."""
+    if not isinstance(model_path, str | Path) or not str(model_path):
+        raise ValueError(f"model_path: expected the folder of a checkpoint, got {quoted(model_path)}")
+    with refusing(f"model_path: {quoted(str(model_path))}"):
+        name = Path(model_path).expanduser().resolve().name
+        return name if name and name.isprintable() and len(name.encode()) <= 100 else "model"
+
+
 def place(raw: dict[str, Any], key: str, value: Any) -> None:
     """Puts a setting given by its bare name where it belongs in the tree of settings."""
     if key in {definition.name for definition in dataclasses.fields(Settings)} and key not in SECTIONS:
@@ -86,24 +95,29 @@ def place(raw: dict[str, Any], key: str, value: Any) -> None:
         if key in {definition.name for definition in dataclasses.fields(kind)}:
             raw.setdefault(section, {})[key] = value
             return
-    hint = "; its keys are settings by their own names" if key in SECTIONS else nearest(key, "")
-    raise ValueError(f"LLM: {key}: unknown setting{hint}")
+    advice = "; its keys are settings by their own names" if key in SECTIONS else nearest(key, "")
+    raise ValueError(one_line(f"LLM: {one_line(key, 100)}: unknown setting{advice}"))
 
 
 def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:
-    """Sampling as the settings say, or as the checkpoint's generation_config.json does if they say so."""
+    """Sampling as the settings say, or as the checkpoint does (`read_generation_config`) if they say so."""
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     stated = {key: getattr(data, key) for key in keys}
+    origins = dict.fromkeys(keys, "data_config.")
     if data.sampling_from_checkpoint:
         defaults = DataSettings()
         both = [key for key in keys if stated[key] != getattr(defaults, key)]
         if both:
             raise ValueError(f"data_config.{both[0]}: cannot be set beside data_config.sampling_from_checkpoint: True")
-        generation = read_generation_config(model_path)
+        file, generation = read_generation_config(model_path)
+        origins = dict.fromkeys(keys, f"{file}: ")
         stated |= {key: generation[key] for key in keys if generation.get(key) is not None}
-        if not generation.get("do_sample", False):
+        do_sample = generation.get("do_sample") or False
+        if not isinstance(do_sample, bool):
+            raise ValueError(f"{file}: do_sample: expected true or false, got {quoted(do_sample)}")
+        if not do_sample:
             stated["temperature"] = 0.0
-        elif "temperature" not in generation:
+        elif generation.get("temperature") is None:
             stated["temperature"] = 1.0
     try:
         return SamplingParams(
@@ -113,5 +127,6 @@ def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:
             ignore_eos=data.ignore_eos,
             **stated,
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"data_config.{error}") from None
+    except ValueError as error:
+        key = str(error).partition(":")[0]
+        raise ValueError(f"{origins.get(key, 'data_config.')}{error}") from None

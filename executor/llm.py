@@ -4,13 +4,14 @@
 import dataclasses
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from executor.before_loading import check_before_launch, default_sampling, place
+from executor.before_loading import check_before_launch, default_sampling, folder_name, place
 from executor.config import Settings, load_settings, resolve_path, settings_from_dict
 from executor.device import free_memory_bytes, select_device, synchronize
 from executor.engine import Engine
@@ -19,10 +20,11 @@ from executor.graph_runner import GraphRunner
 from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
 from executor.memory import allocate_cache, fill_parameters
 from executor.model_runner import ModelRunner
+from executor.prompts import Messages, Prompt, conversation_list, prompt_list, which
 from executor.sampler import make_generator
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
-from executor.tokenizer import Messages, Tokenizer, check_messages, has_tokenizer
+from executor.tokenizer import Tokenizer, has_tokenizer
 from models.layers.expert_exchange import ExpertExchange
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import trained_len
@@ -34,7 +36,6 @@ from ops.recorder import GraphRecorder
 logger = logging.getLogger(__name__)
 
 DEMO_PATH = "models/qwen3_moe/demo"
-Prompt = str | list[int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,7 @@ class LLM:
     """
 
     def __init__(self, model_path: str | Path, device: str = "auto", dtype: str = "bfloat16", **settings: Any):
-        name = Path(model_path).resolve().name or "model"
-        raw: dict[str, Any] = {"model_name": name, "model_path": str(model_path), "device": device}
+        raw = {"model_name": folder_name(model_path), "model_path": str(model_path), "device": device}
         for key, value in {"dtype": dtype, **settings}.items():
             place(raw, key, value)
         self._load(settings_from_dict(raw, "LLM"))
@@ -101,7 +101,9 @@ class LLM:
             self._tokenizer_path(model_path), data.input_max_len, data.long_prompt, data.enable_thinking
         )
         self.default_sampling = default_sampling(data, model_path)
-        self.known_prompts = [(prompt, self.encode_prompt(prompt)) for prompt in prompts]
+        self.known_prompts = [
+            (prompt, self.encode_prompt(prompt, which(index, len(prompts)))) for index, prompt in enumerate(prompts)
+        ]
         self.max_len = max(self.config.max_position_embeddings, data.input_max_len + data.max_new_tokens)
         table_bytes = 2 * 4 * self.config.head_dim * self.max_len  # cos and sin of every position
         if 4 * table_bytes > free_memory_bytes(self.device):
@@ -164,11 +166,14 @@ class LLM:
         longest = min(self.max_len, self.num_blocks * BLOCK_SIZE)
         return Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, longest, self.device))
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Tokens of a prompt, as a conversation if the settings say so. ValueError for one that cannot be encoded."""
+    def encode_prompt(self, prompt: str, name: str = "the prompt") -> list[int]:
+        """Tokens of a prompt, as a conversation if the settings say so. ValueError for one that cannot be encoded.
+
+        name: of the prompt, for errors and warnings.
+        """
         if self.settings.data_config.chat_template:
-            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-        return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode_chat([{"role": "user", "content": prompt}], name)
+        return self.tokenizer.encode(prompt, name)
 
     def exchange(self, is_prefill: bool) -> ExpertExchange:
         """How tokens reach their experts in a prefill or a decode step."""
@@ -194,23 +199,37 @@ class LLM:
     def generate(
         self, prompts: Prompt | list[Prompt], sampling_params: SamplingParams | None = None
     ) -> list[RequestOutput]:
-        """Continues prompts (texts or lists of token ids), in their order."""
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
+        """Continues a prompt or several, in their order.
+
+        prompts: a text, the token ids of one prompt (a list, tuple or range of whole numbers, an integer array or
+        tensor), or a list of those; the rows of a 2-D array or tensor are prompts too. sampling_params: for all of
+        them, in place of the LLM's defaults as a whole (None takes those).
+
+        Raises TypeError for anything else, ValueError, before any prompt runs, for one that can never run.
+        """
+        given = prompt_list(prompts)
         encoded = [
-            (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else ("", list(prompt))
-            for prompt in prompts
+            (prompt, self.tokenizer.encode(prompt, which(index, len(given))))
+            if isinstance(prompt, str)
+            else ("", prompt)
+            for index, prompt in enumerate(given)
         ]
         return self._run_in_order(encoded, sampling_params)
 
     def chat(
         self, messages: Messages | list[Messages], sampling_params: SamplingParams | None = None
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several."""
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        for conversation in conversations:
-            check_messages(conversation)
-        encoded = [(messages[-1]["content"], self.tokenizer.encode_chat(messages)) for messages in conversations]
+        """Answers one conversation, or several.
+
+        messages: a list of messages {"role": ..., "content": text}, or a list of such lists; further keys of a
+        message reach the chat template as they are. sampling_params: for all of them, in place of the LLM's defaults
+        as a whole (None takes those). Raises TypeError and ValueError as `generate` does.
+        """
+        given = conversation_list(messages)
+        encoded = [
+            (conversation[-1]["content"], self.tokenizer.encode_chat(conversation, which(index, len(given))))
+            for index, conversation in enumerate(given)
+        ]
         return self._run_in_order(encoded, sampling_params)
 
     def _run_in_order(
@@ -225,7 +244,9 @@ class LLM:
         """Sequences for `stream` from prompts (text, token ids). ValueError for one that can never run."""
         sampling = self.default_sampling if sampling_params is None else sampling_params
         if not isinstance(sampling, SamplingParams):
-            raise ValueError(f"sampling_params: expected one SamplingParams for all prompts, got {sampling!r}")
+            raise TypeError(
+                f"sampling_params: expected one SamplingParams for all prompts, got a {type(sampling).__name__}"
+            )
         if sampling.stop and not self.tokenizer.can_decode:
             raise ValueError("stop: this checkpoint has no tokenizer, so that no text can be searched for it")
         sequences = [
@@ -239,7 +260,7 @@ class LLM:
             for index, (prompt, token_ids) in enumerate(encoded)
         ]
         for sequence in sequences:
-            self._check(sequence)
+            self._check(sequence, which(sequence.index, len(sequences)))
         return sequences
 
     @torch.inference_mode()
@@ -248,13 +269,13 @@ class LLM:
         for sequence in self.engine.run(sequences):
             yield sequence.index, self._output(sequence)
 
-    def _check(self, sequence: Sequence) -> None:
+    def _check(self, sequence: Sequence, name: str) -> None:
         """Token ids the model has, and lengths that rotary table and cache can hold."""
         token_ids, new_tokens = sequence.prompt_token_ids, sequence.sampling.max_new_tokens
         whole_numbers = all(type(token_id) is int for token_id in token_ids)
         if not token_ids or not whole_numbers or min(token_ids) < 0 or max(token_ids) >= self.config.vocab_size:
-            raise ValueError(f"token ids must be at least one, each from 0 to {self.config.vocab_size - 1}")
-        lengths = f"a prompt of {len(token_ids)} tokens and {new_tokens} new ones"
+            raise ValueError(f"{name}: token ids must be at least one, each from 0 to {self.config.vocab_size - 1}")
+        lengths = f"{name} of {len(token_ids)} tokens and {new_tokens} new ones"
         if sequence.max_len > self.max_len:
             raise ValueError(
                 f"{lengths} is more than {self.max_len}: raise data_config.input_max_len or data_config.max_new_tokens"

@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens and back, by the checkpoint's own tokenizer and chat template."""
 
-import json
 import logging
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from executor.chat_template import ChatTemplate
+from executor.prompts import Messages, check_text
+from executor.shorten import fewest_turns_left_out, shorten, shown_pieces
+from executor.utils.reading import read_json_object, read_text, refusing
+from executor.utils.text import one_line, quoted
+
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]  # [{"role": "user", "content": "..."}, ...]
+# what transformers reads beside the vocabulary, where it is there
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
+    "chat_template.json vocab.json merges.txt config.json"
+).split()
 
 
 class Tokenizer:
@@ -37,111 +48,132 @@ class Tokenizer:
             raise ValueError(f"model_path: {self.model_path} has no tokenizer, only token ids can be given")
         return self.loaded
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of plain text, cut to the limit or refused (ValueError) as the settings say."""
-        return self.fit(self.tokenizer.encode(text), text, self.tokenizer.encode)
+    def encode(self, text: str, name: str = "the prompt") -> list[int]:
+        """Tokens of plain text, cut in its middle to the limit or refused (ValueError) as the settings say.
 
-    def encode_chat(self, messages: Messages) -> list[int]:
-        """Tokens of a conversation in the chat template, ready for the answer; the longest message is what is cut."""
+        name: of the prompt, for errors and warnings.
+        """
+        token_ids = self.tokens_of(text, name, self.tokenizer.encode)
+        if self.fits(token_ids, name):
+            return token_ids
+        whole = [(0, len(text))]
+        shortened, _ = shorten(text, token_ids, whole, self.input_max_len, self.tokenizer.encode, self.tokenizer)
+        if not 0 < len(shortened) <= self.input_max_len:
+            raise ValueError(
+                f"{name}: data_config.input_max_len: {self.input_max_len} is less than one character of its text"
+            )
+        logger.warning("%s of %d tokens was cut in the middle to %d", name, len(token_ids), len(shortened))
+        return shortened
+
+    def encode_chat(self, messages: Messages, name: str = "the prompt") -> list[int]:
+        """Tokens of a conversation in the chat template, ready for the answer.
+
+        One that is too long is refused (ValueError) as the settings say, or loses its oldest turns, as few as
+        possible. System messages and the last user message with what follows it stay; if these are too long
+        themselves, the longest of their texts lose their middles, as far as the template shows them. The template's
+        own marks stay, and nothing is shown that it leaves out. name: of the prompt, for errors and warnings.
+        """
         if self.tokenizer.chat_template is None:
             raise ValueError("data_config.chat_template: this checkpoint's tokenizer has none, set it to False")
-        longest = max(range(len(messages)), key=lambda i: len(messages[i]["content"]))
+        template = ChatTemplate(self.tokenizer, self.model_path, self.enable_thinking, name)
 
-        def render(content: str) -> list[int]:
-            changed = [{**m, "content": content} if i == longest else m for i, m in enumerate(messages)]
-            text = self.tokenizer.apply_chat_template(
-                changed, tokenize=False, add_generation_prompt=True, enable_thinking=self.enable_thinking
-            )
+        @lru_cache(maxsize=2)
+        def tokens(text: str) -> list[int]:
             return self.tokenizer.encode(text, add_special_tokens=False)
 
-        content = messages[longest]["content"]
-        return self.fit(render(content), content, render)
-
-    def fit(self, token_ids: list[int], text: str, encode: Any) -> list[int]:
-        """`token_ids` if they are within the limit; otherwise `text` loses tokens in its middle until `encode` fits."""
-        original_len = len(token_ids)
-        if original_len == 0:
-            raise ValueError("a prompt is empty: it has no tokens")
-        if original_len <= self.input_max_len:
+        limit = self.input_max_len
+        token_ids = self.tokens_of(template.render(messages), name, tokens)
+        if self.fits(token_ids, name):
             return token_ids
-        if self.long_prompt == "refuse":
+        kept, num_left_out, num_turns = fewest_turns_left_out(
+            messages, lambda kept: len(tokens(template.render(kept))) <= limit
+        )
+        text = template.render(kept)
+        shortened, num_cut = tokens(text), 0
+        if len(shortened) > limit:
+            pieces = shown_pieces(kept, text, template.render, self.tokenizer)
+            shortened, num_cut = shorten(text, shortened, pieces, limit, tokens, self.tokenizer)
+        if len(shortened) > limit:
             raise ValueError(
-                f"a prompt has {original_len} tokens, data_config.input_max_len is {self.input_max_len} "
-                "(data_config.long_prompt: cut would cut it)"
+                f"{name} has {len(token_ids)} tokens, data_config.input_max_len: {limit} leaves no room beside the "
+                f"template: cut as far as possible it is {len(shortened) - limit} tokens too long"
             )
-        kept = self.tokenizer.encode(text, add_special_tokens=False)
-        while len(token_ids) > self.input_max_len:
-            keep = len(kept) - (len(token_ids) - self.input_max_len)
-            if keep < 1:
-                raise ValueError(f"data_config.input_max_len: {self.input_max_len} leaves no room beside the template")
-            kept = kept[: keep - keep // 2] + kept[len(kept) - keep // 2 :]
-            halves = kept[: keep - keep // 2], kept[keep - keep // 2 :]
-            token_ids = encode("".join(whole_characters(self.tokenizer.decode(half)) for half in halves))
-            if not token_ids:
-                raise ValueError(
-                    f"data_config.input_max_len: {self.input_max_len} is less than one character of a prompt"
-                )
-        logger.warning("a prompt of %d tokens was cut in the middle to %d", original_len, len(token_ids))
+        logger.warning(
+            "%s of %d tokens was cut to %d: %d of %d earlier turns left out, %d texts cut in the middle",
+            *(name, len(token_ids), len(shortened), num_left_out, num_turns, num_cut),
+        )
+        return shortened
+
+    def tokens_of(self, text: str, name: str, encode: Any) -> list[int]:
+        """Tokens of a prompt's text; ValueError if there are none."""
+        check_text(text, name)
+        with refusing(name, f"tokenizer of {self.model_path}"):
+            token_ids = encode(text)
+        if not token_ids:
+            raise ValueError(f"{name} is empty: it has no tokens")
         return token_ids
 
+    def fits(self, token_ids: list[int], name: str) -> bool:
+        """Whether a prompt is within the limit; ValueError if it is not and must not be cut."""
+        too_many = len(token_ids) - self.input_max_len
+        if too_many > 0 and self.long_prompt == "refuse":
+            raise ValueError(
+                f"{name} has {len(token_ids)} tokens, data_config.input_max_len is {self.input_max_len} "
+                f"({too_many} too many; data_config.long_prompt: cut would cut it)"
+            )
+        return too_many <= 0
+
     def decode(self, token_ids: list[int]) -> str:
-        """Text of generated tokens, without special tokens."""
+        """Text of generated tokens, without special tokens and those that the tokenizer does not have."""
         if self.loaded is None:
             return ""
-        known = [token_id for token_id in token_ids if token_id < len(self.tokenizer)]  # the model may have spare rows
-        return self.tokenizer.decode(known, skip_special_tokens=True)
-
-
-def whole_characters(text: str) -> str:
-    """Without the marks of characters whose bytes were cut at the ends."""
-    return text.strip("\N{REPLACEMENT CHARACTER}")
-
-
-def check_messages(messages: Messages) -> None:
-    """ValueError unless it is a list of messages with a role and a text."""
-    valid = isinstance(messages, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    )
-    if not valid or not messages:
-        raise ValueError(f'messages: expected [{{"role": "user", "content": "..."}}, ...], got {messages!r}')
+        num_tokens = len(self.loaded)  # the model may have spare rows
+        known = [token_id for token_id in token_ids if 0 <= token_id < num_tokens]
+        return self.loaded.decode(known, skip_special_tokens=True)
 
 
 def has_tokenizer(model_path: Path) -> bool:
-    return any((model_path / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return any(os.path.lexists(model_path / name) for name in ("tokenizer.json", "vocab.json"))
 
 
 def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; ValueError if it cannot be read."""
+    """The tokenizer of a checkpoint folder; ValueError if it cannot be read. Code in the folder is never run."""
+    for file in (model_path / name for name in TOKENIZER_FILES):
+        if os.path.lexists(file):
+            read_text(file)  # names the file that is unreadable, no text, or a device or pipe to wait at
+    problem = f"no tokenizer could be read from {model_path}"
     try:
-        return AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
-    except Exception as error:  # transformers raises many types for a missing or broken tokenizer
-        raise ValueError(f"model_path: no tokenizer could be read from {model_path}: {first_line(error)}") from None
+        with refusing("model_path", problem):
+            tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=False)
+            tokenizer.encode("a")
+        return tokenizer
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library; not derived from Exception
+            raise
+        raise ValueError(one_line(f"model_path: {problem}: {error}")) from None
 
 
 def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every token that ends a text according to generation_config.json or the tokenizer."""
-    stated = read_generation_config(model_path).get("eos_token_id")
-    stated = stated if isinstance(stated, list) else [stated]
-    if not all(token_id is None or type(token_id) is int for token_id in stated):
-        raise ValueError(f"{model_path}/generation_config.json: eos_token_id: expected whole numbers, got {stated!r}")
+    """Every token that ends a text according to `read_generation_config` or the tokenizer."""
+    file, generation = read_generation_config(model_path)
+    stated = generation.get("eos_token_id")
+    stated = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    for token_id in stated:
+        if type(token_id) is not int:
+            raise ValueError(f"{file}: eos_token_id: expected whole numbers, got {quoted(token_id)}")
     tokenizers_own = None if tokenizer is None else tokenizer.eos_token_id
-    return frozenset(token_id for token_id in (*stated, tokenizers_own) if token_id is not None)
+    return frozenset(stated if tokenizers_own is None else [*stated, tokenizers_own])
 
 
-def read_generation_config(model_path: Path) -> dict[str, Any]:
-    """generation_config.json, or nothing if the checkpoint has none; ValueError if it is not JSON."""
+def read_generation_config(model_path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that says how a checkpoint generates, and what it says.
+
+    It is generation_config.json, or config.json in a folder without it. As in transformers, config.json says nothing
+    where there is a generation_config.json, even one that states less. ValueError if the file is not a JSON object.
+    """
     file = model_path / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return found
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    if not os.path.lexists(file):
+        file = model_path / "config.json"
+        if not file.exists():
+            return file, {}
+    return file, read_json_object(file)

@@ -13,16 +13,9 @@ from transformers import AutoTokenizer
 from executor import LLM, SamplingParams
 from executor.before_loading import load_config
 from executor.config import REPOSITORY
-from executor.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint, reference_logits
 
 DEMO = REPOSITORY / "models/qwen3_moe/demo"
-TEXTS = [
-    "To be, or not to be, that is the question. " * 40,
-    "é “quoted” 東京の天気は晴れです 🎭 naïve\n\n\tindented  text " * 12,
-    "🎭" * 60,
-    " \n" * 50 + "x" * 300,
-]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 THETA = {"rope_theta": 1e4}
 LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
@@ -244,109 +237,6 @@ def test_random_weights_need_only_a_config(checkpoint, tmp_path):
     assert first.logits(token_ids).std() > 0
 
 
-# Tokens of texts
-
-
-def make_tokenizer(input_max_len: int = 4080, long_prompt: str = "cut", enable_thinking: bool = False) -> Tokenizer:
-    return Tokenizer(DEMO, input_max_len, long_prompt, enable_thinking)
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-@pytest.mark.parametrize("limit", [16, 17, 33, 100])
-def test_long_prompt_loses_its_middle(limit, text, demo_tokenizer, caplog):
-    full = demo_tokenizer.encode(text)
-    cut = make_tokenizer(limit).encode(text)
-    assert limit // 2 < len(cut) <= limit < len(full)
-    kept = demo_tokenizer.decode(cut)
-    splits = [i for i in range(1, len(kept)) if text.startswith(kept[:i]) and text.endswith(kept[i:])]
-    assert splits, kept  # it is a beginning and an end of the text, whole characters only
-    assert f"a prompt of {len(full)} tokens was cut in the middle to {len(cut)}" in caplog.text
-
-
-def test_cut_keeps_halves_of_equal_size(demo_tokenizer):
-    words = " ".join(random.choices(["thou", "art", "king", "speak", "night"], k=500))
-    full = demo_tokenizer.encode(words)
-    cut = make_tokenizer(101).encode(words)
-    assert cut == full[:51] + full[-50:]
-
-
-@pytest.mark.parametrize("limit", [1, 2, 3, 4, 5])
-def test_tiny_limits(limit):
-    for text in TEXTS:
-        try:
-            assert 0 < len(make_tokenizer(limit).encode(text)) <= limit
-        except ValueError as error:
-            assert "data_config.input_max_len" in str(error)
-
-
-@pytest.mark.parametrize("extra", [0, 1])
-@pytest.mark.parametrize("long_prompt", ["cut", "refuse"])
-def test_limit_is_the_last_length_that_fits(extra, long_prompt, demo_tokenizer, caplog):
-    full = demo_tokenizer.encode(TEXTS[0])
-    tokenizer = make_tokenizer(len(full) - extra, long_prompt)
-    if extra and long_prompt == "refuse":
-        with pytest.raises(ValueError, match=f"{len(full)} tokens, data_config.input_max_len is {len(full) - 1} "):
-            tokenizer.encode(TEXTS[0])
-    else:
-        assert (tokenizer.encode(TEXTS[0]) == full) == (not extra)
-    assert ("was cut" in caplog.text) == (extra == 1 and long_prompt == "cut")
-
-
-@pytest.mark.parametrize("thinking", [False, True])
-def test_chat_template(thinking, demo_tokenizer):
-    messages = [{"role": "system", "content": "You are a poet."}, {"role": "user", "content": "Go on: é\n 🎭"}]
-    expected = demo_tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=thinking)
-    found = make_tokenizer(enable_thinking=thinking).encode_chat(messages)
-    assert found == expected["input_ids"]
-    other = make_tokenizer(enable_thinking=not thinking).encode_chat(messages)
-    assert found != other
-    assert ("<think>" in demo_tokenizer.decode(found)) == (not thinking)
-
-
-@pytest.mark.parametrize("limit", [40, 41, 64, 120])
-def test_long_conversation_keeps_its_template(limit, demo_tokenizer):
-    messages = [
-        {"role": "system", "content": "You are a poet."},
-        {"role": "user", "content": "BEGIN " + TEXTS[0] + TEXTS[1] + " END"},
-    ]
-    cut = make_tokenizer(limit).encode_chat(messages)
-    assert len(cut) <= limit
-    text = demo_tokenizer.decode(cut)
-    assert text.startswith("<|im_start|>system\nYou are a poet.<|im_end|>\n<|im_start|>user\nBE")
-    assert text.endswith("END<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-
-
-def test_no_room_beside_the_template():
-    with pytest.raises(ValueError, match="data_config.input_max_len: 8 leaves no room"):
-        make_tokenizer(8).encode_chat([{"role": "user", "content": TEXTS[0]}])
-
-
-def test_conversation_too_long_is_refused():
-    with pytest.raises(ValueError, match="data_config.input_max_len is 20 "):
-        make_tokenizer(20, "refuse").encode_chat([{"role": "user", "content": TEXTS[0]}])
-
-
-def test_empty_prompt():
-    with pytest.raises(ValueError, match="a prompt is empty"):
-        make_tokenizer().encode("")
-
-
-def test_tokenizer_without_chat_template(tmp_path):
-    for file in DEMO.glob("tokenizer*"):
-        shutil.copy(file, tmp_path)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(tmp_path, 100, "cut", False)
-    with pytest.raises(ValueError, match="data_config.chat_template: this checkpoint's tokenizer has none"):
-        tokenizer.encode_chat([{"role": "user", "content": "a"}])
-
-
-def test_decode_leaves_out_special_and_spare_tokens(demo_tokenizer):
-    token_ids = demo_tokenizer.encode("Good morrow<|im_end|>, é 🎭") + [len(demo_tokenizer), len(demo_tokenizer) + 7]
-    assert make_tokenizer().decode(token_ids) == "Good morrow, é 🎭"
-
-
 # generate, chat, logits
 
 
@@ -413,19 +303,13 @@ def test_logits(dtype, checkpoint):
 
 
 def test_cache_that_does_not_fit(checkpoint):
-    line = refusal(checkpoint[0], cache_tokens=10**12)
-    assert line.startswith("model_config.cache_tokens: 1000000000000 tokens need ")
+    line = refusal(checkpoint[0], cache_tokens=10**9)
+    assert line.startswith("model_config.cache_tokens: 1000000000 tokens need ")
     assert "cache_memory_fraction" in refusal(checkpoint[0], cache_memory_fraction=1e-9)
 
 
 def test_lengths_no_machine_can_hold(checkpoint):
     assert "input_max_len" in refusal(checkpoint[0], input_max_len=10**12)
-
-
-@pytest.mark.parametrize("token_ids", [[1.5], ["a", 2], [None], [True]])
-def test_token_ids_are_whole_numbers(token_ids, checkpoint):
-    with pytest.raises(ValueError, match="each from 0 to 210"):
-        LLM(checkpoint[0], device="cpu", dtype="float32").generate([token_ids])
 
 
 def test_logits_reach_the_last_position(checkpoint):
