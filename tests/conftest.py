@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where CI=true, a skipped test that tests/allowed_skips.txt does not list fails the session.
+"""Tests side by side under pytest-xdist, and where CI=true, no skip that tests/allowed_skips.txt does not list.
 
 Without a GPU Triton's kernels run in its interpreter, which has to be said before anything imports triton.
 """
 
 import glob
 import os
+import re
+import sys
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +20,83 @@ if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+MAX_WORKERS = 8  # each holds torch and models, and starts ranks of its own
+FILES_OF_A_WORKER = 2  # a worker imports torch first: few files are done sooner without
+
+
+def usable_cores() -> float:
+    """Those this process may run on, or what the control group's quota gives it of them."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else min(cores, int(quota) / int(period))
+
+
+def selected_files(arguments: Iterable[str]) -> set[Path]:
+    """The test files that pytest's positional arguments name."""
+    paths = {Path(argument.partition("::")[0]) for argument in arguments}
+    return {file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Workers of `-n auto`: one a usable core, none where one process is as fast. None leaves it to xdist."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    paths = [str(config.invocation_params.dir / argument) for argument in config.args]
+    workers = min(int(usable_cores()), MAX_WORKERS, len(selected_files(paths)) // FILES_OF_A_WORKER)
+    return workers if workers > 1 else 0
+
+
+@cache
+def group_of(file: str) -> str | None:
+    """Which tests stay on one worker: those of files with one mark, those of a file with a fixture for all of it.
+
+    Read from the text: xdist's controller does not import the files, and node ids tell it no marks.
+    """
+    text = Path(file).read_text(encoding="utf-8")
+    if mark := re.search(r"\bxdist_group\([^)]*?[\"'](.+?)[\"']", text):
+        return mark[1]
+    return file if re.search(r"\bscope=[\"'](module|class)[\"']", text) else None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadgroup`: files of one group stay on one worker, the tests of all others go where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = config.rootpath / nodeid.partition("::")[0]
+            return group_of(str(file)) or nodeid
+
+    return GroupScheduling(config, log) if config.option.dist == "loadgroup" else None
+
+
+def pytest_collection_finish() -> None:
+    launch_interpreted_kernels_faster()
+
+
+def launch_interpreted_kernels_faster() -> None:
+    """Has Triton's interpreter prepare triton.language once a launch, not again in each call of a device function."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    prepare = getattr(interpreter, "_patch_lang", None)
+    if prepare is None or not hasattr(interpreter, "_LangPatchScope"):
+        return
+
+    languages = (interpreter.tl, interpreter.tl.core)
+
+    @cache
+    def used_by(function) -> list:
+        return [value for value in function.__globals__.values() if any(value is language for language in languages)]
+
+    def prepare_once(function):
+        is_prepared = all(language.static_print is print for language in used_by(function))  # as preparing makes it
+        return interpreter._LangPatchScope() if is_prepared else prepare(function)
+
+    interpreter._patch_lang = prepare_once
 
 
 def read_allowed_skips(path: Path) -> list[str]:
@@ -30,7 +112,11 @@ def read_allowed_skips(path: Path) -> list[str]:
 
 
 class StrictSkips:
-    """Pytest plugin that collects the skips nobody allowed, then fails the session and names them."""
+    """Pytest plugin that collects the skips nobody allowed, then fails the session and names them.
+
+    Under xdist it is in the controller, which gets the workers' reports. Of files skipped in one place it gets one
+    report only, so that workers send the skipped files themselves.
+    """
 
     def __init__(self, patterns: list[str]) -> None:
         self.patterns = patterns
@@ -46,8 +132,15 @@ class StrictSkips:
     pytest_collectreport = _note
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.unlisted and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["unlisted_skips"] = self.unlisted
+        elif self.unlisted and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: object) -> None:
+        found = getattr(node, "workeroutput", {}).get("unlisted_skips", {})
+        self.unlisted |= {node_id: reason for node_id, reason in found.items() if "::" not in node_id}
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.unlisted:
@@ -57,6 +150,7 @@ class StrictSkips:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): files of one name run on one worker, one after the other")
     if os.environ.get("CI") == "true":
         try:
             config.pluginmanager.register(StrictSkips(read_allowed_skips(ALLOWED_SKIPS)), "strict_skips")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs ruff (where installed) and the tests: bash tests/run.sh [pytest arguments]. Paths are relative to the repository.
 # It takes the Python that infer.sh would take; into a .venv of infer.sh's making it installs the test tools.
+# Many tests run on all cores; `-n 4` takes four workers, `-n 0` or `-p no:xdist` runs them one after the other.
 set -euo pipefail
 unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,8 +21,12 @@ if "$PYTHON" -c 'import ruff' 2>/dev/null; then
     "$PYTHON" -m ruff check --quiet . || ruff_status=$?
 fi
 
+workers=()
+if [[ "$*" != *no:xdist* ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    workers=(-n auto --dist loadgroup)
+fi
 pytest_status=0
-"$PYTHON" -m pytest "$@" || pytest_status=$?
+"$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} "$@" || pytest_status=$?
 if ((ruff_status != 0)); then
     echo "ruff check failed: its findings are above the tests" >&2
 fi
