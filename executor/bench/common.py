@@ -113,10 +113,11 @@ def random_prompts(llm: "LLM", batch_size: int, prompt_tokens: int) -> list[list
 
 
 def describe_device(llm: "LLM") -> dict[str, Any]:
-    """What a report says of where it ran."""
+    """What a report says of what ran, and where."""
     from executor.device import device_name
 
     return {
+        "model_name": llm.settings.model_name,
         "device": device_name(llm.device),
         "ops": llm.ops.name,
         "fallbacks": [] if llm.device.type == "cpu" else llm.ops.fallbacks(llm.dtype),

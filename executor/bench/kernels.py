@@ -3,7 +3,8 @@
 
 The floor is the longer of what it moves over the device's read rate and what it computes over the device's rate of
 matrix products, both measured in the same run. Calls run one after the other over weights that together are more than
-a cache holds; on CUDA, those of a decode step are replayed from a graph. Nothing is loaded: weights are random.
+a cache holds; on CUDA, those of a decode step are replayed from a graph. Nothing is loaded: weights are random. An
+operation that moves so little that all its calls together fit the cache has no fraction: the floor is of memory.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def run(command_line: list[str]) -> None:
     sizes += [("prefill", tokens, None) for tokens in arguments.prompt_tokens]
     with Report(arguments.output, len(sizes), result_table) as report, torch.inference_mode():
         ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
-        report.begin(device=device_name(device), dtype=settings.model_config.dtype, **ceilings)
+        model = {"model_name": settings.model_name, "dtype": settings.model_config.dtype}
+        report.begin(**model, device=device_name(device), **ceilings)
         for phase, tokens, cached_tokens in sizes:
             ops = load_ops(device.type)  # a new one lets go of the last size's weights
             ops.check_model(dtype, config.head_dim)
@@ -51,7 +53,7 @@ def run(command_line: list[str]) -> None:
             rows = []
             for case in cases.all():
                 us = time_us(case, ops, device, captured=phase == "decode")
-                rows.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings))
+                rows.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings, device.type))
             report.add(rows)
             del cases, case, ops
             gc.collect()
@@ -83,18 +85,21 @@ def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) 
     return time_ms(run_all, device) / len(case.calls) * 1e3
 
 
-def row(case: "OpCase", us: float, ceilings: dict[str, Any]) -> dict[str, Any]:
+def row(case: "OpCase", us: float, ceilings: dict[str, Any], device_type: str) -> dict[str, Any]:
+    """One result. A fraction of memory's floor is stated only where memory is read, not a cache."""
     floors_us = {
         "bytes": case.moved_bytes / ceilings["read_ceiling"]["gb_per_s"] / 1e3,
         "flops": case.flops / ceilings["matmul_ceiling"]["tflop_per_s"] / 1e6,
     }
     bound_by = max(floors_us, key=lambda name: floors_us[name])
+    cached = bound_by == "bytes" and not case.is_cold(device_type)
     return {
         "operation": case.name,
         "us": round(us, 3),
         "floor_us": round(floors_us[bound_by], 3),
-        "fraction": round(floors_us[bound_by] / us, 4),
+        "fraction": None if cached else round(floors_us[bound_by] / us, 4),
         "bound_by": bound_by,
+        "cached": cached,
         "moved_bytes": case.moved_bytes,
         "flops": case.flops,
     }

@@ -19,7 +19,7 @@ from executor.bench.common import (
     settings_of,
     start_ranks,
 )
-from executor.bench.plot import check_matplotlib, draw, picture
+from executor.bench.plot import check_matplotlib, draw, picture, rows_of
 from executor.bench.report import Report, is_first_rank
 from executor.utils.files import check_output
 from executor.utils.report import table
@@ -64,7 +64,7 @@ def run(command_line: list[str]) -> None:
             del llm, peer
             gc.collect()  # the next mode needs the memory
     if arguments.plot and is_first_rank():
-        draw(report.results, arguments.plot, report.content["device"])
+        draw(rows_of(report.content), arguments.plot, [report.content["model_name"], report.content["device"]])
 
 
 def parse(command_line: list[str]) -> argparse.Namespace:

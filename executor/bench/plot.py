@@ -1,21 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the time between tokens of `latency` reports, batch by batch, each bar with its floor.
+"""Draws tpot, the time of each token after the first, of `latency` reports: bars by batch size, each with its floor.
 
-Other systems' figures may come from a file of the same form: a list "results" of system, exe_mode, batch_size and
-tpot_ms: {"mean": ...}.
+All reports have to be of one device and one model. What all rows have in common stands in the title, what differs
+(mode, dtype, ranks, prompt length, ...) in the name of the series. Other systems' figures may come from a file of the
+same form: "device", "model_name" and a list "results" of system, exe_mode, batch_size and tpot_ms: {"p50": ...}, or
+{"mean": ...} where only that was measured.
 """
 
 import argparse
 import math
+import textwrap
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output
 from executor.utils.reading import read_json_object, refusing
+from executor.utils.report import cell_text
+from executor.utils.text import one_line, quoted
 
-Rows = list[dict[str, Any]]
-GROUP_WIDTH = 0.84  # of the distance between two batch sizes
+Row = dict[str, Any]
+LAYOUT = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
+IDENTITY = ("exe_mode", "dtype", "quantization", "world_size", "prompt_tokens")  # in the title or in every name
+DETAILS = (*LAYOUT, "new_tokens", "commit")  # in the names of series that are the same without them
+TEXTS = {
+    "world_size": "{} rank{s}",
+    "prompt_tokens": "{} token{s} in",
+    "new_tokens": "{} token{s} out",
+    "commit": "commit {}",
+    **{name: name + " {}" for name in LAYOUT},
+}
+LARGEST = 1e9  # of a batch size or a time in ms: more is a slip
+BAR_INCHES = 0.62
+MAX_INCHES = 200.0
+LEGEND_WIDTH = 34  # characters of a line
 
 
 def run(command_line: list[str]) -> None:
@@ -26,24 +46,59 @@ def run(command_line: list[str]) -> None:
     arguments = parser.parse_args(command_line)
     check_matplotlib()
     check_output("--output", arguments.output, map(Path, arguments.reports))
-    reports = [read_report(file) for file in arguments.reports]
-    rows = [row for report in reports for row in report["results"]]
+    reports = {file: read_report(file) for file in arguments.reports}
+    rows = [row for file, report in reports.items() for row in rows_of(report, file)]
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
     if not rows:
-        raise ValueError(f"--exe-mode: {arguments.exe_mode!r} is the mode of no row of {', '.join(arguments.reports)}")
-    draw(rows, arguments.output, next((report["device"] for report in reports if "device" in report), ""))
+        raise ValueError(
+            f"--exe-mode: {quoted(arguments.exe_mode)} is the mode of no row of {one_line(', '.join(reports), 200)}"
+        )
+    draw(rows, arguments.output, [shared(reports, "model_name"), shared(reports, "device")])
 
 
 def read_report(file: str) -> dict[str, Any]:
+    """A report whose rows can be drawn. ValueError if the file is something else."""
     report = read_json_object(Path(file))
     with refusing(file, "not a report of latencies"):
-        if not report["results"]:
-            raise ValueError("it has no row")
-        for row in report["results"]:
-            series_of(row)
-            if not all(math.isfinite(value) for value in (row["batch_size"], row["tpot_ms"]["mean"])):
-                raise ValueError("batch_size or tpot_ms is not finite")
+        if not isinstance(report.get("results"), list) or not report["results"]:
+            raise ValueError('"results" is no list of rows')
+        for number, row in enumerate(report["results"]):
+            check_row(row, f"results[{number}]")
     return report
+
+
+def check_row(row: Any, where: str) -> None:
+    """ValueError if a row lacks what is drawn, or has something else there."""
+    if not isinstance(row, dict) or not isinstance(row.get("tpot_ms"), dict):
+        raise ValueError(f"{where} is no row with system, exe_mode, batch_size and tpot_ms")
+    for key in ("system", "exe_mode"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise ValueError(f"{where}.{key}: {quoted(row.get(key))} is no name")
+    if type(row.get("batch_size")) is not int or not 1 <= row["batch_size"] <= LARGEST:
+        raise ValueError(f"{where}.batch_size: {quoted(row.get('batch_size'))} is no number of sequences")
+    for key, value in (("tpot_ms", tpot_ms(row)), ("floor_ms", row.get("floor_ms", 1))):
+        if type(value) not in (int, float) or not 0 < value <= LARGEST or not math.isfinite(value):
+            raise ValueError(f"{where}.{key}: {quoted(value)} is no time in ms")
+    if not isinstance(row.get("layout", {}), dict):
+        raise ValueError(f"{where}.layout: expected tp sizes by name, got {quoted(row['layout'])}")
+
+
+def shared(reports: dict[str, dict[str, Any]], key: str) -> str:
+    """What all reports say of `key`, "" if none says anything. ValueError if they differ."""
+    (first, expected), *others = [(file, report.get(key)) for file, report in reports.items()]
+    for file, value in others:
+        if value != expected:
+            raise ValueError(
+                f"{one_line(file, 120)}: {key} is {quoted(value)}, but {quoted(expected)} in {one_line(first, 120)}: "
+                "one picture shows one model on one kind of device"
+            )
+    return shown(expected) if expected is not None else ""
+
+
+def rows_of(report: dict[str, Any], file: str = "") -> list[Row]:
+    """The rows of a report; each knows its report's commit and file, and its layout key by key."""
+    about = {"commit": report.get("commit"), "report": file}
+    return [{**row, **row.get("layout", {}), **about} for row in report["results"]]
 
 
 def picture(name: str) -> Path:
@@ -61,39 +116,99 @@ def check_matplotlib() -> None:
         raise ValueError("a plot needs matplotlib: python -m pip install matplotlib") from None
 
 
-def draw(rows: Rows, file: Path, title: str) -> None:
-    """Writes a PNG: a group of bars for each batch size, a bar for each system and mode, a line where its floor is."""
+def draw(rows: list[Row], file: Path, heading: Iterable[str]) -> None:
+    """Writes a PNG: a group of bars for each batch size, a bar for each series, a line where its floor is.
+
+    The title is `heading` (model, device), and below it what all rows have in common.
+    """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    common, names = name_series(rows)
     batch_sizes = sorted({row["batch_size"] for row in rows})
-    series = sorted({series_of(row): None for row in rows}, key=lambda name: not name.startswith("ours"))
-    width = GROUP_WIDTH / len(series)
-    figure = Figure(figsize=(2 + 1.6 * len(batch_sizes), 4.5), layout="constrained")
+    series = sorted(dict.fromkeys(names), key=lambda name: not name.startswith("ours"))
+    places, centres = bar_places(rows, names, batch_sizes, series)
+    width = min(MAX_INCHES, max(4.0, BAR_INCHES * (len(rows) + len(batch_sizes))) + 3.2)
+    figure = Figure(figsize=(width, 4.8), layout="constrained")
     axes = figure.subplots()
-    floors = []
     for index, name in enumerate(series):
-        own = [row for row in rows if series_of(row) == name]
-        places = [batch_sizes.index(row["batch_size"]) - GROUP_WIDTH / 2 + (index + 0.5) * width for row in own]
-        bars = axes.bar(places, [row["tpot_ms"]["mean"] for row in own], width * 0.92, label=name)
-        axes.bar_label(bars, fmt="{:.3g}", fontsize=8)
-        floors += [(place, row["floor_ms"]) for place, row in zip(places, own, strict=True) if "floor_ms" in row]
+        own = [number for number, found in enumerate(names) if found == name]
+        values = [tpot_ms(rows[number]) for number in own]
+        colour = colormaps["tab10"](index) if len(series) <= 10 else colormaps["turbo"](index / len(series))
+        label = textwrap.fill(name, LEGEND_WIDTH)
+        bars = axes.bar([places[number] for number in own], values, 0.92, label=label, color=colour)
+        axes.bar_label(bars, [cell_text(float(value)) for value in values], fontsize=8)
+    floors = [(place, row["floor_ms"]) for place, row in zip(places, rows, strict=True) if "floor_ms" in row]
     if floors:
-        lefts, rights = ([place + sign * width / 2 for place, _ in floors] for sign in (-1, 1))
-        axes.hlines(
-            [floor for _, floor in floors],
-            lefts,
-            rights,
-            colors="black",
-            linewidth=2,
-            label="floor (bytes / read rate)",
-        )
-    axes.set_xticks(range(len(batch_sizes)), [f"batch {size}" for size in batch_sizes])
-    axes.set_ylabel("ms a token (tpot, mean)")
-    axes.set_title(title)
-    axes.legend(fontsize=8)
+        lefts, rights = ([place + sign * 0.46 for place, _ in floors] for sign in (-1, 1))
+        label = "floor (bytes / read rate)"
+        axes.hlines([floor for _, floor in floors], lefts, rights, colors="black", linewidth=2, label=label)
+    axes.set_xticks(centres, [f"batch {size}" for size in batch_sizes])
+    axes.set_ylabel("tpot, ms per token")
+    lines = [", ".join(part for part in parts if part) for parts in (heading, common)]
+    axes.set_title("\n".join(line for line in lines if line), fontsize=11)
+    axes.margins(y=0.08)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def series_of(row: dict[str, Any]) -> str:
-    prompt = f", {row['prompt_tokens']} tokens in" if row.get("prompt_tokens") else ""
-    return f"{row['system']}, {row['exe_mode']}{prompt}"
+def bar_places(
+    rows: list[Row], names: list[str], batch_sizes: list[int], series: list[str]
+) -> tuple[list[float], list[float]]:
+    """Where the bar of each row stands, and the centre of each batch size's group, which has no empty places."""
+    places, centres, left = [0.0] * len(rows), [], 0.0
+    for size in batch_sizes:
+        group = [number for number, row in enumerate(rows) if row["batch_size"] == size]
+        for offset, number in enumerate(sorted(group, key=lambda number: series.index(names[number]))):
+            places[number] = left + offset
+        centres.append(left + (len(group) - 1) / 2)
+        left += len(group) + 1
+    return places, centres
+
+
+def name_series(rows: list[Row]) -> tuple[list[str], list[str]]:
+    """What all rows have in common, and a name for the series of each row: no two rows of a batch size share one."""
+    texts = {key: [property_text(key, row) for row in rows] for key in (*IDENTITY, *DETAILS)}
+    common = [texts[key][0] for key in IDENTITY if len(set(texts[key])) == 1]
+    parts = [[shown(row["system"])] for row in rows]
+    for key in IDENTITY:
+        if len(set(texts[key])) > 1:
+            extend(parts, texts[key])
+    for row, own in zip(rows, parts, strict=True):
+        own += ["mean"] if row["tpot_ms"].get("p50") is None else []
+    for key in DETAILS:
+        variants: dict[tuple[str, ...], set[str]] = {}
+        for own, text in zip(parts, texts[key], strict=True):
+            variants.setdefault(tuple(own), set()).add(text)
+        extend(parts, [t if len(variants[tuple(own)]) > 1 else "" for own, t in zip(parts, texts[key], strict=True)])
+    several = len({row.get("report") for row in rows}) > 1
+    for distinction in ([shown(row["report"]) for row in rows] if several else [""] * len(rows), None):
+        found = [(tuple(own), row["batch_size"]) for own, row in zip(parts, rows, strict=True)]
+        twice = {name for (name, _), count in Counter(found).items() if count > 1}
+        marks = distinction or [f"({found[: number + 1].count(own)})" for number, own in enumerate(found)]
+        extend(parts, [mark if name in twice else "" for (name, _), mark in zip(found, marks, strict=True)])
+    return common, [", ".join(own) for own in parts]
+
+
+def extend(parts: list[list[str]], texts: list[str]) -> None:
+    for own, text in zip(parts, texts, strict=True):
+        if text:
+            own.append(text)
+
+
+def property_text(key: str, row: Row) -> str:
+    value = row.get(key)
+    if value is None:
+        return ""
+    return TEXTS.get(key, "{}").format(shown(value), s="" if value == 1 else "s")
+
+
+def shown(value: Any) -> str:
+    """One short line that matplotlib neither takes for a formula nor leaves out of the legend."""
+    return one_line(value, 70).lstrip("_").replace("$", r"\$")
+
+
+def tpot_ms(row: Row) -> Any:
+    """The median where there is one, as in the tables."""
+    median = row["tpot_ms"].get("p50")
+    return row["tpot_ms"].get("mean") if median is None else median

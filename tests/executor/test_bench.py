@@ -42,7 +42,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     report = json.loads(output.read_text())
     assert {"device", "commit", "command", "versions", "results"} <= set(report)
-    assert (report["ops"], report["fallbacks"]) == ("reference", [])
+    assert (report["ops"], report["fallbacks"], report["model_name"]) == ("reference", [], "qwen3_moe_demo")
     assert 0 < report["start_to_first_token_s"] < process_age_s()
     ceiling = report["read_ceiling"]["gb_per_s"]
     systems = ["ours", "transformers grouped_mm", "transformers batched_mm"]
@@ -178,32 +178,11 @@ def test_fallbacks_are_refused(monkeypatch, capsys):
     assert latency(monkeypatch, *sizes, "--allow-fallback") == 0
 
 
-def test_plot(monkeypatch, tmp_path, capsys):
-    """A report and other systems' figures become a picture; the bars are those of the mode asked for."""
-    row = {"system": "ours", "exe_mode": "eager", "prompt_tokens": 8, "batch_size": 1, "tpot_ms": {"mean": 3.0}}
-    report, peers, picture = tmp_path / "report.json", tmp_path / "peers.json", tmp_path / "plot.png"
-    report.write_text(json.dumps({"device": "a card", "results": [{**row, "floor_ms": 1.0}, {**row, "batch_size": 2}]}))
-    peers.write_text(json.dumps({"results": [{**row, "system": "theirs", "exe_mode": "graph"}]}))
-    assert bench(monkeypatch, "plot", str(report), str(peers), "--output", str(picture)) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    drawn = []
-    monkeypatch.setattr("executor.bench.plot.draw", lambda rows, *_: drawn.append([row["system"] for row in rows]))
-    assert bench(monkeypatch, "plot", str(report), str(peers), "--exe-mode", "graph", "--output", str(picture)) == 0
-    assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 0  # it names no device
-    assert drawn == [["theirs"]] * 2
-    assert bench(monkeypatch, "plot", str(report), "--exe-mode", "graph", "--output", str(picture)) == 2
-    for broken in ([{"system": "theirs"}], [{**row, "tpot_ms": {"mean": None}}], []):
-        peers.write_text(json.dumps({"results": broken}))
-        assert bench(monkeypatch, "plot", str(peers), "--output", str(picture)) == 2
+def test_a_plot_needs_matplotlib(monkeypatch, tmp_path, capsys):
+    """Found out before anything is measured."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert latency(monkeypatch, "--plot", str(picture)) == 2
-    refusals = capsys.readouterr().err.splitlines()
-    assert [
-        named in line
-        for named, line in zip(
-            ("--exe-mode", "peers.json", "peers.json", "peers.json", "matplotlib"), refusals, strict=True
-        )
-    ] == [True] * 5
+    assert latency(monkeypatch, "--plot", str(tmp_path / "plot.png")) == 2
+    assert "matplotlib" in capsys.readouterr().err
 
 
 def throughput(monkeypatch, *arguments: str) -> int:

@@ -11,7 +11,7 @@ import torch
 from executor.before_loading import load_config
 from executor.bench.__main__ import main
 from executor.bench.kernels import row, time_us
-from executor.bench.op_cases import OpCase, OpCases
+from executor.bench.op_cases import COLD_BYTES, OpCase, OpCases
 from executor.config import ParallelSettings, resolve_path
 from ops import OPERATIONS, load_ops
 
@@ -39,7 +39,12 @@ def test_report(monkeypatch, tmp_path, capsys):
             floors = [result["moved_bytes"] / rates["bytes"], result["flops"] / rates["flops"]]
             assert result["floor_us"] == pytest.approx(max(floors), rel=1e-2, abs=1e-3)
             assert result["bound_by"] == ("bytes" if floors[0] >= floors[1] else "flops")
-            assert result["fraction"] == pytest.approx(result["floor_us"] / result["us"], rel=1e-2, abs=1e-3)
+            assert result["cached"] == (result["bound_by"] == "bytes")  # the demo fits a cache
+            if result["cached"]:
+                assert result["fraction"] is None
+            else:
+                assert result["fraction"] == pytest.approx(result["floor_us"] / result["us"], rel=1e-2, abs=1e-3)
+    assert report["model_name"] == "qwen3_moe_demo"
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(report["results"])
 
 
@@ -48,8 +53,39 @@ def test_time_is_that_of_one_call():
     us = time_us(case, load_ops("cpu"), torch.device("cpu"), captured=True)
     assert 20000 <= us < 60000
     ceilings = {"read_ceiling": {"gb_per_s": 2.0}, "matmul_ceiling": {"tflop_per_s": 1.0}}
-    measured = row(case, us, ceilings)
+    measured = row(case, us, ceilings, "cpu")
     assert (measured["floor_us"], measured["bound_by"]) == (3.0, "bytes")
+
+
+@pytest.mark.parametrize(
+    ("moved_bytes", "distinct_bytes", "flops", "fraction"),
+    [
+        (COLD_BYTES["cpu"] // 4, None, 0, 0.5),
+        (COLD_BYTES["cpu"] // 4 - 1, None, 0, None),
+        (COLD_BYTES["cpu"], COLD_BYTES["cpu"] // 2, 0, None),  # the calls read the same rows
+        (8, None, COLD_BYTES["cpu"] // 8, 0.5),  # bound by what is computed, wherever the bytes are
+    ],
+)
+def test_a_fraction_of_memory_needs_reads_of_memory(moved_bytes, distinct_bytes, flops, fraction):
+    case = OpCase(name="x", calls=[int] * 4, moved_bytes=moved_bytes, flops=flops, distinct_bytes=distinct_bytes)
+    ceilings = {"read_ceiling": {"gb_per_s": 1.0}, "matmul_ceiling": {"tflop_per_s": 0.0005}}
+    us = COLD_BYTES["cpu"] // 4 / 1e3 * 2
+    assert row(case, us, ceilings, "cpu")["fraction"] == (fraction and pytest.approx(fraction, rel=1e-3))
+
+
+@pytest.mark.parametrize("tokens", [3, 5000])
+def test_embedding_counts_each_row_once(tokens, monkeypatch):
+    """The demo has 2,048 rows: 5,000 tokens read each once and write 5,000; calls take rows that none took before."""
+    built = cases(tokens=tokens, cached_tokens=None)
+    taken = []
+    monkeypatch.setattr(built.ops, "embedding", lambda token_ids, table: taken.append(token_ids))
+    case = built.embedding()
+    for call in case.calls:
+        call()
+    vocab, row_bytes = built.config.vocab_size, TWO_BYTES * built.hidden
+    assert case.moved_bytes == (min(tokens, vocab) + tokens) * row_bytes
+    assert case.distinct_bytes == torch.cat(taken).unique().numel() * row_bytes
+    assert case.distinct_bytes == min(len(case.calls) * tokens, vocab) * row_bytes
 
 
 @pytest.mark.parametrize(("tokens", "cached_tokens"), [(3, 300), (150, None)])
