@@ -7,6 +7,7 @@ ends well on another's word: that its own ranks have ended well is what only the
 
 import contextlib
 import dataclasses
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -122,8 +123,9 @@ class Head(JobOfSeveral):
         try:
             self.listener = Listener(nodes.addresses[0], port, secret, self._admit, timing.answer_s)
         except OSError as error:
+            reason = os.strerror(error.errno or 0)
             raise ValueError(
-                f"MASTER_PORT: {nodes.name(0)} cannot listen on port {port}, choose a free one: {error.strerror}"
+                f"MASTER_PORT: {nodes.name(0)} cannot listen on port {port}, choose a free one: {reason}"
             ) from None
         threading.Thread(target=self._beat, daemon=True).start()
 

@@ -2,6 +2,7 @@
 """A node's ranks, seen from its launcher: the store at which they meet, torchrun, and what became of them."""
 
 import datetime
+import os
 import signal
 import socket
 import sys
@@ -35,7 +36,7 @@ def open_store(address: str, port: int, timeout_s: float) -> TCPStore:
         try:
             listener = socket.create_server((address, candidate), backlog=1024)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno or 0)
             continue
         taken = listener.getsockname()[1]
         timeout, fd = datetime.timedelta(seconds=timeout_s), listener.detach()

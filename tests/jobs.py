@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs of several ranks, started by infer.sh as a user would: what the tests of launch and faults share."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_RANKS = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
@@ -60,9 +60,18 @@ class Job:
 
     def listening_at(self) -> dict[str, int]:
         """Address -> number of ports at which the launcher and its ranks listen."""
-        processes = [psutil.Process(pid) for pid in (self.process.pid, *self.ranks().values())]
-        found = [entry for process in processes for entry in process.net_connections("tcp")]
-        return Counter(entry.laddr.ip for entry in found if entry.status == psutil.CONN_LISTEN)
+        found: Counter[str] = Counter()
+        for pid in (self.process.pid, *self.ranks().values()):
+            sockets = set()
+            for file in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    sockets.add(os.readlink(file))
+            for table in ("tcp", "tcp6"):  # of the process's own network namespace
+                for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                    _, local, _, state, *_, inode = line.split()[:10]
+                    if state == "0A" and f"socket:[{inode}]" in sockets:
+                        found[address_of(local.split(":")[0])] += 1
+        return found
 
     def wait_until_decoding(self) -> None:
         wait_for(lambda: "ready in" in self.text or self.process.poll() is not None, STARTS_WITHIN_S)
@@ -82,6 +91,11 @@ class Job:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
+
+
+def address_of(text: str) -> str:
+    """An address as /proc/net/tcp writes it."""
+    return socket.inet_ntoa(bytes.fromhex(text)[::-1]) if len(text) == 8 else text
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float) -> None:

@@ -3,11 +3,12 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.jobs import LONG, TWO_RANKS, Job
+from tests.jobs import LONG, STARTS_WITHIN_S, TWO_RANKS, Job, wait_for
 
 NO_MEMORY = r"""
 import os
@@ -27,26 +28,71 @@ def test_killed_rank_ends_its_job_and_no_other(tmp_path: Path) -> None:
             os.kill(first.ranks()[1], signal.SIGKILL)
             assert first.end() == 1
             assert first.last_line == "error: rank 1 on node 0 (127.0.0.1): killed by SIGKILL (out of memory?)"
-            assert second.end(60) == 0
+            assert second.end(STARTS_WITHIN_S) == 0
             assert "in use, this job takes" in second.text and "results: " in second.last_line
 
 
 def test_rank_that_fails_to_load(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(NO_MEMORY)
     with Job(tmp_path / "terminal", *TWO_RANKS, "model_name=test_load", PYTHONPATH=str(tmp_path)) as job:
-        assert job.end(60) == 1
+        assert job.end(STARTS_WITHIN_S) == 1
         assert job.last_line == "error: rank 1 on node 0 (127.0.0.1): RuntimeError: no memory left"
 
 
 @pytest.mark.parametrize(("sent", "code"), [("SIGTERM", 1), ("SIGINT", 1), ("SIGKILL", -9)])
 def test_launcher_takes_its_ranks_along(tmp_path: Path, sent: str, code: int) -> None:
-    with Job(tmp_path / "terminal", *TWO_RANKS, *LONG, "model_name=test_launcher") as job:
+    settings = (*TWO_RANKS, *LONG, f"output_dir={tmp_path}", "model_name=test_launcher")
+    (tmp_path / "temporary").mkdir()
+    with Job(tmp_path / "terminal", *settings, TMPDIR=str(tmp_path / "temporary")) as job:
         job.wait_until_decoding()
         assert sorted(job.ranks()) == [0, 1]
+        assert set(job.listening_at()) == {"127.0.0.1"}  # launcher and ranks: nothing is open to the network
         job.process.send_signal(getattr(signal, sent))
         assert job.end() == code
         if code == 1:
             assert job.last_line == f"error: node 0 (127.0.0.1): the launcher was ended by {sent}"
+            assert job.text.count("error:") == 1 and "Traceback" not in job.text
+    wait_for(lambda: not scratch_folders(tmp_path / "temporary"), 5)
+
+
+def scratch_folders(temporary: Path) -> list[Path]:
+    return [*temporary.glob("ranks_*"), *temporary.glob("torchelastic_*")]
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("moment", ["environment:", "ranks 0 to 1", "a rank"])
+def test_signal_before_decoding(tmp_path: Path, moment: str, sent: str) -> None:
+    (tmp_path / "temporary").mkdir()
+    settings = (*TWO_RANKS, f"output_dir={tmp_path / 'results'}", "model_name=test_signal")
+    with Job(tmp_path / "terminal", *settings, TMPDIR=str(tmp_path / "temporary")) as job:
+        wait_for(lambda: job.ranks() if moment == "a rank" else moment in job.text, STARTS_WITHIN_S)
+        job.process.send_signal(getattr(signal, sent))
+        assert job.end() == 1
+        assert job.last_line.startswith("error: ") and job.last_line.endswith(sent)
+        assert job.text.count("error:") == 1 and "Traceback" not in job.text
+    wait_for(lambda: not scratch_folders(tmp_path / "temporary"), 5)
+
+
+def test_refused_by_a_rank_leaves_nothing(tmp_path: Path) -> None:
+    output = str(tmp_path / "missing" / "out.jsonl")
+    with Job(
+        tmp_path / "terminal", *TWO_RANKS, f"output_dir={tmp_path / 'results'}", options=("--output", output)
+    ) as job:
+        assert job.end(STARTS_WITHIN_S) == 2
+        assert job.last_line.startswith("error: rank 0 on node 0 (127.0.0.1): --output: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["terminal"]
+
+
+def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # as Python 3.10, which does not know the variable
+    python.write_text(f'#!/bin/sh\nunset PYTHONSAFEPATH\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    for name in ("random", "re", "runpy", "executor"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})\n")
+    settings = (*TWO_RANKS, f"output_dir={tmp_path / 'results'}", "data_config.max_new_tokens=1")
+    with Job(tmp_path / "terminal", *settings, folder=tmp_path, PYTHON=str(python)) as job:
+        assert job.end(STARTS_WITHIN_S) == 0, job.text
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(
@@ -59,5 +105,5 @@ def test_launcher_takes_its_ranks_along(tmp_path: Path, sent: str, code: int) ->
 )
 def test_wrong_input_ends_before_any_rank(tmp_path: Path, settings: list[str], named: str) -> None:
     with Job(tmp_path / "terminal", *settings) as job:
-        assert job.end() == 2
+        assert job.end(STARTS_WITHIN_S) == 2
         assert named in job.last_line and job.text.count("\n") == 1

@@ -44,7 +44,7 @@ def test_store_takes_any_port_behind_the_last() -> None:
 
 
 def test_store_cannot_listen() -> None:
-    with pytest.raises(ValueError, match="IPs: cannot listen on 192.0.2.1: Cannot assign requested address"):
+    with pytest.raises(ValueError, match="IPs: cannot listen on 192.0.2.1: Cannot assign requested address$"):
         open_store("192.0.2.1", 29500, 5)
 
 
