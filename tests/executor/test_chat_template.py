@@ -28,7 +28,9 @@ from tests.conversations import DEMO, THINKING, cut_text, user, with_template, w
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
-        ("{{ range(10 ** 9) }}", "Range too big"),
+        ("{{ range(999999999) }}", "Range too big"),
+        ("{{ 9 ** 9 ** 9 }}", "uses the operator **"),
+        ("{% set n = messages|length + 8 %}{{ n**n**n**n }}", "uses the operator **"),
         ("{{ '#' * 20_000_000 }}", "makes 20000000 characters of"),
         ("{% for i in range(1000) %}{% for j in range(1000) %}word {% endfor %}{% endfor %}", "makes 5000000"),
         ("{{ '" + "x" * 10**6 + "'.y.z }}", "has no attribute 'y'"),
@@ -45,6 +47,11 @@ def test_templates_that_fail(template, problem):
     line = str(raised.value)
     assert line.startswith("prompt 2 of 3") and problem in line and len(line) < 500 and line.isprintable()
     assert f"chat template of {DEMO / 'tokenizer_config.json'}: " in line or "is empty" in line
+
+
+def test_stars_that_are_no_powers():
+    template = "**bold** {# 9**9 #}{{ '**' }}{% set d = {'a': 1} %}{{ dict(**d).a }}{{ dict({}, **d).a }}"
+    assert cut_text(template, [user("a")], 100) == "**bold** **11"
 
 
 def test_the_file_of_a_template_is_named(tmp_path):
