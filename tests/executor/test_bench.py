@@ -14,7 +14,7 @@ from executor import LLM
 from executor.bench.__main__ import main
 from executor.bench.floor import distinct_experts, experts_read, step_bytes
 from executor.bench.throughput import measure
-from executor.bench.timing import process_age_s, read_ceiling, time_ms
+from executor.bench.timing import matmul_ceiling, process_age_s, read_ceiling, time_ms
 from executor.config import REPOSITORY
 from executor.peers import state_dict
 from executor.scheduler import Scheduler
@@ -165,6 +165,16 @@ def test_timing():
     assert 2 <= time_ms(lambda: time.sleep(2e-3), cpu, repeats=3) < 100
     ceiling = read_ceiling(cpu)
     assert ceiling["gb_per_s"] > 0.1 and "of 0.27 GB" in ceiling["measured_by"]
+
+
+@pytest.mark.parametrize(("slow", "fast"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_matmul_ceiling_is_that_of_the_faster_dtype(slow, fast, monkeypatch):
+    """By a clock on which each takes hours: a rate that small must not be rounded to 0."""
+    times_ms = {getattr(torch, slow): 2e7, getattr(torch, fast): 1e7}
+    monkeypatch.setattr("executor.bench.timing.time_ms", lambda run, *_: times_ms[run().dtype])
+    ceiling = matmul_ceiling(torch.device("cpu"), torch.bfloat16)
+    assert ceiling["measured_by"] == f"product of two 512 x 512 matrices of {fast}"
+    assert ceiling["tflop_per_s"] == pytest.approx(2 * 512**3 / 1e7 / 1e9, rel=1e-5)
 
 
 def test_fallbacks_are_refused(monkeypatch, capsys):
