@@ -52,7 +52,7 @@ def meta_run(version: str, *arguments: Path) -> Any:
 recorded = cache(meta_run)
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=VERSIONS, scope="module")
 def results(request) -> dict:
     return recorded(request.param)
 

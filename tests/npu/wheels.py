@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The torch_npu wheels that tests read. They are downloaded and unzipped, never installed: import torch would break."""
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -25,9 +27,20 @@ def wheel(version: str) -> Path | None:
     folder = cache_folder()
     if not list(folder.glob(f"torch_npu-{version}-*.whl")):
         folder.mkdir(parents=True, exist_ok=True)
-        download = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), *PLATFORM, *PATIENCE)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests run side by side
+            if not list(folder.glob(f"torch_npu-{version}-*.whl")):
+                download_into(folder, version)
+    return next(iter(folder.glob(f"torch_npu-{version}-*.whl")), None)
+
+
+def download_into(folder: Path, version: str) -> None:
+    """Puts the wheel of a version there in one piece, or nothing where no index can be reached."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        download = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, *PLATFORM, *PATIENCE)
         try:
             subprocess.run([*download, f"torch-npu=={version}"], capture_output=True, timeout=TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired:
-            return None
-    return next(iter(folder.glob(f"torch_npu-{version}-*.whl")), None)
+            return
+        for file in Path(scratch).glob("*.whl"):
+            file.rename(folder / file.name)
