@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turns a YAML and a checkpoint into tokens. `LLM` and `SamplingParams` are what programs use."""
 
-import signal
 import sys
 from importlib import import_module
 from typing import Any
 
-if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # a command (`python -m executor.infer`) is being imported: an interrupt shows no traceback from the first moment on
-    from executor.interrupts import end_quietly
+if sys.argv[:1] == ["-m"]:  # a command (`python -m executor.infer`) is being imported: no traceback from here on
+    from executor.interrupts import end_quietly_on_signals
 
-    signal.signal(signal.SIGINT, end_quietly)
+    end_quietly_on_signals()
 
 __version__ = "0.2.0"
 EXPORTS = {"LLM": "executor.llm", "RequestOutput": "executor.llm", "SamplingParams": "executor.sampling_params"}

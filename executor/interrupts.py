@@ -45,7 +45,17 @@ def end(number: int, frame: FrameType | None) -> None:
     os._exit(1)
 
 
+def end_quietly_on_signals() -> None:
+    """For the time before a program can handle its signals: the line that it would print, no traceback.
+
+    A rank of several, whose launcher says what ended it, keeps the defaults.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        default = signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+        if default and os.environ.get("WORLD_SIZE", "1") == "1":
+            signal.signal(number, end_quietly)
+
+
 def end_quietly(number: int, frame: FrameType | None) -> None:
-    """For the time before a program can handle its signals: the line that it would print, no traceback."""
-    os.write(2, b"error: interrupted by SIGINT\n")
+    os.write(2, f"error: interrupted by {signal.Signals(number).name}\n".encode())
     os._exit(1)

@@ -113,14 +113,16 @@ EARLY = """
 import os, signal, sys
 sys.argv = ["-m"]
 import executor
-os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), getattr(signal, NAME))
 """
 LIBRARY = "import signal, executor; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
 
 
-def test_an_interrupt_while_a_command_is_imported_shows_no_traceback():
-    done = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: interrupted by SIGINT\n"
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_a_command_is_imported_shows_no_traceback(name):
+    code = EARLY.replace("NAME", repr(name))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: interrupted by {name}\n"
     assert subprocess.run([sys.executable, "-c", LIBRARY]).returncode == 0
 
 
