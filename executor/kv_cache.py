@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paged cache of keys and values: fixed blocks, handed out to sequences as they come."""
 
+from itertools import chain
+
 import torch
 
 BLOCK_SIZE = 128  # tokens a block; fits the paged attention of every backend
@@ -41,6 +43,13 @@ def cache_tensors(
     """
     shape = (2, num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim)
     return [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+
+
+def zero_blocks(kv_caches: list[tuple[torch.Tensor, torch.Tensor]], blocks: list[int]) -> None:
+    """Makes these blocks, and the null block, what they were at the start, in every layer."""
+    index = torch.tensor(sorted({NULL_BLOCK, *blocks}), device=kv_caches[0][0].device)
+    for cache in chain.from_iterable(kv_caches):
+        cache.index_fill_(0, index, 0)
 
 
 def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -43,7 +43,9 @@ class RequestOutput:
     """One finished request. Times are in milliseconds.
 
     ttft_ms: from the start of the prompt's prefill to its first token. tpot_ms: mean time of a token after the first,
-    None if there is only one. token_intervals_ms: the times tpot_ms is the mean of. finish_reason: "stop" or "length".
+    None if there is only one. token_intervals_ms: the times tpot_ms is the mean of.
+    finish_reason: "stop", "length", or "error" for a prompt whose logits were not finite: `error` then says at which
+    token and what the likely cause is, the tokens before it are kept, and ttft_ms is None if there is none.
     """
 
     prompt: str
@@ -51,7 +53,8 @@ class RequestOutput:
     text: str
     token_ids: list[int]
     finish_reason: str
-    ttft_ms: float
+    error: str | None = None
+    ttft_ms: float | None
     tpot_ms: float | None
     token_intervals_ms: list[float]
 
@@ -299,14 +302,37 @@ class LLM:
             text=text[: min(ends)] if ends else text,
             token_ids=sequence.token_ids,
             finish_reason=sequence.finish_reason,
-            ttft_ms=(times_s[0] - sequence.started_s) * 1e3,
+            error=self._not_finite(f"new token {len(times_s) + 1}") if sequence.finish_reason == "error" else None,
+            ttft_ms=(times_s[0] - sequence.started_s) * 1e3 if times_s else None,
             tpot_ms=sum(intervals_ms) / len(intervals_ms) if intervals_ms else None,
             token_intervals_ms=intervals_ms,
         )
 
+    def _not_finite(self, where: str) -> str:
+        """Says that the logits of `where` are not finite, and why that is likely so."""
+        cause = (
+            "a number was probably too large for dtype float16; try bfloat16, which has the range of float32"
+            if self.dtype is torch.float16
+            else "the checkpoint's weights are probably damaged or do not fit its config.json"
+        )
+        return f"the logits of {where} are not finite (NaN or infinity): {cause}"
+
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """Logits [T, V] float32 after every token of one sequence, on the CPU; the same on every rank."""
+        """Logits [T, V] float32 after every token of one sequence, on the CPU; the same on every rank.
+
+        ValueError naming the first position whose logits are not finite.
+        """
+        logits = self._prefill_logits(token_ids)
+        if logits is None:
+            # attention may have spread NaN to earlier positions, too: those of a shorter sequence are not touched
+            shorter = range(1, len(token_ids))
+            first = bisect_left(shorter, True, key=lambda count: self._prefill_logits(token_ids[:count]) is None)
+            raise ValueError(self._not_finite(f"position {first}"))
+        return logits
+
+    def _prefill_logits(self, token_ids: list[int]) -> torch.Tensor | None:
+        """`logits`, None if they are not finite."""
         self.engine.check_idle()
         batches = []
         try:
@@ -314,7 +340,11 @@ class LLM:
                 [sequence] = self.requests([("", list(token_ids))], SamplingParams(max_new_tokens=1))
                 scheduler.add(sequence)
                 batches.append(scheduler.start_waiting())
-            return self.runner.prefill(batches, all_positions=True).whole().cpu()
+            logits = self.runner.prefill(batches, all_positions=True).whole().cpu()
+            if not torch.stack(logits.aminmax()).isfinite().all():  # both are NaN if one of the logits is
+                return None
+            for scheduler, [sequence] in zip(self.engine.schedulers, batches, strict=True):
+                scheduler.finish(sequence)
+            return logits
         finally:
-            for scheduler in self.engine.schedulers:
-                scheduler.clear()
+            self.engine.clear()

@@ -8,8 +8,11 @@ from executor.scheduler import Sequence
 from models.layers.lm_head import ShardedLogits
 
 
-def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> torch.Tensor:
-    """The next token of this rank's rows, [B] int64, on their device.
+def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next token of this rank's rows, [B] int64, and the largest logit of each, [B] float32, on their device.
+
+    NaN counts as the largest logit: it is finite where all logits are, or are -inf beside one that is. Where it is not,
+    the token is some token of the vocabulary, so that the next step may be started before the host knows.
 
     `rows` says whose logits stand in `logits.local`; None is padding.
     All ranks that share the vocabulary see the same `rows`, so they agree on what to exchange: a few candidates where
@@ -19,21 +22,27 @@ def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> torch.Tensor:
     own = rows[logits.first_row : logits.first_row + logits.num_rows]
     sampled = [row.sampling for row in rows if row is not None and not row.sampling.greedy]
     if not sampled:
-        return logits.topk(1)[1][:, 0]
+        values, ids = logits.topk(1)
+        return ids[:, 0], values[:, 0]
     if all(sampling.top_k for sampling in sampled):
         values, ids = logits.topk(max(sampling.top_k for sampling in sampled))
+        largest = values[:, 0]
     else:
         values = logits.whole()
         ids = torch.arange(values.shape[1], device=values.device).expand_as(values)
+        largest = values.amax(-1)
+    values = values.masked_fill(~largest.isfinite()[:, None], 0)  # drawing from NaN would end the other rows, too
     choices = [choose(candidates, sequence) for candidates, sequence in zip(values, own, strict=True)]
-    return ids.gather(1, torch.stack(choices))[:, 0] if choices else ids.new_empty(0)
+    return ids.gather(1, torch.stack(choices))[:, 0] if choices else ids.new_empty(0), largest
 
 
 def choose(candidates: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """Index [1] of the next token among a sequence's candidate logits [N] float32."""
     if sequence.sampling.greedy:
         return candidates.argmax(keepdim=True)
-    probabilities = filter_logits(candidates / sequence.sampling.temperature, sequence.sampling).softmax(dim=-1)
+    largest = torch.finfo(candidates.dtype).max
+    scaled = (candidates / sequence.sampling.temperature).clamp(-largest, largest)  # of infinities softmax makes NaN
+    probabilities = filter_logits(scaled, sequence.sampling).softmax(dim=-1)
     return torch.multinomial(probabilities, 1, generator=sequence.generator)
 
 

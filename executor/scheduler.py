@@ -72,10 +72,9 @@ class Scheduler:
         return started
 
     def finish(self, sequence: Sequence) -> None:
-        """Takes a running sequence out and frees its cache."""
+        """Takes a running sequence out and frees its cache; the sequence still says which blocks that was."""
         self.running.remove(sequence)
         self.allocator.free(sequence.blocks)
-        sequence.blocks = []
 
     def clear(self) -> None:
         """Forgets all sequences."""

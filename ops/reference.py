@@ -80,9 +80,12 @@ class ReferenceOps(Ops):
         """One query token a sequence over its cached tokens: [B, H, C] -> [B, H, C]."""
         num_kv_heads = key_cache.shape[2]
         query = query.unflatten(1, (num_kv_heads, -1))  # a kv head's query heads stand as the rows of one attention
-        key = key_cache[step.block_table].flatten(1, 2).transpose(1, 2)  # [B, G, max_blocks * S, C]
-        value = value_cache[step.block_table].flatten(1, 2).transpose(1, 2)
-        cached = torch.arange(key.shape[2], device=key.device) < step.seq_lens[:, None]
+        table, block_size = step.block_table, key_cache.shape[1]
+        cached = torch.arange(table.shape[1] * block_size, device=table.device) < step.seq_lens[:, None]
+        # unused entries stand for a block that padding rows write to: NaN there would be NaN here, with a weight of 0
+        table = torch.where(cached[:, ::block_size], table, table[:, :1])
+        key = key_cache[table].flatten(1, 2).transpose(1, 2)  # [B, G, max_blocks * S, C]
+        value = value_cache[table].flatten(1, 2).transpose(1, 2)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=cached[:, None, None])
         return output.flatten(1, 2)
 

@@ -17,7 +17,7 @@ from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, files_in
 
 if TYPE_CHECKING:
-    from executor.llm import LLM
+    from executor.llm import LLM, RequestOutput
 
 CONFIG_FOLDER = REPOSITORY / "models" / "qwen3_moe" / "config"
 
@@ -102,6 +102,13 @@ def refuse_fallbacks(settings: Settings) -> None:
             f"dtype {settings.model_config.dtype} (docs/gpu.md and docs/npu.md say what is needed); --allow-fallback "
             "measures all the same"
         )
+
+
+def check_finished(outputs: "list[RequestOutput]") -> None:
+    """RuntimeError if a measured prompt failed: its times are none of a whole text."""
+    errors = [output.error for output in outputs if output.error is not None]
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(outputs)} measured prompts failed: {errors[0]}")
 
 
 def random_prompts(llm: "LLM", batch_size: int, prompt_tokens: int) -> list[list[int]]:

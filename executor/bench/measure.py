@@ -4,6 +4,7 @@
 import argparse
 from typing import Any
 
+from executor.bench.common import check_finished
 from executor.bench.floor import distinct_experts, step_bytes
 from executor.device import peak_memory_bytes
 from executor.llm import LLM
@@ -52,6 +53,7 @@ def measure(
 def generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
     """The times are the last prompt's: once it has started, all advance together."""
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    check_finished(outputs)
     return [output.token_ids for output in outputs], outputs[-1].ttft_ms, outputs[-1].token_intervals_ms
 
 

@@ -46,11 +46,11 @@ class Report:
         self.progress = tqdm(total=self.measurements, desc="measurements", disable=hidden)
 
     def add(self, results: list[dict[str, Any]]) -> None:
-        """The rows of one measurement."""
+        """The rows of one measurement. RuntimeError if a figure is not finite."""
         self.results += results
         self.progress.update()
         if self.output and is_first_rank():
-            replace(self.output, json.dumps(self.content, indent=1) + "\n")
+            replace(self.output, text_of(self.content) + "\n")
 
     def __enter__(self) -> "Report":
         return self
@@ -60,6 +60,14 @@ class Report:
             self.progress.close()
         if self.results and is_first_rank():
             print(self.tables(self))
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """JSON, which has no number that is not finite: a figure that is none is a fault of the measurement."""
+    try:
+        return json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise RuntimeError(f"a measured figure is not a finite number: {error}") from error
 
 
 def is_first_rank() -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from executor.bench.common import (
     build_llm,
+    check_finished,
     command_parser,
     describe_device,
     positive,
@@ -80,6 +81,7 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
     start_s = time.perf_counter()
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     seconds = time.perf_counter() - start_s
+    check_finished(outputs)
     tok_per_s = num_prompts * new_tokens / seconds
     return {
         "exe_mode": llm.settings.exe_mode,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ops.cuda.launch import pdl_trigger, pdl_wait
 
-LOWEST = tl.constexpr(-6.0e4)  # stands for a logit that is not there; finite in every dtype, lest it become NaN
+NAN_BITS = tl.constexpr(0x7FC00000)
 TAKEN = tl.constexpr(-(2**31))  # no key is below
 
 
@@ -18,11 +18,12 @@ def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
     """Keys int32 in the order of a token's logits at addresses `logits` + `i`, 0 <= i < BLOCK.
 
     The lowest bits hold the expert instead, so that a maximum is one instruction and its place is known: logits count
-    as equal if they differ by less than 2^-23 * BLOCK of themselves, and then the lower expert has the larger key.
+    as equal if they differ by less than 2^-23 * BLOCK of themselves, and then the lower expert has the larger key. NaN
+    of either sign comes first. A logit that is not there is -inf, which even a real -inf comes before.
     Read past the L1 cache, which may hold an older layer's.
     """
-    values = tl.load(logits + i, mask=i < E, other=LOWEST, cache_modifier=".cg").to(tl.float32)
-    bits = values.to(tl.int32, bitcast=True)
+    values = tl.load(logits + i, mask=i < E, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+    bits = tl.where(values != values, NAN_BITS, values.to(tl.int32, bitcast=True))
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     return (ordered & -BLOCK) | (BLOCK - 1 - i)
 
@@ -44,8 +45,8 @@ def expert_of(key, BLOCK: tl.constexpr):
 
 @triton.jit
 def logit_of(key, BLOCK: tl.constexpr):
-    ordered = key & -BLOCK
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    """The logit of a key, rounded towards 0; infinities are kept."""
+    return tl.where(key < 0, (key | (BLOCK - 1)) ^ 0x7FFFFFFF, key & -BLOCK).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -68,6 +68,66 @@ def norm_rotary_cache_kernel(
     tl.store(key_address + C // 2, z_2, mask=is_key[:, None])
 
 
+@triton.jit
+def count_not_finite(
+    qkv, first_start, end, kv_head, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """0 where the values of all columns from `first_start` to `end` are finite."""
+    c = tl.arange(0, C)
+    zeros = tl.zeros([BLOCK, C], tl.float32)
+    for first_column in range(first_start, end, BLOCK):
+        columns = first_column + tl.arange(0, BLOCK)
+        value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
+        value = tl.load(value_rows[:, None] + c[None, :], mask=(columns < end)[:, None], other=0.0)
+        zeros += value.to(tl.float32) * 0.0
+    return tl.sum(tl.sum((zeros != 0.0).to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def attend_to_columns(
+    query,
+    query_key,
+    qkv,
+    rows,
+    starts,
+    first_start,
+    end,
+    kv_head,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SORTS_OUT: tl.constexpr,
+):
+    """The running softmax of a tile of rows, after all columns from `first_start` to `end`.
+
+    SORTS_OUT: whether NaN of one prompt may stand beside another. There it must count for nothing: it moves from the
+    values, where 0 times it were NaN, to the scores of the rows that see it.
+    """
+    i = tl.arange(0, BLOCK)
+    c = tl.arange(0, C)
+    scale = LOG2_E / tl.sqrt(C * 1.0)
+    maximum = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    accumulated = tl.zeros([BLOCK, C], tl.float32)
+    for first_column in range(first_start, end, BLOCK):
+        columns = first_column + i
+        in_columns = (columns < end)[:, None]  # beyond, there may be another prompt
+        key_rows = query_key + (columns * (H + G) + H + kv_head).to(tl.int64) * C
+        key = tl.load(key_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
+        value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
+        value = tl.load(value_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
+        seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= starts[:, None])
+        scores = tl.dot(query, tl.trans(key)) * scale
+        if SORTS_OUT:
+            is_finite = tl.sum(value.to(tl.float32) * 0.0, axis=1) == 0.0
+            value = tl.where(is_finite[:, None], value, 0.0)
+            scores = tl.where(is_finite[None, :], scores, float("nan"))
+        scores = tl.where(seen, scores, float("-inf"))
+        maximum, total, accumulated = add_tile(scores, value, maximum, total, accumulated)
+    return total, accumulated
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def prefill_attention_kernel(
     query_key,  # [T, H + G, C]
@@ -92,20 +152,18 @@ def prefill_attention_kernel(
     first_start = first_row - tl.load(positions + first_row).to(tl.int32)
     query_rows = query_key + (rows * (H + G) + head).to(tl.int64) * C
     query = tl.load(query_rows[:, None] + c[None, :], mask=in_rows[:, None], other=0.0)
-    scale = LOG2_E / tl.sqrt(C * 1.0)
-    maximum = tl.full([BLOCK], LOWEST, tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    accumulated = tl.zeros([BLOCK, C], tl.float32)
-    for first_column in range(first_start, tl.minimum(first_row + BLOCK, num_tokens), BLOCK):
-        columns = first_column + i
-        in_columns = (columns < num_tokens)[:, None]
-        key_rows = query_key + (columns * (H + G) + H + kv_head).to(tl.int64) * C
-        key = tl.load(key_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
-        value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
-        value = tl.load(value_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
-        seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= starts[:, None])
-        scores = tl.where(seen, tl.dot(query, tl.trans(key)) * scale, float("-inf"))
-        maximum, total, accumulated = add_tile(scores, value, maximum, total, accumulated)
+    end = tl.minimum(first_row + BLOCK, num_tokens)
+    not_finite = 0
+    if tl.max(tl.where(in_rows, starts, first_start), axis=0) > first_start:  # rows of several prompts
+        not_finite = count_not_finite(qkv, first_start, end, kv_head, H, G, C, BLOCK)
+    if not_finite > 0:
+        total, accumulated = attend_to_columns(
+            query, query_key, qkv, rows, starts, first_start, end, kv_head, H, G, C, BLOCK, True
+        )
+    else:
+        total, accumulated = attend_to_columns(
+            query, query_key, qkv, rows, starts, first_start, end, kv_head, H, G, C, BLOCK, False
+        )
     target = output + (rows * H + head).to(tl.int64)[:, None] * C + c[None, :]
     tl.store(target, (accumulated / total[:, None]).to(output.dtype.element_ty), mask=in_rows[:, None])
 

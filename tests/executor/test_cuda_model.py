@@ -11,10 +11,10 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from executor import LLM  # noqa: E402
+from executor import LLM, SamplingParams  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
 from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
-from tests.checkpoints import make_checkpoint, reference_logits, rounded  # noqa: E402
+from tests.checkpoints import make_checkpoint, make_model, reference_logits, rounded  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
 
 KERNELS = {
@@ -27,20 +27,26 @@ KERNELS_FOR_ALL = {  # widths are powers of two; where every expert is chosen, n
     "hidden_size": 64,
     "num_attention_heads": 4,
     "head_dim": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_experts": 4,
     "num_experts_per_tok": 4,
     "moe_intermediate_size": 32,
     "vocab_size": 256,
 }
 CHOOSING = {"num_experts": 8, "num_experts_per_tok": 2}
-MIXED = {"attention_bias": True, "norm_topk_prob": False, "tie_word_embeddings": True, "mlp_only_layers": [0]}
+MIXED = {
+    "num_hidden_layers": 2,
+    "attention_bias": True,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": True,
+    "mlp_only_layers": [0],
+}
 # the config, lengths of prompts, a seed: one prompt long enough for two splits of the cache, or few tokens and a seed
 # with which no experts are so close that rounding decides
 MODELS = {
     "kernels_for_all": (KERNELS_FOR_ALL, [130, 1, 17], 5),
     "mixed": (KERNELS_FOR_ALL | CHOOSING | MIXED, [5, 1, 17], 5),
-    "odd_widths": ({"num_hidden_layers": 2}, [5, 1, 17], 29),  # plain torch between kernels
+    "odd_widths": ({"num_hidden_layers": 1}, [5, 1, 17], 29),  # plain torch between kernels
 }
 
 
@@ -72,3 +78,26 @@ def test_logits_equal_transformers(name, tmp_path, monkeypatch):
         assert {"MatmulCall", "NormMatmulCall"} <= bound
     longest = max(sequences, key=len)
     assert relative_error(llm.logits(longest), reference_logits(reference, longest)) < TOLERANCE
+
+
+def test_a_prompt_that_fails_changes_no_other(tmp_path, monkeypatch):
+    """Its neighbours in a packed prefill and in decode steps get the tokens they get alone, and so do later prompts."""
+    damaged, config = 7, KERNELS_FOR_ALL | CHOOSING | {"num_experts": 6}  # no power of two
+    model = make_model(5, **config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[damaged] = float("nan")
+        model.lm_head.weight[damaged] = 0
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("executor.llm.load_ops", lambda device_type: CudaOps())
+    settings = {"dtype": "float16", "input_max_len": 64, "max_new_tokens": NEW_TOKENS, "batch_size": 3}
+    llm = LLM(tmp_path, "cuda" if ON_GPU else "cpu", cache_tokens=384, **settings)
+    llm.engine.runs_ahead = True
+    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    torch.manual_seed(5)
+    prompts = [torch.randint(8, llm.config.vocab_size, (length,)).tolist() for length in (3, 9, 5)]
+    alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+    found = llm.generate([prompts[0], [20, damaged, 30, 40], *prompts[1:]], params)
+    assert [output.finish_reason for output in found] == ["length", "error", "length", "length"]
+    assert [output.token_ids for output in found] == [alone[0], [], *alone[1:]]
+    with pytest.raises(ValueError, match="position 1 "):
+        llm.logits([20, damaged, 30])

@@ -58,7 +58,7 @@ def make_sequence(prompt: list[int], token_ids: list[int], seed: int = 0, **samp
 
 
 def sample_rows(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    return sample(ShardedLogits(logits.clone(), SINGLE["lmhead_tp"], 0, len(sequences)), sequences).tolist()
+    return sample(ShardedLogits(logits.clone(), SINGLE["lmhead_tp"], 0, len(sequences)), sequences)[0].tolist()
 
 
 def processors(
@@ -125,6 +125,40 @@ def test_greedy_and_sampled_requests_share_a_step():
     token_ids = sample_rows(logits, [make_sequence([1], [], **sampling) for sampling in settings])
     best = logits.argmax(dim=-1).tolist()
     assert [token_ids[i] for i in (0, 2, 3)] == [best[i] for i in (0, 2, 3)]
+
+
+NAN, INF = math.nan, math.inf
+ROWS = [  # numbers among the logits, whether the row can still be chosen from
+    ((NAN,), False),
+    ((INF,), False),
+    ((NAN, INF, -INF), False),
+    ((-INF,) * VOCAB, False),
+    ((-INF,), True),
+    ((-INF,) * (VOCAB - 1), True),
+    ((3e38, -3e38), True),
+    ((), True),
+]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.01}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_rows_that_are_not_finite(penalty, sampling):
+    """They are told, their tokens exist, and the others' are those that they get without them."""
+    logits = torch.randn(len(ROWS), VOCAB)
+    for row, (values, _) in zip(logits, ROWS, strict=True):
+        row[torch.randperm(VOCAB)[: len(values)]] = torch.tensor(values)
+    settings = {"repetition_penalty": penalty, **sampling}
+
+    def run(chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        sequences = [make_sequence([1, 2], [3], seed=i, **settings) for i in chosen]
+        return sample(ShardedLogits(logits[chosen], SINGLE["lmhead_tp"], 0, len(chosen)), sequences)
+
+    token_ids, largest = run([*range(len(ROWS))])
+    assert [math.isfinite(value) for value in largest.tolist()] == [finite for _, finite in ROWS]
+    assert ((token_ids >= 0) & (token_ids < VOCAB)).all()
+    sound = [i for i, (_, finite) in enumerate(ROWS) if finite]
+    assert token_ids[sound].tolist() == run(sound)[0].tolist()
+    assert all(logits[i, token_ids[i]] > -INF for i in sound)
 
 
 @pytest.mark.parametrize("filters", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}])
@@ -263,5 +297,5 @@ def test_bad_generation_config(generation, named, checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_k", -3), ("seed", -1)])
 def test_impossible_settings_name_their_key(key, value, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=f"^data_config.{key}: {value} is impossible"):
+    with pytest.raises(ValueError, match=f"data_config.{key}: {value} is impossible"):
         defaults(checkpoint, tmp_path, None, **{key: value})
