@@ -5,7 +5,16 @@ import sys
 from importlib import import_module
 from typing import Any
 
-if sys.argv[:1] == ["-m"]:  # a command (`python -m executor.infer`) is being imported: no traceback from here on
+
+def is_command() -> bool:
+    """Whether runpy imports this package, as for `python -m executor.infer`, and not a program that is run by -m."""
+    frame = sys._getframe(1).f_back
+    while frame is not None and "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return sys.argv[:1] == ["-m"] and frame is not None and frame.f_globals.get("__name__") == "runpy"
+
+
+if is_command():  # no traceback from here on
     from executor.interrupts import end_quietly_on_signals
 
     end_quietly_on_signals()

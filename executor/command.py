@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable
 
 from executor.interrupts import Interrupted, raise_on_signals
-from executor.rank import fail
-from executor.terminal import resilient_terminal
+from executor.rank import DRAIN_S, fail
+from executor.terminal import drain, resilient_terminal
 
 
 def run_command(body: Callable[[], int]) -> int:
@@ -18,7 +18,12 @@ def run_command(body: Callable[[], int]) -> int:
                     return body()
                 except ValueError as error:
                     return fail(2, error)
-                except (Exception, Interrupted) as error:
+                except Interrupted as error:
+                    exit_code = fail(1, error)
+                    if not drain(DRAIN_S):  # an end that was asked for does not wait for a reader that pauses
+                        os._exit(exit_code)
+                    return exit_code
+                except Exception as error:
                     return fail(1, error)
         except Interrupted:  # while a reader that pauses was waited for
             os._exit(1)

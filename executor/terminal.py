@@ -36,11 +36,11 @@ class Writer:
         else:
             self.dropped += 1
 
-    def drain(self, timeout_s: float | None = None) -> None:
-        """Returns when all that was queued is written or dropped."""
+    def drain(self, timeout_s: float | None = None) -> bool:
+        """Returns when all that was queued is written or dropped; False if that is not so in time."""
         done = threading.Event()
         self.queue.put((None, done))
-        done.wait(timeout_s)
+        return done.wait(timeout_s)
 
     def _write_all(self) -> None:
         gone: set[int] = set()
@@ -123,10 +123,9 @@ def open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
 
 
-def drain(timeout_s: float) -> None:
-    """Waits until what was printed is written, before a process ends without unwinding."""
-    if isinstance(sys.stdout, Terminal):
-        sys.stdout.writer.drain(timeout_s)
+def drain(timeout_s: float) -> bool:
+    """Waits until what was printed is written, before a process ends without unwinding; False if it is not in time."""
+    return not isinstance(sys.stdout, Terminal) or sys.stdout.writer.drain(timeout_s)
 
 
 def print_error(message: object) -> None:

@@ -15,7 +15,8 @@ def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
             file.unlink()
         except FileExistsError:  # O_NONBLOCK: a pipe that nobody reads is an error, not something to wait for
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-        os.close(descriptor)
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):  # else open until the process ends: closed, it were the
+            os.close(descriptor)  # end of the file to its reader
         same = next((path for path in inputs if is_same(file, path)), None)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error

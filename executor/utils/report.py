@@ -16,7 +16,10 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
         return {"p50": None, "p90": None, "p99": None}
     import torch
 
-    points = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64))
+    ordered = torch.tensor(values, dtype=torch.float64).sort().values  # torch.quantile refuses more than 2^24 values
+    places = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64) * (len(ordered) - 1)
+    below, above = ordered[places.floor().long()], ordered[places.ceil().long()]
+    points = below.lerp(above, places.frac())
     return dict(zip(("p50", "p90", "p99"), (round(point, 4) for point in points.tolist()), strict=True))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of results are found writable before they are needed, and are always whole."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ def test_a_check_leaves_a_file_as_it_is(tmp_path):
     for file in (kept, new):
         check_output("--output", file)
     assert kept.read_text() == "results" and not new.exists()
+
+
+def test_a_check_does_not_end_what_reads_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_output("--output", pipe)  # nobody reads
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_output("--output", pipe)
+    with pytest.raises(BlockingIOError):  # "" would be the end of the file
+        os.read(reader, 1)
 
 
 @pytest.mark.parametrize("name", [".", "no/such/folder/file", "/proc/file"])

@@ -110,9 +110,9 @@ def test_an_error_is_a_line_of_its_own():
 
 
 EARLY = """
-import os, signal, sys
+import os, runpy, signal, sys
 sys.argv = ["-m"]
-import executor
+runpy.run_module("executor.known_names")
 os.kill(os.getpid(), getattr(signal, NAME))
 """
 LIBRARY = "import signal, executor; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
@@ -124,6 +124,16 @@ def test_a_signal_while_a_command_is_imported_shows_no_traceback(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: interrupted by {name}\n"
     assert subprocess.run([sys.executable, "-c", LIBRARY]).returncode == 0
+
+
+def test_a_program_run_as_a_module_keeps_its_signals(tmp_path):
+    """Its package is imported while sys.argv[0] is "-m", as that of a command of this package is."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("from executor import SamplingParams")
+    (tmp_path / "program" / "__main__.py").write_text(LIBRARY)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run([sys.executable, "-m", "program"], env=os.environ | {"PYTHONPATH": path})
+    assert done.returncode == 0
 
 
 COMMAND = """
@@ -145,6 +155,15 @@ def test_a_command_says_what_ended_it(number):
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1 and err == f"error: interrupted by {number.name}\n"
+
+
+def test_a_signal_does_not_wait_for_a_reader_that_pauses(tmp_path: Path):
+    code = COMMAND.replace('print("ready", flush=True)', f"print('x' * 10**6); open({str(tmp_path / 'file')!r}, 'w')")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "file").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
 
 
 def test_nohup_stays(tmp_path: Path):
