@@ -33,8 +33,8 @@ SAMPLINGS = {
 DAMAGE = "the checkpoint's weights are probably damaged or do not fit its config.json"
 
 
-def sound_prompt(num_tokens: int) -> list[int]:
-    return random.choices([i for i in range(TINY["vocab_size"]) if i != DAMAGED], k=num_tokens)
+def sound_prompt(num_tokens: int, damaged: int = DAMAGED) -> list[int]:
+    return random.choices([i for i in range(TINY["vocab_size"]) if i != damaged], k=num_tokens)
 
 
 def damaged_prompt(num_tokens: int) -> list[int]:
@@ -127,7 +127,7 @@ def text(sound) -> tuple[list[int], list[int], int]:
     for _ in range(50):
         prompt = sound_prompt(126)
         [output] = llm.generate([prompt], SamplingParams(max_new_tokens=9, ignore_eos=True))
-        place = next((i for i in (3, 4, 2) if output.token_ids[i] not in [1, 2, *prompt, *output.token_ids[:i]]), None)
+        place = next((i for i in (3, 4, 5) if output.token_ids[i] not in [1, 2, *prompt, *output.token_ids[:i]]), None)
         if place is not None:
             return prompt, output.token_ids, place
     raise AssertionError("no prompt is followed by a new token")
@@ -138,7 +138,7 @@ def test_tokens_before_the_failure_are_kept(runs_ahead, text, tmp_path):
     """A chosen token is the damaged one: the limit comes before the failure, with it, or later."""
     prompt, token_ids, place = text
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead, batch_size=2)
-    company = [token_id for token_id in sound_prompt(40) if token_id != token_ids[place]]
+    company = sound_prompt(40, token_ids[place])
     for later in range(4):
         params = SamplingParams(max_new_tokens=place + 1 + later, ignore_eos=True)
         [alone] = llm.generate([company], params)
@@ -159,7 +159,7 @@ def test_a_step_after_the_end_of_a_text_poisons_nothing(runs_ahead, text, tmp_pa
     eos = token_ids[place]
     llm = build(save(tmp_path, embed(eos, float("nan"))), runs_ahead, cache_tokens=2 * BLOCK_SIZE)
     llm.tokenizer.eos_token_ids = {eos}
-    other = [token_id for token_id in sound_prompt(130) if token_id != eos]
+    other = sound_prompt(127, eos)  # uses the same second block, but gets to the damaged place last
     params = SamplingParams(max_new_tokens=9)
     [before] = llm.generate([other], params)
     for prompts in ([prompt, other], [prompt], [other]):  # in the same run, and in the next
@@ -275,7 +275,7 @@ def test_rows_of_padding_poison_nobody(text, tmp_path, monkeypatch):
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead=True, **settings)
     assert isinstance(llm.runner, GraphRunner) and set(llm.runner.graphs) == {1, 2, 4}
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
-    others = [[token_id for token_id in sound_prompt(n) if token_id != token_ids[place]] for n in (5, 200)]
+    others = [sound_prompt(length, token_ids[place]) for length in (5, 200)]
     alone = [llm.generate([other], params)[0] for other in others]
     first, *rest = llm.generate([prompt, *others], params)
     assert_failed(first, place + 1)
