@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The documentation says what the code does: settings, files, commands."""
 
+import argparse
 import ast
 import dataclasses
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from executor import config
+from executor.known_names import hint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGURATION = REPOSITORY / "docs" / "configuration.md"
@@ -204,3 +208,160 @@ def test_yaml_examples_are_valid(page):
     for number, block in enumerate(code_blocks(page.read_text(encoding="utf-8"), "yaml"), 1):
         raw = {"model_name": "x", "model_path": "x", **config.parse_yaml(block)}
         config.settings_from_dict(raw, f"{page}: example {number}")
+
+
+class Parsed(Exception):
+    """A command line was accepted; what the command does stays undone."""
+
+
+def tool_commands(text: str) -> list[list[str]]:
+    """The words after `python -m executor.` of the commands in a page's blocks: the module, then its arguments."""
+    return [
+        shlex.split(line.rpartition("python -m executor.")[2], comments=True)
+        for block in code_blocks(text, "bash")
+        for line in block.splitlines()
+        if "python -m executor." in line
+    ]
+
+
+def is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the real parser of a bench command takes these arguments."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, *arguments):
+        parse_args(parser, *arguments)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    module, command, *arguments = words
+    assert module == "bench", f"no test for {module}"
+    try:
+        importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(arguments)
+    except Parsed:
+        return True
+    except SystemExit:
+        return False
+    raise AssertionError("it ran without parsing")
+
+
+TOOL_COMMANDS = [
+    pytest.param(words, id=f"{page.name}: {' '.join(words)}")
+    for page in PAGES
+    for words in tool_commands(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("words", TOOL_COMMANDS)
+def test_tools_accept_their_documented_arguments(words, monkeypatch):
+    assert is_accepted(words, monkeypatch)
+
+
+@pytest.mark.parametrize("command", ["latency", "throughput", "kernels", "plot"])
+def test_readme_shows_each_measurement(command):
+    shown = tool_commands(READMES[0].read_text(encoding="utf-8"))
+    assert [words[1] for words in shown].count(command) == 1
+
+
+def test_arguments_of_another_command_are_noticed(monkeypatch):
+    [latency] = [words for words in tool_commands(READMES[0].read_text(encoding="utf-8")) if words[1] == "latency"]
+    for command in ("throughput", "kernels", "plot"):
+        with monkeypatch.context() as patch:
+            assert not is_accepted(["bench", command, *latency[2:]], patch)
+
+
+# The two READMEs
+
+
+def outline(text: str) -> dict[str, list]:
+    """What does not depend on the language: levels of headings, links, inline code, blocks, figures of tables."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\|(.+)\|$", prose, flags=re.MULTILINE)
+    return {
+        "headings": re.findall(r"^#+(?= )", prose, flags=re.MULTILINE),
+        "links": [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("README")],
+        "code": sorted(" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)),
+        "blocks": [re.findall(r"^```(\w+)$", text, flags=re.MULTILINE), code_blocks(text, "bash")],
+        "figures": [figures(row) for row in rows],
+    }
+
+
+def figures(row: str) -> list[str]:
+    return re.findall(r"\d[\d.,]*\d|\d", row)
+
+
+def test_readmes_say_the_same():
+    english, chinese = (outline(page.read_text(encoding="utf-8")) for page in READMES)
+    assert english == chinese
+    assert all(english.values())
+
+
+@pytest.mark.parametrize(
+    ("part", "written", "instead"),
+    [
+        ("headings", "## Prompts", "### Prompts"),
+        ("links", "(docs/reliability.md)", "(docs/results.md)"),
+        ("code", "`OMP_NUM_THREADS`", "`MKL_NUM_THREADS`"),
+        ("blocks", "--batch-size 1 8", "--batch-size 1 4"),
+        ("figures", "4.95", "4.59"),
+    ],
+)
+def test_a_difference_of_the_readmes_is_noticed(part, written, instead):
+    text = READMES[0].read_text(encoding="utf-8")
+    assert written in text
+    assert outline(text.replace(written, instead))[part] != outline(text)[part]
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    results = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
+    section = results.partition("## One H200,")[2].partition("\n## ")[0]
+    measured = {}
+    for row in re.findall(r"^\|(\d.+)\|$", section, flags=re.MULTILINE):
+        batch, prompt, _, graph, vllm, eager, floor, *_ = [*row.split("|"), "", "", "", "", "", ""]
+        measured.setdefault((batch, prompt), [figures(cell)[:1] for cell in (graph, eager, vllm, floor)])
+    rows = re.findall(r"^\|(\d.+)\|$", READMES[0].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(rows) == 5
+    for row in rows:
+        batch, prompt, *shown = row.split("|")
+        assert [figures(cell) for cell in shown] == measured[batch, prompt]
+
+
+def test_readme_has_two_commands_to_begin_with():
+    section = READMES[0].read_text(encoding="utf-8").partition("## Two commands\n")[2].partition("\n## ")[0]
+    assert code_blocks(section, "bash") == ["bash models/qwen3_moe/infer.sh\n", "bash tests/run.sh\n"]
+
+
+# Names that users of other programs bring
+
+
+def foreign_names(text: str) -> list[tuple[str, list[str]]]:
+    """(name elsewhere, what the page says is its counterpart here), of the table for users of other programs."""
+    body = text.partition("## Coming from vLLM or transformers\n")[2].partition("\n## ")[0]
+    found = []
+    for there, here in re.findall(r"^\|(`.+)\|(.+)\|$", body, flags=re.MULTILINE):
+        counterparts = [code.partition(":")[0] for code in re.findall(r"`([^`]+)`", here)]
+        found += [(name.partition(":")[0], counterparts) for name in re.findall(r"`([^`]+)`", there)]
+    return found
+
+
+FOREIGN_NAMES = foreign_names(CONFIGURATION.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("name", "counterparts"), FOREIGN_NAMES, ids=[name for name, _ in FOREIGN_NAMES])
+def test_the_page_and_the_hints_agree(name, counterparts):
+    advice = hint(name)
+    assert advice is not None
+    if not counterparts:
+        assert re.match("there is no|there is one|only", advice)
+        return
+    words = set(re.findall(r"\w+", advice))
+    assert any(set(re.findall(r"\w+", counterpart.rpartition(".")[2])) & words for counterpart in counterparts)
+    dotted = {counterpart for counterpart in counterparts if re.fullmatch(r"\w+\.\w+", counterpart)}
+    assert dotted <= set(settings_in_code())
+
+
+def test_well_known_names_are_on_the_page():
+    names = {name for name, _ in FOREIGN_NAMES}
+    assert names >= set(
+        "max_tokens max_model_len tensor_parallel_size gpu_memory_utilization hf_overrides enforce_eager quantization "
+        "trust_remote_code max_num_seqs torch_dtype device_map".split()
+    )
