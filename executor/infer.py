@@ -10,6 +10,7 @@ from typing import Any
 
 from executor.command import run_command
 from executor.config import Settings, load_settings, resolve_path
+from executor.interrupts import interrupts_deferred
 from executor.rank import PartialFailure, fail, join
 from executor.results import Results, create_run_folder, run_name
 from executor.utils.arguments import ArgumentParser
@@ -93,8 +94,9 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
     count, start_s = len(sequences), time.perf_counter()
 
     def keep(index: int, output: Any) -> None:
-        results.write(line_of(index, output))
-        del unwritten[index]
+        with interrupts_deferred():  # in the middle, nobody could tell which file has the line
+            results.write(line_of(index, output))
+            del unwritten[index]
 
     try:
         with tqdm(total=count, desc="prompts", disable=count == 1) as progress:

@@ -34,6 +34,28 @@ def raise_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """For what must be done whole: a signal raises `Interrupted` behind it; a second one ends the process at once."""
+    numbers = [number for number in SIGNALS if signal.getsignal(number) is interrupt]
+    came: list[int] = []
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for other in numbers:
+            signal.signal(other, end)
+
+    try:
+        for number in numbers:
+            signal.signal(number, defer)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, interrupt)
+    if came:
+        interrupt(came[0], None)
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     for other in SIGNALS:
         if signal.getsignal(other) is interrupt:

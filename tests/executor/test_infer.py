@@ -3,12 +3,14 @@
 
 import dataclasses
 import datetime
+import itertools
 import json
 import logging
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -308,6 +310,25 @@ def test_what_finished_in_the_last_step_is_written(run, tmp_path, monkeypatch):
     code, _, err = run()
     assert code == 1 and err.splitlines()[-1] == "error: interrupted by SIGINT"
     assert sorted(record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")) == [0, 1]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_signal_while_a_line_is_written_neither_loses_nor_repeats_one(nth, run, tmp_path, monkeypatch):
+    """At the first line of the first file, at that of the second, at a later line."""
+    write, count = os.write, itertools.count(1)
+
+    def interrupted(descriptor: int, data: bytes) -> int:
+        written = write(descriptor, data)
+        if next(count) == nth:
+            signal.raise_signal(signal.SIGINT)
+        return written
+
+    monkeypatch.setattr(os, "write", interrupted)
+    code, _, err = run("--output", str(tmp_path / "copy.jsonl"), "--set", "data_config.batch_size=1")
+    assert code == 1 and err.splitlines()[-1] == "error: interrupted by SIGINT"
+    for file in (result_folder(tmp_path) / "result.jsonl", tmp_path / "copy.jsonl"):
+        assert [record["index"] for record in records(file)] == list(range((nth + 1) // 2))
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("what", ["prompts", "yaml", "config", "link", "hard link"])
