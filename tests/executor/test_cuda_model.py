@@ -12,7 +12,7 @@ if not ON_GPU:
 pytest.importorskip("triton", reason="the kernels need triton")
 
 from executor import LLM, SamplingParams  # noqa: E402
-from ops.cuda import CudaOps  # noqa: E402
+from ops.cuda import CudaOps, tiles  # noqa: E402
 from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
 from tests.checkpoints import make_checkpoint, make_model, reference_logits, rounded  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
@@ -48,6 +48,18 @@ MODELS = {
     "mixed": (KERNELS_FOR_ALL | CHOOSING | MIXED, [5, 1, 17], 5),
     "odd_widths": ({"num_hidden_layers": 1}, [5, 1, 17], 29),  # plain torch between kernels
 }
+
+
+def tile_of_many_rows(n: int, k: int) -> tiles.GemvTile:
+    rows = tiles.power_of_two_factor(n, 4)
+    return tiles.GemvTile(rows, tiles.power_of_two_factor(n // rows, 4), 8)
+
+
+@pytest.fixture(autouse=True)
+def programs_of_many_rows(monkeypatch):
+    """As large matrices have them: small ones have a program a row, each of which takes the interpreter 10 ms."""
+    if not ON_GPU:
+        monkeypatch.setattr("ops.cuda.linear.gemv_tile", tile_of_many_rows)
 
 
 @pytest.mark.parametrize("name", MODELS)
