@@ -365,3 +365,36 @@ def test_well_known_names_are_on_the_page():
         "max_tokens max_model_len tensor_parallel_size gpu_memory_utilization hf_overrides enforce_eager quantization "
         "trust_remote_code max_num_seqs torch_dtype device_map".split()
     )
+
+
+# Messages
+
+
+def quoted_messages(text: str) -> list[str]:
+    """The literal parts, each the longest of its message, of what the tables of troubleshooting say that one sees."""
+    cells = [row.split("|")[0] for row in re.findall(r"^\|(.+)\|$", text, flags=re.MULTILINE)]
+    messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
+    return [max(re.split(r"\.\.\.|2\.x", message), key=len).strip() for message in messages]
+
+
+def sources() -> str:
+    rooms = [REPOSITORY / name for name in ("executor", "models", "ops")]
+    files = [file for room in rooms for suffix in ("py", "sh") for file in sorted(room.rglob(f"*.{suffix}"))]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def unknown_messages(text: str) -> list[str]:
+    """Those that the program cannot say."""
+    code, of_libraries = sources(), {"implicit factor"}
+    return [message for message in quoted_messages(text) if message not in code and message not in of_libraries]
+
+
+def test_messages_of_troubleshooting_exist():
+    text = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert len(quoted_messages(text)) > 20
+    assert unknown_messages(text) == []
+
+
+def test_a_message_that_is_gone_is_noticed():
+    table = "|You see|What to do|\n|---|---|\n|`unknown key`, `rope parameters are ... incomplete`|...|\n"
+    assert unknown_messages(table) == ["rope parameters are"]
