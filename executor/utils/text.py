@@ -6,6 +6,7 @@ from typing import Any
 
 MAX_LINE = 400  # characters of an error line
 MAX_VALUE = 80  # characters of a value quoted in one
+DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they turn round what stands behind
 
 
 def one_line(text: object, limit: int = MAX_LINE) -> str:
@@ -22,11 +23,13 @@ def one_line(text: object, limit: int = MAX_LINE) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with its control characters and lone surrogates escaped, except for tabs and line ends."""
+    """`text` with control characters, changes of direction and lone surrogates escaped, but not tabs and line ends."""
     return "".join(character if shows(character) else escaped(character) for character in text)
 
 
 def shows(character: str) -> bool:
+    if unicodedata.bidirectional(character) in DIRECTIONS:
+        return False
     return character in "\t\n" or unicodedata.category(character) not in ("Cc", "Cs")
 
 

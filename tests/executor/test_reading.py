@@ -16,11 +16,11 @@ def test_one_line_is_bounded_and_keeps_both_ends():
     assert one_line("a\n  b") == "a b" and one_line("é 東京 🎭") == "é 東京 🎭"
 
 
-@pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\x9b", "\ud83d", "\x7f"])
+@pytest.mark.parametrize("character", ["\x1b", "\x07", "\x00", "\x9b", "\ud83d", "\x7f", "\u202e", "\u2066"])
 def test_control_characters_are_escaped(character):
     assert character not in one_line(f"a{character}b") and character not in printable(f"a{character}b")
     printable(f"a{character}b").encode()
-    assert printable("a\tb\nc") == "a\tb\nc"
+    assert printable("a\tb\nc") == "a\tb\nc" and printable("שלום\u200f \u200d") == "שלום\u200f \u200d"
 
 
 def nested(depth: int) -> list:
