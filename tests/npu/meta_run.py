@@ -1,14 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the model on the NPU backend with meta tensors under a wheel's schemas, and writes down every call.
 
-    python tests/npu/meta_run.py WHEEL              prints one JSON object: case -> calls, or the error
-    python tests/npu/meta_run.py WHEEL MUTANTS      the same of a few cases for each changed source in a JSON list
-
-A process of its own, because tests.npu.schemas.load takes over torch.ops.npu.
+For processes that may be taken over, as tests.npu.schemas.load does with torch.ops.npu.
 """
 
-import json
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,22 +11,19 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from executor.before_loading import load_config  # noqa: E402
-from executor.kv_cache import cache_tensors  # noqa: E402
-from executor.loader import as_parameters  # noqa: E402
-from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share  # noqa: E402
-from models.layers.parameter import Parameters  # noqa: E402
-from models.layers.rotary import RotaryEmbedding  # noqa: E402
-from models.qwen3_moe.model import Building, Qwen3Moe  # noqa: E402
-from models.qwen3_moe.sharding import Layout  # noqa: E402
-from models.qwen3_moe.weights import parameter_specs  # noqa: E402
-from ops import GroupedRows, StepMetadata  # noqa: E402
-from ops.ascend import ExchangeSizes  # noqa: E402
-from ops.comm import Group, ParallelContext, group_members  # noqa: E402
-from tests.npu.schemas import load, module  # noqa: E402
+from executor.before_loading import load_config
+from executor.kv_cache import cache_tensors
+from executor.loader import as_parameters
+from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share
+from models.layers.parameter import Parameters
+from models.layers.rotary import RotaryEmbedding
+from models.qwen3_moe.model import Building, Qwen3Moe
+from models.qwen3_moe.sharding import Layout
+from models.qwen3_moe.weights import parameter_specs
+from ops import GroupedRows, StepMetadata
+from ops.ascend import ExchangeSizes
+from ops.comm import Group, ParallelContext, group_members
+from tests.npu.schemas import ROOT, load, module
 
 MODELS = {"30b": "qwen3_30b_a3b", "235b": "qwen3_235b_a22b"}
 LAYOUTS = {f"{tp}tp": (tp, tp, tp, "A3") for tp in (1, 2, 4, 8, 16)}  # world size, attn_tp, moe_tp, product
@@ -215,6 +207,7 @@ class Case:
 
 
 def run_all(wheel: Path) -> dict[str, Any]:
+    """Case -> calls, or the error."""
     load(wheel)
     from ops import npu
 
@@ -285,11 +278,3 @@ def run_case(prefix: str, case: Case) -> dict[str, Any]:
         except Exception:  # reported by the test of this case
             results[f"{prefix}-{name}"] = traceback.format_exc()
     return results
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        found: Any = run_mutants(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
-    else:
-        found = run_all(Path(sys.argv[1]))
-    json.dump(found, sys.stdout)

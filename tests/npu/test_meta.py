@@ -5,11 +5,7 @@ The meta functions let much through that the vendor forbids, so `CONTRACTS` chec
 operations' documentation; among them are the defaults that silently compute something else.
 """
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,9 +13,10 @@ from typing import Any
 import pytest
 
 from tests.npu.bindings import BEST
+from tests.npu.meta_run import run_all
 from tests.npu.wheels import VERSIONS, wheel
+from tests.parallel.ranks import run_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
 TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
 LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
@@ -33,28 +30,17 @@ CASES += [f"fallback{level}-{run}" for level in (1, 2) for run in RUNS]
 READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal")
 
 
-def meta_run(version: str, *arguments: Path) -> Any:
-    """What meta_run.py writes down under a wheel."""
+def run_meta(version: str, function: Callable[..., Any], folder: Path, *arguments: Any) -> Any:
+    """What a function of meta_run.py writes down under a wheel, in a process of its own."""
     file = wheel(version)
     if file is None:
         pytest.skip(f"torch_npu {version}: no wheel in the cache and no package index")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/npu/meta_run.py"), str(file), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-recorded = cache(meta_run)
+    return run_ranks(1, function, folder, file, *arguments)[0]
 
 
 @pytest.fixture(params=VERSIONS, scope="module")
-def results(request) -> dict:
-    return recorded(request.param)
+def results(request, tmp_path_factory) -> dict:
+    return run_meta(request.param, run_all, tmp_path_factory.mktemp("meta"))
 
 
 def calls_of(results: dict, case: str) -> list[dict]:

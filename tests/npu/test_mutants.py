@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of the NPU backend broken one at a time: the checks of test_meta.py must notice each."""
 
-import json
-
 import pytest
 
+from tests.npu.meta_run import run_mutants
 from tests.npu.schemas import BACKEND
-from tests.npu.test_meta import CASES, check_case, meta_run
+from tests.npu.test_meta import CASES, check_case, run_meta
 from tests.npu.wheels import VERSIONS
 
 MUTANTS = [
@@ -62,9 +61,7 @@ def mutants(tmp_path_factory) -> list[dict]:
     for old, new in MUTANTS:
         [changed] = [name for name, source in sources.items() if old in source]
         mutated.append(sources | {changed: sources[changed].replace(old, new, 1)})
-    file = tmp_path_factory.mktemp("mutants") / "sources.json"
-    file.write_text(json.dumps(mutated), encoding="utf-8")
-    return meta_run(VERSIONS[0], file)
+    return run_meta(VERSIONS[0], run_mutants, tmp_path_factory.mktemp("mutants"), mutated)
 
 
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[old for old, _ in MUTANTS])
