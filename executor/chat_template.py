@@ -79,7 +79,7 @@ def call_within(timeout_s: float, call: Callable[[], Any]) -> Any:
     try:
         thread.join(max(timeout_s, 0))
     finally:
-        if thread.is_alive():  # SystemExit is what no template's code catches
+        if thread.ident is not None and thread.is_alive():  # SystemExit is what no template's code catches
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     if not outcome:
         raise TimeoutError(f"takes more than {RENDER_TIMEOUT_S:.0f} s")

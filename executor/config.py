@@ -90,7 +90,11 @@ class Settings:
     parallel_config: ParallelSettings = field(default_factory=ParallelSettings)
 
 
-SECTIONS = {name: kind for name, kind in typing.get_type_hints(Settings).items() if dataclasses.is_dataclass(kind)}
+SECTIONS = {
+    name: kind
+    for name, kind in typing.get_type_hints(Settings).items()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+}
 
 
 def load_settings(path: str | Path, overrides: typing.Sequence[str] = ()) -> Settings:

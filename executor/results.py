@@ -119,9 +119,9 @@ class LineFile:
         """Appends a line. Raises OSError, after which the file holds the lines before it."""
         part = None
         if self.descriptor is None:
-            part = self._open()
-        elif self._is_deleted():
-            self._restore()
+            self.descriptor, part = self._open()
+        elif is_deleted(self.descriptor):
+            self._restore(self.descriptor)
         written = 0
         try:
             while written < len(line):
@@ -140,8 +140,8 @@ class LineFile:
         """Returns where the file is now, should somebody have moved it. Raises OSError if it cannot be restored."""
         if self.descriptor is None:
             return self.path
-        if self._is_deleted():
-            self._restore()
+        if is_deleted(self.descriptor):
+            self._restore(self.descriptor)
         here = self.path
         with contextlib.suppress(OSError):
             if not here.exists():
@@ -150,30 +150,24 @@ class LineFile:
         self.descriptor = None
         return here
 
-    def _open(self) -> Path | None:
+    def _open(self) -> tuple[int, Path | None]:
         """Opens a new file, returned, that is to take the old one's place; the old one itself where that cannot be."""
         standard = STANDARD_STREAM.fullmatch(str(self.path))
         if standard:  # opened anew it would have a position of its own
-            self.descriptor = os.dup(int(standard[1] or STANDARD_NUMBERS[self.path.name]))
-            return None
+            return os.dup(int(standard[1] or STANDARD_NUMBERS[self.path.name])), None
         target = self.path.resolve()
         if not self.path.exists() or self.path.is_file() and not os.path.ismount(target):
             part = target.with_name(f".{secrets.token_hex(4)}.part")
             with contextlib.suppress(OSError):  # the folder may not take new files
-                self.descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+                descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
                 if target.exists():
                     shutil.copymode(target, part)
-                return part
-        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o666)
-        return None
+                return descriptor, part
+        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o666), None
 
-    def _is_deleted(self) -> bool:
-        found = os.fstat(self.descriptor)
-        return stat.S_ISREG(found.st_mode) and found.st_nlink == 0
-
-    def _restore(self) -> None:
+    def _restore(self, deleted: int) -> None:
         """Writes what was written so far into a new file of the same name, or of one beside it that is free."""
-        deleted, number, target = self.descriptor, 1, self.path
+        number, target = 1, self.path
         target.parent.mkdir(parents=True, exist_ok=True)
         while target.exists():
             number += 1
@@ -185,6 +179,12 @@ class LineFile:
         while part := os.pread(deleted, 1 << 20, position):
             position += os.write(self.descriptor, part)
         os.close(deleted)
+
+
+def is_deleted(descriptor: int) -> bool:
+    """Whether no name is left of the regular file that is open as `descriptor`."""
+    found = os.fstat(descriptor)
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 0
 
 
 class Results:

@@ -19,7 +19,6 @@ def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> tuple[torch.Te
     every text is greedy or has a top_k, all logits otherwise.
     """
     penalize_rows(logits, rows)
-    own = rows[logits.first_row : logits.first_row + logits.num_rows]
     sampled = [row.sampling for row in rows if row is not None and not row.sampling.greedy]
     if not sampled:
         values, ids = logits.topk(1)
@@ -32,6 +31,7 @@ def sample(logits: ShardedLogits, rows: list[Sequence | None]) -> tuple[torch.Te
         ids = torch.arange(values.shape[1], device=values.device).expand_as(values)
         largest = values.amax(-1)
     values = values.masked_fill(~largest.isfinite()[:, None], 0)  # drawing from NaN would end the other rows, too
+    own = [row for row in rows[logits.first_row : logits.first_row + logits.num_rows] if row is not None]
     choices = [choose(candidates, sequence) for candidates, sequence in zip(values, own, strict=True)]
     return ids.gather(1, torch.stack(choices))[:, 0] if choices else ids.new_empty(0), largest
 

@@ -45,7 +45,7 @@ class SamplingParams:
                 raise TypeError(f"SamplingParams: {quoted(key)}: unknown setting; {advice}")
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key in NUMBERS:
             value = getattr(self, key)
             if not (key == "seed" and value is None):

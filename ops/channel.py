@@ -194,12 +194,12 @@ class Listener:
                 connection.sendall(WRONG_MAC)
         with self.lock:
             del self.strangers[connection]
-        if message is not None:
-            self.join(channel, message)
-        elif channel is not None:
+        if channel is None:
+            connection.close()
+        elif message is None:
             channel.close()
         else:
-            connection.close()
+            self.join(channel, message)
 
 
 def peer_address(connection: socket.socket) -> str:

@@ -5,12 +5,15 @@ The residual is kept in float32: over many layers a bfloat16 residual drifts eno
 letters are explained in `ops/__init__.py`.
 """
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
-from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, StepMetadata, Weight
+from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata, Weight
 
-grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)  # torch 2.8 and 2.9 have the latter
+# torch 2.8 and 2.9 have the latter
+grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
 GATHER_CHUNK = 32  # rows whose weights are copied at once
 
@@ -27,30 +30,50 @@ class ReferenceOps(Ops):
     def __init__(self, grouped_mm: bool = False):
         self.grouped_mm = self.can_record = grouped_mm
 
-    def fallbacks(self, dtype):
+    def fallbacks(self, dtype: torch.dtype) -> list[str]:
         """All of them where this stands in for an accelerator's backend; for a CPU it is the backend."""
         stands_in = type(self) is ReferenceOps and self.grouped_mm
         return OPERATIONS if stands_in else super().fallbacks(dtype)
 
-    def embedding(self, token_ids, weight):
+    def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, weight)
 
-    def add_norm(self, hidden_states, residual, norm_weight, eps):
+    def add_norm(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         residual = hidden_states.float() if residual is None else residual + hidden_states
         return rms_norm(residual, norm_weight, eps).to(hidden_states.dtype), residual
 
-    def linear(self, hidden_states, weight, bias=None):
+    def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(hidden_states, weight.data, bias)
 
-    def norm_linear(self, hidden_states, residual, norm_weight, eps, weight, bias=None):
+    def norm_linear(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
         return self.linear(normed, weight, bias), residual
 
-    def silu_and_mul(self, gate_up):
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        q_norm_weight: torch.Tensor,
+        k_norm_weight: torch.Tensor,
+        eps: float,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        step: StepMetadata,
+    ) -> torch.Tensor:
         num_kv_heads, head_dim = key_cache.shape[-2:]
         heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2G, C]
         query, key, value = heads.split([heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -66,17 +89,20 @@ class ReferenceOps(Ops):
             output = self.decode_attention(query, key_cache, value_cache, step)
         return output.flatten(1)
 
-    def prefill_attention(self, query, key, value, step: StepMetadata) -> torch.Tensor:
+    def prefill_attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: StepMetadata
+    ) -> torch.Tensor:
         """Causal attention of each packed sequence to itself: [T, H, C], [T, G, C], [T, G, C] -> [T, H, C]."""
-        outputs = [
-            F.scaled_dot_product_attention(
-                *(part.transpose(0, 1).unsqueeze(0) for part in sequence), is_causal=True, enable_gqa=True
-            )[0].transpose(0, 1)
-            for sequence in zip(*(packed.split(step.query_lens_list) for packed in (query, key, value)), strict=True)
-        ]
+        outputs = []
+        for sequence in zip(*(packed.split(step.query_lens_list) for packed in (query, key, value)), strict=True):
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in sequence)
+            output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            outputs.append(output[0].transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def decode_attention(self, query, key_cache, value_cache, step: StepMetadata) -> torch.Tensor:
+    def decode_attention(
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: StepMetadata
+    ) -> torch.Tensor:
         """One query token a sequence over its cached tokens: [B, H, C] -> [B, H, C]."""
         num_kv_heads = key_cache.shape[2]
         query = query.unflatten(1, (num_kv_heads, -1))  # a kv head's query heads stand as the rows of one attention
@@ -89,11 +115,22 @@ class ReferenceOps(Ops):
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=cached[:, None, None])
         return output.flatten(1, 2)
 
-    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+    def route(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        router_weight: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
         normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
         return normed, residual, RouterLogits(F.linear(normed, router_weight), top_k, renormalize).chosen()
 
-    def experts(self, hidden_states, routing, gate_up, down):
+    def experts(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         if isinstance(routing, GroupedRows):
             return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
         routing = routing.chosen()
@@ -108,7 +145,9 @@ class ReferenceOps(Ops):
             output.masked_fill_(undefined[:, None], 0)
         return self.weighted_sum(output, row_index, routing.topk_weights)
 
-    def sort_by_expert(self, hidden_states, topk_ids, num_experts):
+    def sort_by_expert(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         expert_ids = topk_ids.flatten()
         order = expert_ids.argsort(stable=True)
         row_index = torch.empty_like(order)
@@ -117,11 +156,13 @@ class ReferenceOps(Ops):
         counts.index_add_(0, expert_ids, torch.ones_like(expert_ids, dtype=torch.int64))
         return hidden_states[order // topk_ids.shape[1]], row_index, counts
 
-    def weighted_sum(self, rows, row_index, topk_weights):
+    def weighted_sum(self, rows: torch.Tensor, row_index: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         choices = rows[row_index].unflatten(0, topk_weights.shape).float()  # [T, K, D]
         return torch.bmm(topk_weights[:, None].float(), choices)[:, 0].to(rows.dtype)
 
-    def regroup(self, rows, tokens_per_rank):
+    def regroup(
+        self, rows: torch.Tensor, tokens_per_rank: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ranks, num_experts = tokens_per_rank.shape
         experts = torch.arange(num_experts, device=rows.device).repeat(ranks)
         experts = experts.repeat_interleave(tokens_per_rank.flatten(), output_size=rows.shape[0])

@@ -166,7 +166,7 @@ def prompt_of(record: dict[str, Any], template: str | None, where: str) -> str:
 
 def task_files(folder: Path) -> dict[str, Path]:
     """Task -> its file, of *.jsonl and data/*.jsonl in a LongBench folder."""
-    files = {}
+    files: dict[str, Path] = {}
     for place in (folder, folder / "data"):
         with refusing(str(place), "cannot be read"):
             if place.is_dir():

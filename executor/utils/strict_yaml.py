@@ -38,6 +38,7 @@ class StrictLoader(yaml.SafeLoader):
         self.depth += 1
         self._check(mark, self.num_nodes, self.depth)
         node = super().compose_node(parent, index)
+        assert node is not None
         self.depth -= 1
         if not is_alias:
             self.expanded[id(node)] = self._measure(node, mark)
@@ -45,7 +46,7 @@ class StrictLoader(yaml.SafeLoader):
             raise refusal("an alias stands inside what it stands for", mark)
         return node
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -81,15 +82,15 @@ class StrictLoader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             raise refusal(f"{quoted(node.value)} is no {kind} that can be read", node.start_mark) from None
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int | str:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
+    def construct_int(self, node: yaml.ScalarNode) -> int | str:
+        return node.value if ":" in node.value else self.construct_yaml_int(node)
 
-    def construct_yaml_float(self, node: yaml.ScalarNode) -> float | str:
-        return node.value if ":" in node.value else super().construct_yaml_float(node)
+    def construct_float(self, node: yaml.ScalarNode) -> float | str:
+        return node.value if ":" in node.value else self.construct_yaml_float(node)
 
 
-StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_yaml_int)
-StrictLoader.add_constructor("tag:yaml.org,2002:float", StrictLoader.construct_yaml_float)
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_int)
+StrictLoader.add_constructor("tag:yaml.org,2002:float", StrictLoader.construct_float)
 
 
 def refusal(problem: str, mark: yaml.Mark | None = None) -> yaml.MarkedYAMLError:
