@@ -35,7 +35,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
     folder = create_run_folder(settings, yaml_file, run_name())
     try:
         setup_logging(settings.log_level, rank, folder.path / f"log_{rank}.log")
-        from executor.llm import LLM  # torch and transformers take seconds: only after the input is known to be good
+        from executor.llm import LLM  # torch and transformers take seconds to import: only after the input checks
 
         adopt_transformers_logging()
         llm = LLM.from_settings(settings, prompts)
@@ -53,12 +53,12 @@ def run_rank(arguments: argparse.Namespace) -> int:
             for _ in llm.stream(sequences):
                 pass
     except ValueError as error:
-        return fail(1, error)  # what the user gave is good by now
+        return fail(1, error)  # the input is valid at this point
     return 0
 
 
 def input_files(settings: Settings, yaml_file: Path) -> list[Path]:
-    """The files that a run reads and that must not become its output."""
+    """Input files of a run, which must not be its output."""
     return [yaml_file, *source_files(settings.data_config), *files_in(resolve_path(settings.model_path))]
 
 
@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
-    """Traces the first batch; rank 0 says where the time goes."""
+    """Profiles the first batch; rank 0 prints the kernel times."""
     from executor.profiling import profile
 
     first = sequences[: llm.settings.data_config.batch_size]
@@ -83,9 +83,9 @@ def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
 
 
 def run(llm: Any, sequences: list[Any], results: Results) -> None:
-    """Generates all texts; writes and prints each when it finishes, then the summary.
+    """Generates all completions; writes and prints each when it finishes, then the summary.
 
-    Raises PartialFailure if a prompt failed or a file of results could not be written to the end.
+    Raises PartialFailure if a prompt failed or a result file could not be written completely.
     """
     from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
     count, start_s = len(sequences), time.perf_counter()
 
     def keep(index: int, output: Any) -> None:
-        with interrupts_deferred():  # in the middle, nobody could tell which file has the line
+        with interrupts_deferred():  # all files get the line, or none
             results.write(line_of(index, output))
             del unwritten[index]
 
@@ -109,8 +109,8 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
         summary = summarize(llm, outputs, time.perf_counter() - start_s)
         results.write({"summary": summary})
     finally:
-        for sequence in [sequence for sequence in unwritten.values() if sequence.finish_reason]:
-            keep(sequence.index, llm._output(sequence))  # finished in the step in which the run was ended
+        for sequence in [sequence for sequence in unwritten.values() if sequence.finish_reason and results.files]:
+            keep(sequence.index, llm._output(sequence))  # finished in the step that was interrupted
         written = count - len(unwritten)
         paths = ", ".join(map(str, results.close()))
         if written < count:
@@ -123,7 +123,7 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
 
 
 def line_of(index: int, output: Any) -> dict[str, Any]:
-    """The JSON object of a finished prompt; `error` is there only if it failed."""
+    """JSON object of a finished prompt; it has `error` only if the prompt failed."""
     keys = ("prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms")
     line = {"index": index} | {key: getattr(output, key) for key in keys}
     return line | ({"error": output.error} if output.error else {})

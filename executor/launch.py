@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts this node's ranks of a job: `python -m executor.launch` with the arguments of executor.infer.
+"""Launcher: starts this node's ranks, `python -m executor.launch` with the arguments of executor.infer.
 
 Environment: NODE_IPS (all nodes in rank order), MASTER_PORT, RENDEZVOUS_TIMEOUT_S, JOB_SECRET; see docs/parallelism.md.
 """
@@ -53,13 +53,13 @@ def start() -> int:
 
 
 def launch(settings: Settings, command: list[str], yaml_file: Path | None = None) -> NoReturn:
-    """Runs `command` (a module and its arguments) in this node's share of `world_size` ranks, then ends the process.
+    """Runs `command` (a module and its arguments) in this node's ranks, then exits the process.
 
-    yaml_file: of a run that gets a result folder. Raises ValueError for what the user has to change.
+    yaml_file: given if the run has a result folder. Raises ValueError for wrong input.
     """
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup, which torchrun would undo by a handler of its own
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: torchrun would install its own handler
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
-    # What torchrun and torch's C++ side would say about a failed rank is said once, by this launcher.
+    # A failed rank is reported once, by this launcher, not also by torchrun and the C++ side of torch.
     logging.getLogger("torch.distributed.elastic").setLevel(os.environ.setdefault("LOGLEVEL", "CRITICAL"))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from executor.before_loading import check_before_launch
@@ -67,7 +67,7 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
     from ops.messages import Failure
 
     timeout_s, port = environment_number("RENDEZVOUS_TIMEOUT_S", 120), environment_number("MASTER_PORT", 29500)
-    secret = os.fsencode(os.environ.pop("JOB_SECRET", ""))  # the ranks do without
+    secret = os.fsencode(os.environ.pop("JOB_SECRET", ""))  # not passed on to the ranks
     nodes, interface = find_node(os.environ.get("NODE_IPS", "127.0.0.1").split())
     processes = processes_per_node(settings.world_size, nodes.addresses)
     check_before_launch(settings)
@@ -94,24 +94,24 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
 
 
 def announce(settings: Settings, nodes: "Nodes", interface: str, processes: int, port: int, secret: bytes) -> None:
-    """Sets the ranks' environment; says what is in force and what this node does."""
+    """Sets the ranks' environment; prints it and this node's ranks."""
     interface, address = (interface, nodes.addresses[nodes.index]) if len(nodes) > 1 else LOOPBACK
     print("environment:", set_environment(interface, address, processes), file=sys.stderr)
-    first, meeting = nodes.index * processes, ""
+    first, rendezvous = nodes.index * processes, ""
     if len(nodes) > 1:
-        meeting = f", meeting at {nodes.addresses[0]}:{port}"
+        rendezvous = f", rendezvous at {nodes.addresses[0]}:{port}"
         if not secret:
             print("warning: JOB_SECRET is not set: whoever reaches the port can end this job", file=sys.stderr)
     print(
         f"{nodes.name(nodes.index)}, {interface}: ranks {first} to {first + processes - 1} of {settings.world_size}"
-        f"{meeting}",
+        f"{rendezvous}",
         file=sys.stderr,
     )
 
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """A node's part of a job, and what has to be cleared away when it ends."""
+    """This node's part of a job, with the resources to clean up when it ends."""
 
     settings: Settings
     command: list[str]
@@ -130,15 +130,15 @@ class Run:
 
     @property
     def address(self) -> str:
-        """Where the ranks of all nodes meet."""
+        """Rendezvous address of all ranks."""
         return self.nodes.addresses[0] if len(self.nodes) > 1 else LOOPBACK[1]
 
     def decide(self) -> "Start":
-        """What node 0 tells the others. Raises ValueError where the result folder cannot be made."""
+        """Start message of node 0: store port and run name. ValueError if the result folder cannot be created."""
         from ops.messages import Start
         from ops.ranks import open_store
 
-        first = self.port + (len(self.nodes) > 1)  # several nodes meet at the port itself
+        first = self.port + (len(self.nodes) > 1)  # with several nodes MASTER_PORT is the control channel's
         self.store = store = open_store(self.address, first, self.timeout_s)
         if len(self.nodes) == 1 and store.port != first:
             print(f"port {first} is in use, this job takes {store.port}", file=sys.stderr)
@@ -147,7 +147,7 @@ class Run:
         return Start(port=store.port, run_name=self.folder.name if self.folder else "")
 
     def run(self, start: "Start", processes: int) -> "Failure | None":
-        """Runs this node's ranks; returns what became of them."""
+        """Runs this node's ranks until they exit; returns their failure, or None."""
         from ops.messages import Failure
         from ops.ranks import run_ranks
 
@@ -163,11 +163,13 @@ class Run:
         )
 
     def end(self, failure: "Failure | None") -> NoReturn:
-        """Ends this process from any thread, whatever the others wait for; the kernel then kills its ranks."""
-        self.ending.acquire()  # by the first thread, for good
+        """Exits this process from any thread, even while others block; the kernel then kills its ranks."""
+        self.ending.acquire()  # never released: only the first thread proceeds
         if failure is not None:
             if self.folder is not None and (failure.exit_code == 2 or self.scratch is None):
                 self.folder.discard()  # nothing has run
+            if self.scratch is not None:
+                print(file=sys.stderr)  # rank 0 may have left a progress bar on the line
             print_error(failure.message)
         if self.scratch is not None:
             shutil.rmtree(self.scratch.path, ignore_errors=True)
@@ -176,11 +178,11 @@ class Run:
 
 
 class Scratch:
-    """A folder for torchrun's files, which does not stay behind however this process ends."""
+    """Temporary folder for torchrun's files, removed even if this process is killed."""
 
     def __init__(self) -> None:
         self.path = tempfile.mkdtemp(prefix="ranks_")
-        self.remover = subprocess.Popen(  # reads until the kernel closes this process's end of the pipe
+        self.remover = subprocess.Popen(  # removes the folder at EOF: the kernel closes the pipe when this process dies
             ["sh", "-c", 'cat; rm -rf -- "$1"', "sh", self.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -199,7 +201,7 @@ def environment_number(name: str, default: int) -> int:
 
 
 def find_node(hosts: list[str]) -> tuple["Nodes", str]:
-    """The nodes named by addresses or host names, which of them this machine is, and its interface to the others."""
+    """Resolves the nodes' host names; returns them with this machine's index, and its network interface."""
     from ops.nodes import Nodes
 
     addresses = []
@@ -210,9 +212,9 @@ def find_node(hosts: list[str]) -> tuple["Nodes", str]:
             raise ValueError(f"IPs: {quoted(host)} does not resolve to an IPv4 address: {error}") from None
     for host, address in zip(hosts, addresses, strict=True):
         if addresses.count(address) > 1:
-            raise ValueError(f"IPs: {address} stands twice in {' '.join(hosts)}")
+            raise ValueError(f"IPs: {address} is listed twice in {' '.join(hosts)}")
         if len(addresses) > 1 and address.startswith("127."):
-            raise ValueError(f"IPs: {host} is {address}, which means every machine itself: name it as the others do")
+            raise ValueError(f"IPs: {host} is the loopback address {address}: name it as the other nodes do")
     interfaces = local_interfaces()
     mine = [index for index, address in enumerate(addresses) if address in interfaces]
     if len(mine) != 1:
@@ -222,7 +224,7 @@ def find_node(hosts: list[str]) -> tuple["Nodes", str]:
 
 
 def local_interfaces() -> dict[str, str]:
-    """IPv4 address -> name of the interface that has it."""
+    """IPv4 address -> name of its network interface."""
     return {
         entry.address: name
         for name, entries in psutil.net_if_addrs().items()
@@ -234,14 +236,14 @@ def local_interfaces() -> dict[str, str]:
 def processes_per_node(world_size: int, addresses: tuple[str, ...]) -> int:
     if world_size % len(addresses):
         raise ValueError(
-            f"world_size: {world_size} ranks cannot be shared evenly by the {len(addresses)} nodes of IPs "
+            f"world_size: {world_size} ranks cannot be split evenly over the {len(addresses)} nodes of IPs "
             f"({' '.join(addresses)}): make it a multiple, or name fewer nodes"
         )
     return world_size // len(addresses)
 
 
 def check_devices(settings: Settings, processes: int) -> None:
-    """Every rank of this node needs an accelerator of its own, if any."""
+    """ValueError if this node has fewer accelerators than ranks, or the device has no graph mode."""
     import torch
 
     from executor.device import select_device
@@ -260,14 +262,15 @@ def check_devices(settings: Settings, processes: int) -> None:
 
 
 def set_environment(interface: str, address: str, processes: int) -> str:
-    """What the ranks inherit; what the user has set stays. `address` is this node's, on `interface`.
+    """Sets defaults of the ranks' environment variables; those set by the user stay.
 
-    Returns what is in force, for people.
+    address: of this node, on `interface`. Returns the resulting values for display.
     """
     defaults = {"GLOO_SOCKET_IFNAME": interface, "TP_SOCKET_IFNAME": interface}
     if interface != "lo":  # within one machine NCCL and HCCL need no hint
-        defaults["NCCL_SOCKET_IFNAME"] = defaults["HCCL_SOCKET_IFNAME"] = f"={interface}"  # = : not all that begin so
-        if "HCCL_SOCKET_IFNAME" not in os.environ:  # to HCCL, an address says more than an interface
+        # "=" matches the exact name, not a prefix
+        defaults["NCCL_SOCKET_IFNAME"] = defaults["HCCL_SOCKET_IFNAME"] = f"={interface}"
+        if "HCCL_SOCKET_IFNAME" not in os.environ:  # HCCL_IF_IP takes precedence over HCCL_SOCKET_IFNAME
             defaults["HCCL_IF_IP"] = address
     defaults["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     for name, value in defaults.items():
@@ -277,7 +280,7 @@ def set_environment(interface: str, address: str, processes: int) -> str:
 
 
 def job_facts(settings: Settings, command: list[str]) -> dict[str, str]:
-    """What must be the same on every node: program, software, settings, prompts and checkpoint."""
+    """Facts that must be equal on all nodes: code and library versions, settings, prompts, checkpoint."""
     import torch
 
     facts = {"the program": command[0]}

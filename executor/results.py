@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run's results go: a folder of its own, and files of JSON lines that hold each result once it is written."""
+"""Result folder of a run, and crash-safe JSON Lines files: each result is on disk once it is written."""
 
 import contextlib
 import datetime
@@ -15,37 +15,38 @@ from pathlib import Path
 from typing import Any
 
 from executor.config import REPOSITORY, Settings
+from executor.rank import PartialFailure
 
 logger = logging.getLogger(__name__)
 
-RUN_NAME_VARIABLE = "JOB_RUN_NAME"  # set by the launcher: its ranks share one folder
+RUN_NAME_VARIABLE = "JOB_RUN_NAME"  # set by the launcher, so that its ranks share one folder
 RUN_NAME = re.compile(r"\d{8}/\d{6}(_\d+)?")
 LATEST = "latest"
 STANDARD_STREAM = re.compile(r"/dev/stdout|/dev/stderr|/(?:dev|proc/self)/fd/(\d+)")
 STANDARD_NUMBERS = {"stdout": 1, "stderr": 2}
-ATTEMPTS = 10_000  # to find a name that no other run has
+ATTEMPTS = 10_000  # at a folder name that is not taken
 
 
 def run_name() -> str | None:
-    """Name of the job's run folder, in a rank that a launcher started."""
+    """Name of the job's run folder that the launcher passed to this rank."""
     return os.environ.get(RUN_NAME_VARIABLE) if os.environ.get("WORLD_SIZE", "1") != "1" else None
 
 
 class RunFolder:
-    """<output_dir>/<yyyymmdd>/<model_name>_<yaml stem>/<hhmmss>: of one run, or of one job of several ranks."""
+    """Folder <output_dir>/<yyyymmdd>/<model_name>_<yaml stem>/<hhmmss> of one run, shared by its ranks."""
 
     def __init__(self, path: Path, made: list[Path]):
-        """made: the folders that did not exist before, innermost first."""
+        """made: the folders that this run created, innermost first."""
         self.path = path
         self.made = made
 
     @property
     def name(self) -> str:
-        """What another rank or node needs to find its own: "yyyymmdd/hhmmss"."""
+        """Identifier "yyyymmdd/hhmmss", from which other ranks and nodes derive their paths."""
         return f"{self.path.parent.parent.name}/{self.path.name}"
 
     def link_latest(self) -> None:
-        """Points the link `latest` beside the folder to it."""
+        """Updates the symbolic link `latest` beside the folder."""
         link, part = self.path.parent / LATEST, self.path.parent / f".{LATEST}_{secrets.token_hex(4)}"
         try:
             part.symlink_to(self.path.name)
@@ -55,18 +56,18 @@ class RunFolder:
             logger.warning("%s: not set: %s", link, error.strerror)
 
     def discard(self) -> None:
-        """Removes what a refused run has left: its folder, and those around it that were made for it."""
+        """Removes the folder of a rejected run and the parents created for it."""
         if self.path in self.made and not (self.path / "result.jsonl").exists():
             shutil.rmtree(self.path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: another run is in it by now
+            with contextlib.suppress(OSError):  # not empty: another run uses it
                 for folder in self.made[1:]:
                     folder.rmdir()
 
 
 def create_run_folder(settings: Settings, yaml_file: Path, name: str | None = None) -> RunFolder:
-    """Makes the folder of a run that starts now, which no other run has; with `name`, adopts the job's.
+    """Creates a unique folder for a run that starts now; with `name`, opens that of the job.
 
-    Raises ValueError where it cannot be made.
+    Raises ValueError if it cannot be created.
     """
     if name is not None and not RUN_NAME.fullmatch(name):
         raise ValueError(f"{RUN_NAME_VARIABLE}: {name!r} is not of the form yyyymmdd/hhmmss")
@@ -99,21 +100,20 @@ def make_folder(parent: Path, name: str, exclusive: bool) -> RunFolder:
             if not exclusive:
                 return RunFolder(path, [])
             number += 1
-        except FileNotFoundError:  # a refused run has just removed the parent that was made for it
+        except FileNotFoundError:  # a rejected run has just removed the shared parent
             continue
     raise OSError(f"{parent} does not stay")
 
 
 class LineFile:
-    """A file that is made, or replaces an existing one, with its first line; each line is on disk before the next.
+    """JSON Lines file, created or replaced at the first write; each line is on disk before the next.
 
-    No line is ever torn: one that cannot be written whole is taken back. A file that is deleted meanwhile is restored.
+    A partially written line is truncated away. A file that is deleted during the run is restored.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.descriptor: int | None = None
-        self.size = 0
 
     def write(self, line: bytes) -> None:
         """Appends a line. Raises OSError, after which the file holds the lines before it."""
@@ -130,30 +130,30 @@ class LineFile:
                 part.replace(self.path.resolve())
         except OSError:
             with contextlib.suppress(OSError):  # no regular file
-                os.ftruncate(self.descriptor, self.size)
+                os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - written)
+                os.lseek(self.descriptor, -written, os.SEEK_CUR)  # standard output may not be open for appending
             if part is not None:
                 part.unlink(missing_ok=True)
             raise
-        self.size += len(line)
 
     def close(self) -> Path:
-        """Returns where the file is now, should somebody have moved it. Raises OSError if it cannot be restored."""
+        """Closes the file; returns its current path, even if it was moved. Raises OSError if it cannot be restored."""
         if self.descriptor is None:
             return self.path
         if is_deleted(self.descriptor):
             self._restore(self.descriptor)
         here = self.path
         with contextlib.suppress(OSError):
-            if not here.exists():
+            if not here.exists() or not os.path.samestat(here.stat(), os.fstat(self.descriptor)):
                 here = Path(os.readlink(f"/proc/self/fd/{self.descriptor}"))
         os.close(self.descriptor)
         self.descriptor = None
         return here
 
     def _open(self) -> tuple[int, Path | None]:
-        """Opens a new file, returned, that is to take the old one's place; the old one itself where that cannot be."""
+        """Opens a new file (returned) to replace the old one atomically, else the old one itself."""
         standard = STANDARD_STREAM.fullmatch(str(self.path))
-        if standard:  # opened anew it would have a position of its own
+        if standard:  # a second open file description has its own offset
             return os.dup(int(standard[1] or STANDARD_NUMBERS[self.path.name])), None
         target = self.path.resolve()
         if not self.path.exists() or self.path.is_file() and not os.path.ismount(target):
@@ -163,32 +163,44 @@ class LineFile:
                 if target.exists():
                     shutil.copymode(target, part)
                 return descriptor, part
-        return os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC, 0o666), None
+        # O_NONBLOCK: a pipe that nobody reads is an error, not something to wait for
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NONBLOCK
+        descriptor = os.open(self.path, flags, 0o666)
+        os.set_blocking(descriptor, True)
+        return descriptor, None
 
     def _restore(self, deleted: int) -> None:
-        """Writes what was written so far into a new file of the same name, or of one beside it that is free."""
+        """Copies the lines written so far to a new file of the same name, or of a free name beside it."""
         number, target = 1, self.path
         target.parent.mkdir(parents=True, exist_ok=True)
         while target.exists():
             number += 1
             target = self.path.with_name(f"{self.path.stem}_{number}{self.path.suffix}")
         self.descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-        logger.warning("%s was deleted while it was written: what it held is in %s", self.path, target)
+        logger.warning("%s was deleted while it was written: its lines are in %s", self.path, target)
         self.path = target
-        position = 0
-        while part := os.pread(deleted, 1 << 20, position):
-            position += os.write(self.descriptor, part)
-        os.close(deleted)
+        position = whole = 0
+        try:
+            while part := os.pread(deleted, 1 << 20, position):
+                count = os.write(self.descriptor, part)
+                if b"\n" in part[:count]:
+                    whole = position + part.rindex(b"\n", 0, count) + 1
+                position += count
+        except OSError:
+            os.ftruncate(self.descriptor, whole)
+            raise
+        finally:
+            os.close(deleted)
 
 
 def is_deleted(descriptor: int) -> bool:
-    """Whether no name is left of the regular file that is open as `descriptor`."""
+    """Whether the regular file open as `descriptor` has been unlinked."""
     found = os.fstat(descriptor)
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 0
 
 
 class Results:
-    """Writes each result to all files. A file that fails is given up; the run goes on while one is left."""
+    """Writes each result to several files. A file that fails is dropped; the run continues while one is left."""
 
     def __init__(self, paths: Sequence[Path]):
         self.files = [LineFile(path) for path in paths]
@@ -196,7 +208,7 @@ class Results:
         self.count = 0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Raises OSError when no file can be written any more."""
+        """Appends a result to every file; PartialFailure if none can be written."""
         text = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
         line = text.encode("utf-8", "backslashreplace")  # \udXXX, as JSON writes lone surrogates
         for file in list(self.files):
@@ -205,11 +217,11 @@ class Results:
             except OSError as error:
                 self._give_up(file, error)
         if not self.files:
-            raise OSError(f"{self.failures[-1]}; {self.count} results are in it")
+            raise PartialFailure(f"{self.failures[-1]}; {self.count} results are in it")
         self.count += 1
 
     def close(self) -> list[Path]:
-        """Where the results are."""
+        """Closes the files; returns their paths."""
         paths = []
         for file in list(self.files):
             try:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import datetime
+import errno
 import itertools
 import json
 import logging
@@ -296,6 +297,22 @@ def test_results_that_cannot_all_be_written(run, tmp_path):
     code, out, err = run("--output", "/dev/full")
     assert code == 1 and len(records(result_folder(tmp_path) / "result.jsonl")) == 4
     assert err.splitlines()[-1] == "error: /dev/full cannot be written: No space left on device"
+
+
+def test_results_that_cannot_be_written_at_all(run, tmp_path, monkeypatch):
+    """One line says so, without a traceback."""
+    monkeypatch.setattr(os, "write", no_space)
+    code, _, err = run()
+    assert code == 1 and "Traceback" not in err
+    assert err.splitlines()[-2:] == [
+        "0 of 3 results: none",
+        f"error: {result_folder(tmp_path).resolve()}/result.jsonl cannot be written: No space left on device; "
+        "0 results are in it",
+    ]
+
+
+def no_space(descriptor: int, data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_finished_in_the_last_step_is_written(run, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from executor import results
 from executor.config import Settings
+from executor.rank import PartialFailure
 from executor.results import LineFile, Results, create_run_folder
 
 YAML = Path("some/where/tiny.yaml")
@@ -157,6 +159,7 @@ def test_a_moved_file_is_followed(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
+from executor.rank import PartialFailure
 from executor.results import Results
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (120, 120))
@@ -178,6 +181,76 @@ def test_a_full_disk_keeps_whole_lines(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 120
 
 
+LONG_LINE = b"x" * 99 + b"\n"
+
+
+@pytest.fixture
+def limited_files():
+    """No file becomes longer than 1150 bytes: eleven lines and a half."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1150, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def write_until_full(file: LineFile) -> None:
+    with pytest.raises(OSError, match="too large"):
+        while True:
+            file.write(LONG_LINE)
+
+
+def test_a_full_disk_cuts_only_the_own_last_line(limited_files, tmp_path):
+    """Of a file that somebody else has shortened, or that holds more than the results, as standard output may."""
+    file = LineFile(tmp_path / "shortened")
+    for _ in range(5):
+        file.write(LONG_LINE)
+    os.truncate(tmp_path / "shortened", 0)
+    write_until_full(file)
+    assert (tmp_path / "shortened").read_bytes() == 11 * LONG_LINE
+    for flags in (os.O_APPEND, 0):
+        (tmp_path / "log").write_bytes(2 * LONG_LINE)
+        descriptor = os.open(tmp_path / "log", os.O_WRONLY | flags)
+        os.lseek(descriptor, 0, os.SEEK_END)
+        write_until_full(LineFile(Path(f"/dev/fd/{descriptor}")))
+        os.write(descriptor, b"end")
+        os.close(descriptor)
+        assert (tmp_path / "log").read_bytes() == 11 * LONG_LINE + b"end"
+
+
+def test_a_file_is_restored_in_whole_lines(limited_files, tmp_path):
+    file = LineFile(tmp_path / "a")
+    for _ in range(5):
+        file.write(LONG_LINE)
+    (tmp_path / "a").unlink()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(OSError, match="too large"):
+        file.write(LONG_LINE)
+    assert (tmp_path / "a").read_bytes() == 2 * LONG_LINE
+
+
+def test_a_file_that_is_moved_and_replaced_is_followed(tmp_path):
+    file = LineFile(tmp_path / "a")
+    file.write(b"1\n")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").write_text("another's")
+    file.write(b"2\n")
+    assert file.close() == tmp_path / "b" and (tmp_path / "b").read_text() == "1\n2\n"
+
+
+def test_a_pipe_without_a_reader_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    written = Results([tmp_path / "good", tmp_path / "pipe"])
+    written.write({"n": 1})
+    assert written.close() == [tmp_path / "good"] and "pipe cannot be written" in written.failures[0]
+
+
+def test_no_file_left_ends_the_run():
+    line = "^/dev/full cannot be written: No space left on device; 0 results are in it$"
+    with pytest.raises(PartialFailure, match=line):
+        Results([Path("/dev/full")]).write({"n": 1})
+
+
 def test_a_file_that_fails_does_not_end_the_other(tmp_path):
     written = Results([tmp_path / "good", Path("/dev/full")])
     for number in range(3):
@@ -194,15 +267,13 @@ def test_numbers_that_are_not_finite_are_no_results(tmp_path):
 
 def test_pipes_and_standard_output(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    reader = threading.Thread(target=lambda: seen.append((tmp_path / "pipe").read_text()))
-    seen: list[str] = []
-    reader.start()
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     file = LineFile(tmp_path / "pipe")
     file.write(b"1\n")
     file.write(b"2\n")
     file.close()
-    reader.join()
-    assert seen == ["1\n2\n"]
+    assert os.read(reader, 99) == b"1\n2\n"
+    os.close(reader)
     code = "from executor.results import *; f = LineFile(Path('/dev/stdout')); f.write(b'1\\n'); f.close(); print(2)"
     with (tmp_path / "out").open("w") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
