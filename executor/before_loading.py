@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from the settings and the checkpoint's small files, before a device or another rank is needed."""
+"""Checks of settings and config files that need neither a device nor other ranks."""
 
 import dataclasses
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
-    """The checkpoint's folder and config, checked with the layout; nothing of it needs a device or other ranks."""
+    """Checks the checkpoint's config and the parallel layout; returns the checkpoint's folder and config."""
     with refusing("model_path"):
         model_path = resolve_path(settings.model_path)
         found = model_path.exists()
@@ -35,7 +35,7 @@ def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
 
 
 def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings) -> None:
-    """ValueError where the run's longest sequence is longer than the config's attention is plain attention."""
+    """ValueError if the longest possible sequence exceeds the range of full attention (sliding window)."""
     limit = attention_limit(config)
     if limit is None:
         return
@@ -53,9 +53,9 @@ def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings
 
 
 def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) -> Qwen3MoeConfig:
-    """The config of the checkpoint folder `model_path` (or of a config file), with `rope_scaling` put over its own.
+    """Loads the config of a checkpoint folder (or a config file), with `rope_scaling` overriding its own.
 
-    Raises ValueError, naming the file and the key, for what the network cannot honour; keys without effect are logged.
+    Raises ValueError with file and key for unsupported values; logs ignored keys.
     """
     with refusing(f"model_path: {model_path}"):
         file = model_path / "config.json" if model_path.is_dir() else model_path
@@ -78,7 +78,7 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
 
 
 def folder_name(model_path: str | Path) -> str:
-    """The model_name of a checkpoint's folder, "model" where its own name can be none; ValueError for no path."""
+    """model_name derived from the checkpoint's folder, "model" if its name is not valid; ValueError for no path."""
     if not isinstance(model_path, str | Path) or not str(model_path):
         raise ValueError(f"model_path: expected the folder of a checkpoint, got {quoted(model_path)}")
     with refusing(f"model_path: {quoted(str(model_path))}"):
@@ -87,7 +87,7 @@ def folder_name(model_path: str | Path) -> str:
 
 
 def place(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Puts a setting given by its bare name where it belongs in the tree of settings."""
+    """Stores a setting, given by its name without section, in its section of `raw`; ValueError if unknown."""
     if key in {definition.name for definition in dataclasses.fields(Settings)} and key not in SECTIONS:
         raw[key] = value
         return
@@ -100,7 +100,7 @@ def place(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:
-    """Sampling as the settings say, or as the checkpoint does (`read_generation_config`) if they say so."""
+    """Default sampling, from the settings, or from the checkpoint with `sampling_from_checkpoint`."""
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     stated = {key: getattr(data, key) for key in keys}
     origins = dict.fromkeys(keys, "data_config.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that the control groups of this process still allow: what a container, a batch system or systemd limits.
+"""Memory limits of this process's control groups (containers, batch systems, systemd).
 
 Sources: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; proc(5) for /proc/self/cgroup
 and /proc/self/mountinfo.
@@ -13,14 +13,14 @@ from pathlib import Path, PurePosixPath
 # Version 2 has a throttling limit beside the hard one; its files exist only where the memory controller is enabled.
 LIMITS = {"cgroup2": ("memory.max", "memory.high"), "cgroup": ("memory.limit_in_bytes",)}
 USAGE = {"cgroup2": "memory.current", "cgroup": "memory.usage_in_bytes"}
-# The page cache of files counts as usage, but gives way. Version 1 sums a group with those below it as total_*.
+# The page cache of files counts as usage, but is reclaimable. Version 1 gives hierarchical sums as total_*.
 RECLAIMABLE = {"cgroup2": ("inactive_file", "active_file"), "cgroup": ("total_inactive_file", "total_active_file")}
 
 
 def memory_left_bytes(root: Path = Path("/")) -> int | None:
-    """The least that any control group of this process, or one above it, still allows; None if none has a limit.
+    """Bytes left under the tightest limit of this process's control groups and their parents; None if unlimited.
 
-    root: the folder that holds proc and sys. What cannot be read sets no limit.
+    root: the folder that holds proc and sys. Unreadable files mean no limit.
     """
     left = [
         max(0, min(limits) - used_bytes(folder, kind))
@@ -31,7 +31,7 @@ def memory_left_bytes(root: Path = Path("/")) -> int | None:
 
 
 def used_bytes(folder: Path, kind: str) -> int:
-    """What the processes of a group hold, without the page cache that gives way to them."""
+    """Memory usage of a group in bytes, without reclaimable page cache."""
     reclaimable = 0
     for line in read_lines(folder / "memory.stat"):
         name, _, number = line.partition(" ")
@@ -72,12 +72,12 @@ def memory_mounts(root: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def unescaped(text: str) -> str:
-    r"""A path of mountinfo, where a blank is \040."""
+    r"""Decodes the octal escapes of mountinfo, such as \040 for a space."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a file of the kernel's; none if it is not there or not for this user."""
+    """Lines of a /proc or /sys file; none if it is missing or unreadable."""
     try:
         return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
@@ -85,6 +85,6 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_number(file: Path) -> int | None:
-    """The number that a file holds; None for "max", or if there is none."""
+    """The integer in a file; None for "max" or no integer."""
     text = "".join(read_lines(file)).strip()
     return int(text) if text.isdecimal() else None

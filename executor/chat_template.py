@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations as text, by a checkpoint's chat template: a program of the checkpoint's author, so it is given bounds.
+"""Rendering of chat templates with limits, as a template is untrusted code from the checkpoint.
 
-transformers runs it in a sandbox, where it reaches neither files nor Python; time and length are bounded here.
+transformers runs it in a sandbox without access to files or Python; time and output length are limited here.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from executor.prompts import check_text
 from executor.utils.reading import refusing
 
 RENDER_TIMEOUT_S = 10.0  # all renderings of one prompt together; one takes milliseconds
-MAX_TEMPLATE_CHARACTERS = 1_000_000  # beside what stands in the messages
+MAX_TEMPLATE_CHARACTERS = 1_000_000  # beyond the length of the messages
 
 
 class ChatTemplate:
@@ -35,7 +35,7 @@ class ChatTemplate:
         self.left_s = RENDER_TIMEOUT_S
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
-        """The prompt's text, up to where the answer begins."""
+        """Renders the conversation with the generation prompt."""
         with refusing(self.name, self.problem):
             refuse_powers(self.tokenizer.get_chat_template())
             started_s = time.monotonic()
@@ -55,17 +55,17 @@ class ChatTemplate:
 
 @lru_cache
 def refuse_powers(template: str) -> None:
-    """ValueError for the operator **: nothing can end a thread while Python computes 9**9**9."""
+    """ValueError for the operator **: a thread that computes 9**9**9 cannot be interrupted."""
     before = ""
     for _, kind, token in jinja2.Environment().lex(template):
-        if kind == "operator" and token == "**" and before not in "(,":  # f(**names) is another thing
+        if kind == "operator" and token == "**" and before not in "(,":  # f(**names) is unpacking
             raise ValueError("uses the operator **")
         if kind != "whitespace":
             before = token
 
 
 def call_within(timeout_s: float, call: Callable[[], Any]) -> Any:
-    """The result of `call`, which runs in a thread that is ended with TimeoutError here when it takes longer."""
+    """Runs `call` in a thread; stops the thread and raises TimeoutError after the time limit."""
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -79,7 +79,7 @@ def call_within(timeout_s: float, call: Callable[[], Any]) -> Any:
     try:
         thread.join(max(timeout_s, 0))
     finally:
-        if thread.ident is not None and thread.is_alive():  # SystemExit is what no template's code catches
+        if thread.ident is not None and thread.is_alive():  # templates cannot catch SystemExit
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     if not outcome:
         raise TimeoutError(f"takes more than {RENDER_TIMEOUT_S:.0f} s")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint folder holds: its weight files and their tensors, from the index and the headers only."""
+"""Weight files and tensor metadata of a checkpoint folder, from the safetensors index and headers only."""
 
 import json
 import logging
@@ -23,16 +23,16 @@ MAX_FILES = 2000  # published checkpoints have at most a few hundred
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint's files."""
+    """Metadata of a tensor in a checkpoint file."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
+    dtype: str  # safetensors' name, such as BF16
 
 
 def read_unique_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. ValueError for anything else, and for a key that stands twice in an object."""
+    """Reads a JSON object from a file. ValueError for anything else, and for duplicate keys."""
     text = read_text(file, MAX_JSON_BYTES)
     with refusing(str(file), "not valid JSON"):
         found = json.loads(text, object_pairs_hook=unique)
@@ -45,15 +45,15 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {key[:80]!r} stands twice in one object")
+            raise ValueError(f"the key {key[:80]!r} appears twice in one object")
         found[key] = value
     return found
 
 
 def weight_files(model_path: Path) -> list[Path]:
-    """The single file, else those that the index names: transformers' order. Other files beside them don't count.
+    """Paths of the weight files: model.safetensors, else the shards of the index, as in transformers.
 
-    ValueError if there are none, or if the index names what is not in the folder.
+    ValueError if there are none, or if a shard is missing.
     """
     index, single = model_path / INDEX_NAME, model_path / SINGLE_NAME
     with refusing(f"model_path: {model_path}"):
@@ -94,7 +94,7 @@ def indexed_files(model_path: Path, index: Path) -> list[Path]:
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
-    """All tensors of the files by name, headers only. ValueError for a damaged file or a name that two files have."""
+    """Reads the headers of all files: tensor name -> metadata. ValueError for a damaged file or a duplicate name."""
     found: dict[str, StoredTensor] = {}
     for file in files:
         with open_checked(file) as handle, refusing(str(file)):
@@ -107,14 +107,14 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 def open_checked(file: Path) -> safe_open:
-    """An open safetensors file; ValueError if it is truncated or not one."""
+    """Opens a safetensors file; ValueError if it is truncated or of another format."""
     with refusing(str(file), "truncated or not a safetensors file"):
-        if not file.is_file():  # a pipe or a device would be waited for
+        if not file.is_file():  # opening a pipe or a device could block
             raise ValueError("not a file")
         return safe_open(file, framework="pt")
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """The first few of a list, for one line of text."""
+    """First names of a list, and the count of the others, on one line."""
     shown = ", ".join(name if len(name) <= 160 else f"{name[:80]}...{name[-80:]}" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every command of this package has around it: a terminal that cannot end it, signals, exit codes."""
+"""Common wrapper of all commands: non-blocking terminal output, signal handling, exit codes."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from executor.terminal import drain, resilient_terminal
 
 
 def run_command(body: Callable[[], int]) -> int:
-    """Returns the exit code of `body`: its own, 2 for a ValueError (the user's input), 1 for any other error."""
+    """Runs `body`; returns its exit code, 2 on ValueError (wrong input), 1 on any other error."""
     with raise_on_signals():
         try:
             with resilient_terminal():
@@ -20,10 +20,10 @@ def run_command(body: Callable[[], int]) -> int:
                     return fail(2, error)
                 except Interrupted as error:
                     exit_code = fail(1, error)
-                    if not drain(DRAIN_S):  # an end that was asked for does not wait for a reader that pauses
+                    if not drain(DRAIN_S):  # a requested exit does not wait for a stalled reader
                         os._exit(exit_code)
                     return exit_code
                 except Exception as error:
                     return fail(1, error)
-        except Interrupted:  # while a reader that pauses was waited for
+        except Interrupted:  # while waiting for a stalled reader
             os._exit(1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a run: what a YAML may say, with types and defaults; docs/configuration.md says what each means."""
+"""Settings of a run: the YAML's keys, types and defaults; docs/configuration.md documents each key."""
 
 import dataclasses
 import difflib
@@ -71,7 +71,7 @@ class ParallelSettings:
     npu_mm_all_reduce_base: bool = False
 
     def sizes(self) -> dict[str, int]:
-        """The sizes that are given; the two that follow from the others only where the user states them."""
+        """Group sizes; the two derived ones only if the user sets them."""
         stated = dataclasses.asdict(self).items()
         return {key: size for key, size in stated if key.endswith("_size") and size is not None}
 
@@ -98,7 +98,7 @@ SECTIONS = {
 
 
 def load_settings(path: str | Path, overrides: typing.Sequence[str] = ()) -> Settings:
-    """Reads a YAML file and puts overrides ("section.key=value" or "key=value") over it.
+    """Loads a YAML file and applies overrides ("section.key=value" or "key=value").
 
     Raises ValueError with one line that names the file or override, the key, and what is allowed.
     """
@@ -124,12 +124,12 @@ def load_settings(path: str | Path, overrides: typing.Sequence[str] = ()) -> Set
 
 
 def shown(override: str) -> str:
-    """An override as errors name it."""
+    """Name of an override in errors."""
     return f"--set {one_line(override, MAX_SHOWN)}"
 
 
 def apply_override(raw: dict[str, Any], override: str) -> str:
-    """Puts "section.key=value" into the tree read from a YAML, the value read as YAML; returns "section.key"."""
+    """Applies "section.key=value" to the YAML's tree in place, with a YAML value; returns "section.key"."""
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts) or len(parts) > 2:
@@ -141,7 +141,7 @@ def apply_override(raw: dict[str, Any], override: str) -> str:
         section = target.get(part)
         if section is not None and not isinstance(section, dict):
             raise ValueError(f"{shown(override)}: {one_line(part, MAX_SHOWN)} is not a section")
-        target[part] = dict(section or {})  # a copy, as an alias may stand for the same section
+        target[part] = dict(section or {})  # a copy: an alias may refer to the same section
         target = target[part]
     target[parts[-1]] = value
     return name.strip()
@@ -149,7 +149,7 @@ def apply_override(raw: dict[str, Any], override: str) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where settings were given, for errors: "FILE: key: " or, of what an override set, "--set OVERRIDE: key: "."""
+    """Source of each setting, as the prefix of errors: "FILE: key: ", or "--set OVERRIDE: key: "."""
 
     file: str
     overridden: Mapping[str, str] = field(default_factory=dict)  # "section.key" or "key" -> the override
@@ -160,9 +160,9 @@ class Origin:
 
 
 def settings_from_dict(raw: dict[str, Any], where: str, overridden: Mapping[str, str] | None = None) -> Settings:
-    """Checks names, types and sizes of a tree of settings.
+    """Builds `Settings` from a dict; checks names, types and ranges (ValueError).
 
-    where: its origin in errors. overridden: "section.key" -> the name in errors of the override that set it.
+    where: the dict's source in errors. overridden: "section.key" -> name in errors of the override that set it.
     """
     raw, origin = dict(raw), Origin(where, overridden or {})
     for section, kind in SECTIONS.items():
@@ -178,7 +178,7 @@ def settings_from_dict(raw: dict[str, Any], where: str, overridden: Mapping[str,
 
 
 def build(kind: type, raw: dict[Any, Any], origin: Origin, prefix: str) -> Any:
-    """An instance of the settings class `kind` from `raw`, every key and type checked."""
+    """Builds the settings class `kind` from `raw`; checks every key and type."""
     hints = typing.get_type_hints(kind)
     for key in raw:
         if key not in hints:
@@ -200,8 +200,8 @@ def build(kind: type, raw: dict[Any, Any], origin: Origin, prefix: str) -> Any:
 
 
 def nearest(key: str, prefix: str) -> str:
-    """A hint at the valid key that looks most like `key`: in its own section if possible, else anywhere."""
-    key = key[:MAX_NAME]  # comparing takes the product of the lengths
+    """Hint with the closest valid key: in the same section if possible, else in any."""
+    key = key[:MAX_NAME]  # the comparison is quadratic in the length
     full_names = {name: name for name in typing.get_type_hints(Settings)}
     for section, kind in SECTIONS.items():
         full_names |= {f"{section}.{name}": name for name in typing.get_type_hints(kind)}
@@ -235,7 +235,7 @@ LARGEST = {  # of the sizes that are at least 1
 
 
 def check_values(settings: Settings, origin: Origin) -> None:
-    """Numbers and names that no run can have."""
+    """Checks ranges of numbers and validity of names; ValueError."""
     for key, largest in LARGEST.items():
         section, _, name = key.rpartition(".")
         size = getattr(getattr(settings, section) if section else settings, name)
@@ -271,9 +271,9 @@ def check_folder_names(settings: Settings, origin: Origin) -> None:
 
 
 def resolve_path(path: str | Path) -> Path:
-    """Relative paths are looked for in the current directory, then in the repository.
+    """Resolves a relative path against the current directory, then the repository.
 
-    Raises ValueError, which does not name the setting, for what no file can be called or may not be looked at.
+    Raises ValueError (without the setting's name) for an invalid or inaccessible path.
     """
     with refusing(quoted(str(path))):
         if b"\0" in os.fsencode(path):

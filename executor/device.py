@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device of this process. An accelerator that is visible but unusable is an error, not a reason for the CPU."""
+"""Device selection and memory queries. An unusable accelerator is an error: no silent fallback to the CPU."""
 
 import glob
 import os
@@ -14,9 +14,9 @@ from ops import npu_available
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this rank for a `device` setting (auto, npu, cuda, cpu).
+    """Selects this rank's device for a `device` setting (auto, npu, cuda, cpu).
 
-    Raises ValueError if the device named is not there, or `auto` sees an accelerator it cannot use.
+    Raises ValueError if it is not available, or if `auto` finds an accelerator that torch cannot use.
     """
     if name == "cpu":
         return torch.device("cpu")
@@ -48,16 +48,16 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for everything queued on the device."""
+    """Waits for all queued work of the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device.
+    """Free memory of the device in bytes.
 
-    On a CPU, this rank's share of what the machine has available and its control groups allow, or what the limits of
-    the process itself (ulimit -v, -d) leave if that is less.
+    On a CPU: this rank's share of the available memory within the control groups' limits, but no more than the
+    process's own limits (ulimit -v, -d) leave.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -70,7 +70,7 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 def process_left_bytes() -> list[int]:
-    """What this process may still allocate by each resource limit that it has: of address space, and of data."""
+    """Bytes left under each resource limit of this process: RLIMIT_AS and RLIMIT_DATA."""
     used = psutil.Process().memory_info()
     limits = ((resource.RLIMIT_AS, used.vms), (resource.RLIMIT_DATA, used.data))
     allowed = [(resource.getrlimit(limit)[0], used_bytes) for limit, used_bytes in limits]
@@ -78,7 +78,7 @@ def process_left_bytes() -> list[int]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held at a time: by tensors on an accelerator, by this whole process on a CPU."""
+    """Peak memory in bytes: of tensors on an accelerator, of the process (RSS) on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "npu":
@@ -87,7 +87,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device: the card, or the CPU and its threads. Some CPUs and containers tell no name."""
+    """Human-readable name: of the accelerator, or of the CPU with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "npu":
@@ -96,7 +96,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name(file: Path) -> str:
-    """The model name that /proc/cpuinfo gives, "CPU" where it gives none."""
+    """Model name in /proc/cpuinfo, "CPU" if there is none, as on some CPUs and containers."""
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which exchanges bring tokens to their experts, decided once, at start."""
+"""Selection of the expert exchange (dispatch and combine) of prefill and decode steps, once at start."""
 
 import logging
 from typing import Any
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def dispatch_sizes(settings: Settings, config: Qwen3MoeConfig) -> ExchangeSizes | None:
-    """What a fused dispatch would have to carry; None where there is none to make.
+    """Sizes for a fused dispatch; None if the layout has none.
 
-    Ranks that all hold the same tokens have nothing to send, and columns of an expert would need every row twice.
+    There is none if all ranks hold the same tokens (no DP) or experts are tensor-parallel.
     """
     parallel = settings.parallel_config
     attn_dp = settings.world_size // parallel.attn_tp_size
@@ -42,9 +42,9 @@ def dispatch_sizes(settings: Settings, config: Qwen3MoeConfig) -> ExchangeSizes 
 
 
 def plan_dispatch(settings: Settings, config: Qwen3MoeConfig, ops: Ops) -> Any:
-    """The backend's plan for fused dispatch and combine (`Ops.plan_dispatch`) with its environment set, or None.
+    """Plans the backend's fused dispatch and combine (`Ops.plan_dispatch`) and sets its environment; None without.
 
-    Raises ValueError for settings that the backend cannot honour.
+    Raises ValueError for settings that the backend does not support.
     """
     sizes = dispatch_sizes(settings, config)
     plan = None if sizes is None else ops.plan_dispatch(sizes)
@@ -55,7 +55,7 @@ def plan_dispatch(settings: Settings, config: Qwen3MoeConfig, ops: Ops) -> Any:
 
 
 def check_npu_options(settings: Settings, ops: Ops, plan: Any) -> None:
-    """ValueError where an option of Ascend NPUs is set that cannot be honoured."""
+    """ValueError if an option of Ascend NPUs is set that this device or layout does not support."""
     key = "model_config.npu_prefetch"
     if settings.model_config.npu_prefetch and ops.name != "npu":
         raise ValueError(f"{key}: only possible on device npu; leave it out")
@@ -76,10 +76,10 @@ def check_npu_options(settings: Settings, ops: Ops, plan: Any) -> None:
 def choose_exchanges(
     settings: Settings, config: Qwen3MoeConfig, parallel: ParallelContext, ops: Ops, plan: Any, device: torch.device
 ) -> dict[bool, ExpertExchange]:
-    """The exchanges of prefill (True) and decode (False) steps: those that send the least.
+    """Selects the exchange of prefill (True) and decode (False) steps with the least communication.
 
-    Decode takes a backend's fused pair where there is one. A captured step, or one of a device on which waiting for a
-    number is dear, needs an exchange of which the host reads nothing.
+    Decode uses the backend's fused dispatch and combine if available. Graph mode, and devices where a host sync is
+    expensive, need an exchange without host sync.
     """
     num_local_experts = config.num_experts // parallel.moe_ep.size
     gather = GatherExchange(parallel, num_local_experts)
@@ -95,6 +95,6 @@ def choose_exchanges(
             decode, detail = FusedExchange(parallel, pair), f" by {pair.name}"
     if parallel.world.size > 1:
         logger.info(
-            "exchange of tokens: prefill %s, decode %s%s", type(cheaper).__name__, type(decode).__name__, detail
+            "expert exchange: prefill %s, decode %s%s", type(cheaper).__name__, type(decode).__name__, detail
         )
     return {True: cheaper, False: decode}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that ask a process to end become an exception, so that it can say so and keep what is finished."""
+"""Signal handling: SIGINT, SIGTERM and SIGHUP raise an exception, so that finished results are kept."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to end; its text names the signal."""
+    """Raised on a termination signal; the message names it."""
 
 
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Inside, SIGINT, SIGTERM and SIGHUP raise `Interrupted`; a second one ends the process at once.
+    """Makes SIGINT, SIGTERM and SIGHUP raise `Interrupted`; a second signal ends the process immediately.
 
-    A signal that is ignored (SIGHUP under nohup) stays so. A rank of several keeps what its launcher relies on: it ends
-    at once, as Python would run a handler only after the collective that it waits for.
+    Ignored signals (SIGHUP under nohup) stay ignored. With several ranks the default handlers stay: Python would run
+    its own only after the collective in progress.
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS} if alone else {}
@@ -36,7 +36,7 @@ def raise_on_signals() -> Iterator[None]:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """For what must be done whole: a signal raises `Interrupted` behind it; a second one ends the process at once."""
+    """Critical section: a signal raises `Interrupted` after it; a second signal ends the process immediately."""
     numbers = [number for number in SIGNALS if signal.getsignal(number) is interrupt]
     came: list[int] = []
 
@@ -68,9 +68,9 @@ def end(number: int, frame: FrameType | None) -> None:
 
 
 def end_quietly_on_signals() -> None:
-    """For the time before a program can handle its signals: the line that it would print, no traceback.
+    """Installs early handlers that print one line without a traceback, until `raise_on_signals` takes over.
 
-    A rank of several, whose launcher says what ended it, keeps the defaults.
+    With several ranks the defaults stay: the launcher reports the signal.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         default = signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What settings of vLLM, SGLang and transformers are called here: hints for keys and values that do not exist."""
+"""Names of settings in vLLM, SGLang and transformers -> their counterparts here: hints for unknown keys and values."""
 
-LENGTH = "data_config.input_max_len bounds a prompt and data_config.max_new_tokens what is generated"
+LENGTH = "data_config.input_max_len limits the prompt and data_config.max_new_tokens the generated tokens"
 NEW_TOKENS = "did you mean data_config.max_new_tokens?"
 ATTENTION_AND_EXPERTS = (
     "parallel_config.attn_tp_size splits attention and parallel_config.moe_tp_size the experts, over world_size ranks"
 )
 CACHE_SHARE = "did you mean model_config.cache_memory_fraction?"
 NO_PIPELINE = "there is no pipeline parallelism; parallel_config splits attention and experts"
-NO_QUANTIZATION = "there is no such setting: the checkpoint says in which number format its weights are"
+NO_QUANTIZATION = "there is no such setting: the number format of the weights is that of the checkpoint"
 NO_REMOTE_CODE = "there is no such setting: code in a checkpoint is never run"
 NO_REVISION = "there is no such setting: model_path is a folder on this machine"
 DTYPE = "did you mean model_config.dtype?"
-DEVICE = "did you mean device? A rank uses the visible device of its number"
-EAGER = 'exe_mode: "eager" or "graph" says it'
-ONE_ANSWER = "there is one answer a prompt: give the prompt several times"
+DEVICE = "did you mean device? Each rank uses the visible device with its local rank"
+EAGER = 'set exe_mode: "eager" or "graph"'
+ONE_ANSWER = "there is one completion per prompt: repeat the prompt"
 NO_BEAMS = "there is no beam search, only greedy decoding and sampling"
 NO_SAMPLE = "temperature 0 is greedy, above 0 samples"
 
@@ -34,16 +34,16 @@ HINTS = {
     "max_tokens": NEW_TOKENS,
     "max_completion_tokens": NEW_TOKENS,
     "max_output_tokens": NEW_TOKENS,
-    "truncation": "data_config.long_prompt: cut or refuse says it",
-    "truncate_prompt_tokens": "data_config.input_max_len and data_config.long_prompt say it",
+    "truncation": "set data_config.long_prompt: cut or refuse",
+    "truncate_prompt_tokens": "set data_config.input_max_len and data_config.long_prompt",
     "tensor_parallel_size": ATTENTION_AND_EXPERTS,
     "tp_size": ATTENTION_AND_EXPERTS,
     "tp": ATTENTION_AND_EXPERTS,
-    "data_parallel_size": "it follows: parallel_config.attn_dp_size is world_size / attn_tp_size",
-    "dp_size": "it follows: parallel_config.attn_dp_size is world_size / attn_tp_size",
-    "enable_expert_parallel": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
-    "expert_parallel_size": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
-    "ep_size": "it follows: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "data_parallel_size": "it is derived: parallel_config.attn_dp_size is world_size / attn_tp_size",
+    "dp_size": "it is derived: parallel_config.attn_dp_size is world_size / attn_tp_size",
+    "enable_expert_parallel": "it is derived: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "expert_parallel_size": "it is derived: parallel_config.moe_ep_size is world_size / moe_tp_size",
+    "ep_size": "it is derived: parallel_config.moe_ep_size is world_size / moe_tp_size",
     "pipeline_parallel_size": NO_PIPELINE,
     "pp_size": NO_PIPELINE,
     "num_gpus": "did you mean world_size?",
@@ -53,7 +53,7 @@ HINTS = {
     "num_gpu_blocks_override": "did you mean model_config.cache_tokens?",
     "max_total_tokens": "did you mean model_config.cache_tokens?",
     "kv_cache_dtype": "there is no such setting: the cache has model_config.dtype",
-    "block_size": "there is no such setting: a block of the cache has 128 tokens",
+    "block_size": "there is no such setting: a cache block holds 128 tokens",
     "max_num_seqs": "did you mean data_config.batch_size?",
     "max_running_requests": "did you mean data_config.batch_size?",
     "max_batch_size": "did you mean data_config.batch_size?",
@@ -71,11 +71,11 @@ HINTS = {
     "trust_remote_code": NO_REMOTE_CODE,
     "revision": NO_REVISION,
     "download_dir": NO_REVISION,
-    "attn_implementation": "there is no such setting: the device decides which kernel computes attention",
-    "load_format": "model_config.with_ckpt: False fills random weights; checkpoints are safetensors files",
+    "attn_implementation": "there is no such setting: the device's backend selects the attention kernel",
+    "load_format": "model_config.with_ckpt: False means random weights; checkpoints are safetensors files",
     "rope_parameters": "did you mean model_config.rope_scaling?",
     "hf_overrides": "only rotary parameters can be replaced, by model_config.rope_scaling",
-    "generation_config": "data_config.sampling_from_checkpoint: True takes generation_config.json",
+    "generation_config": "data_config.sampling_from_checkpoint: True uses generation_config.json",
     "n": ONE_ANSWER,
     "best_of": ONE_ANSWER,
     "num_return_sequences": ONE_ANSWER,
@@ -89,7 +89,7 @@ HINTS = {
     "presence_penalty": "only data_config.repetition_penalty exists",
     "random_seed": "did you mean data_config.seed?",
     "prompts": "did you mean data_config.dataset_path?",
-    "log_file": "output_dir says where the folder of results with the logs is made",
+    "log_file": "logs are in the result folder of each run, below output_dir",
 }
 
 VALUES = {  # of device and dtype
@@ -104,10 +104,10 @@ VALUES = {  # of device and dtype
 
 
 def hint(key: str) -> str | None:
-    """Where the setting that others call `key` is found here, or that there is none; None for an unknown name."""
+    """Hint for the key `key` of another engine: its counterpart here, or that there is none; None if unknown."""
     return HINTS.get(key.lower().replace("-", "_"))
 
 
 def known_value(value: str) -> str | None:
-    """What the device or number format that others call `value` is called here; None for an unknown one."""
+    """This program's name for a device or dtype that others call `value`; None if unknown."""
     return VALUES.get(value.lower().rpartition(":")[2].removeprefix("torch."))

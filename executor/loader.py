@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills a model's parameters from safetensors files, all or nothing, or with random numbers."""
+"""Loads parameters from safetensors files, or initializes them randomly."""
 
 import logging
 import zlib
@@ -18,14 +18,14 @@ from ops import DenseWeight
 
 logger = logging.getLogger(__name__)
 
-LOADABLE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # safetensors' types -> bytes of a number
-MAPPED_BYTES = 8 << 20  # a file is mapped anew after that many bytes, so that pages already copied leave memory
+LOADABLE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # safetensors dtype -> bytes per element
+MAPPED_BYTES = 8 << 20  # remap the file after this many bytes, so that pages already copied are released
 PROGRESS_FROM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a stored tensor that is read at once, and the region of a parameter it fills."""
+    """Slice of a stored tensor that is read in one call, and its destination in a parameter."""
 
     name: str
     part: tuple[slice, ...]
@@ -41,17 +41,17 @@ def load_parameters(
     device: torch.device,
     quiet: bool = False,
 ) -> Parameters:
-    """Reads this rank's parameters `specs` from the checkpoint folder `model_path` into memory of `device`.
+    """Loads this rank's parameters `specs` from the checkpoint folder `model_path` onto `device`.
 
-    Only the parts they need are read; floating-point tensors are converted to `dtype`. Raises ValueError, before
-    anything is allocated, naming the tensors of `whole_model` (all ranks' parameters) that are missing, of another
-    shape or type, tensors it does not expect, and files that are missing or damaged.
+    Reads only this rank's shards; converts floating-point tensors to `dtype`. Raises ValueError before anything is
+    allocated: for tensors of `whole_model` (all ranks' parameters) that are missing or of wrong shape or dtype, for
+    unexpected tensors, and for missing or damaged files.
     """
     found = check_tensors(model_path, whole_model)
     values = {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in specs}
     wanted: dict[Path, list[Piece]] = {}
     for spec in specs:
-        for source in chosen(spec, found):
+        for source in stored_sources(spec, found):
             tensor = found[source.name]
             target = values[spec.name][source.region]
             wanted.setdefault(tensor.file, []).extend(pieces(tensor, source, target))
@@ -69,9 +69,9 @@ def load_parameters(
 def random_parameters(
     specs: list[ParameterSpec], dtype: torch.dtype, device: torch.device, std: float, seed: int = 0
 ) -> Parameters:
-    """The same parameters as normal random numbers made on the device; norms are ones.
+    """Initializes the parameters `specs` with normal random numbers on the device; norm weights are ones.
 
-    A tensor's numbers follow from its name in the checkpoint, so that ranks hold parts of one and the same model.
+    The seed of each tensor derives from its checkpoint name, so that all ranks hold shards of the same model.
     """
     generator = torch.Generator(device)
     values = {}
@@ -91,26 +91,27 @@ def as_parameters(specs: list[ParameterSpec], values: dict[str, torch.Tensor]) -
 
 
 def parameter_bytes(specs: list[ParameterSpec], dtype: torch.dtype) -> int:
-    """Memory of all parameters."""
+    """Total size of the parameters in bytes."""
     return sum(torch.Size(spec.shape).numel() for spec in specs) * dtype.itemsize
 
 
 def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[str, StoredTensor]:
-    """The checkpoint's tensors by their names in the model, compared with what the model needs; headers only."""
+    """Checks the checkpoint's tensors against the model (headers only); returns them by their names in the model."""
     needed = {source.name for spec in whole_model for source in (*spec.sources, *spec.stacked)}
     found: dict[str, StoredTensor] = {}
     for tensor in read_headers(weight_files(model_path)).values():
         name = name_in_model(tensor.name, needed)
         if name in found:
-            raise ValueError(one_line(f"{tensor.file}: tensor {tensor.name} stands in the checkpoint under two names"))
+            raise ValueError(one_line(f"{tensor.file}: tensor {tensor.name} is in the checkpoint under two names"))
         found[name] = tensor
     skipped = [name for name in found if name not in needed and NOT_A_WEIGHT.fullmatch(name)]
     for name in skipped:
         del found[name]
     tied = found.pop(HEAD) if HEAD in found and HEAD not in needed else None
-    if tied is not None and EMBEDDING not in found:  # the one that is there is both, as in transformers
+    if tied is not None and EMBEDDING not in found:  # tied: the only one serves as both, as in transformers
         found[EMBEDDING], tied = tied, None
-    refuse_unfit(model_path, found, {source.name: source for spec in whole_model for source in chosen(spec, found)})
+    sources = {source.name: source for spec in whole_model for source in stored_sources(spec, found)}
+    check_shapes(model_path, found, sources)
     if tied is not None:
         check_equal(tied, found[EMBEDDING])
         skipped.append(f"{HEAD} (equals the embedding)")
@@ -119,13 +120,13 @@ def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[st
     return found
 
 
-def chosen(spec: ParameterSpec, found: Collection[str]) -> tuple[Source, ...]:
-    """A parameter's sources as this checkpoint has them."""
+def stored_sources(spec: ParameterSpec, found: Collection[str]) -> tuple[Source, ...]:
+    """The form in which this checkpoint stores a parameter: experts stacked in one tensor, or one tensor each."""
     return spec.stacked if any(source.name in found for source in spec.stacked) else spec.sources
 
 
-def refuse_unfit(model_path: Path, found: dict[str, StoredTensor], sources: dict[str, Source]) -> None:
-    """ValueError that names the tensors that are missing, too many, or of another shape or type."""
+def check_shapes(model_path: Path, found: dict[str, StoredTensor], sources: dict[str, Source]) -> None:
+    """ValueError that lists missing and unexpected tensors and wrong shapes and dtypes."""
     wrong_shape = [
         f"{name} is {list(found[name].shape)} instead of {list(source.shape)}"
         for name, source in sources.items()
@@ -139,8 +140,8 @@ def refuse_unfit(model_path: Path, found: dict[str, StoredTensor], sources: dict
     problems = {
         "missing": [name for name in sources if name not in found],
         "not expected": [found[name].name for name in found if name not in sources],
-        "of another shape": wrong_shape,
-        "of another type": wrong_dtype,
+        "of wrong shape": wrong_shape,
+        "of wrong dtype": wrong_dtype,
     }
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {problem}: {some(names)}" for problem, names in problems.items() if names)
@@ -148,7 +149,7 @@ def refuse_unfit(model_path: Path, found: dict[str, StoredTensor], sources: dict
 
 
 def check_equal(tied: StoredTensor, embedding: StoredTensor) -> None:
-    """ValueError unless two tensors that the config ties are equal; transformers would not tie them."""
+    """ValueError unless lm_head and embedding, tied by the config, are equal; transformers would not tie them."""
     equal = tied.shape == embedding.shape and tied.dtype == embedding.dtype
     rows = 1 + (MAPPED_BYTES - 1) // (embedding.shape[1] * LOADABLE_BYTES[embedding.dtype])
     for start in range(0, embedding.shape[0] if equal else 0, rows):
@@ -168,7 +169,7 @@ def check_equal(tied: StoredTensor, embedding: StoredTensor) -> None:
 
 
 def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The wanted pieces of a file's tensors and where they go, with at most about MAPPED_BYTES of it in memory."""
+    """Yields (slice, destination) of the wanted pieces of a file, with at most about MAPPED_BYTES mapped."""
     remaining = sorted(wanted, key=lambda piece: piece.name, reverse=True)
     while remaining:
         mapped = 0
@@ -180,10 +181,10 @@ def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, 
 
 
 def pieces(tensor: StoredTensor, source: Source, target: torch.Tensor) -> Iterator[Piece]:
-    """The part of a tensor that fills `target`, in runs of its first dimension of at most about MAPPED_BYTES."""
+    """Splits the slice of a tensor that fills `target` along dimension 0 into pieces of about MAPPED_BYTES."""
     first, *others = source.part or (slice(None),)
     start, stop, _ = first.indices(source.shape[0])
-    columns_apart = source.shape[-1] // target.shape[-1]  # then most pages of whole rows are touched
+    columns_apart = source.shape[-1] // target.shape[-1]  # column shard: most pages of the whole rows are touched
     row_bytes = target[0].numel() * columns_apart * LOADABLE_BYTES[tensor.dtype]
     count = max(1, MAPPED_BYTES // row_bytes)
     for at in range(start, stop, count):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device's memory is filled with: the weights, then the cache in what they leave. Both are checked to fit."""
+"""Device memory: loads the weights, then sizes and allocates the KV cache; checks that both fit."""
 
 import heapq
 import logging
@@ -30,7 +30,7 @@ def fill_parameters(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Parameters:
-    """This rank's weights, from the checkpoint or random. ValueError if they do not fit."""
+    """Loads this rank's weights, or random ones; ValueError if they do not fit into the free memory."""
     specs = parameter_specs(config, Layout.of(parallel))
     needed, free = parameter_bytes(specs, dtype), free_memory_bytes(device)
     logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, dtype, free / 1e9)
@@ -54,10 +54,11 @@ def allocate_cache(
     device: torch.device,
     known_lens: Sequence[int] = (),
 ) -> tuple[int, list[KVCache]]:
-    """A cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory: its blocks, equal on all ranks.
+    """Allocates a KV cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory.
 
-    max_len: tokens that one sequence can grow to. known_lens: tokens to be cached of each sequence that is to run, if
-    that is known; the cache is then no larger than what they can use. ValueError if it does not fit.
+    Returns its number of blocks, equal on all ranks, and each layer's (keys, values). max_len: maximum tokens of a
+    sequence. known_lens: cached tokens of each sequence that will run, if known; this caps the cache. ValueError if
+    it does not fit.
     """
     model = settings.model_config
     num_kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp.size)
@@ -79,11 +80,11 @@ def allocate_cache(
     num_blocks = min(parallel.control.all_gather(torch.tensor([num_blocks], device=device)).tolist())
     if num_blocks < 1:
         raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
-    why = ", all that the known prompts can use" if known_lens and num_blocks == usable else ""
+    why = ", the maximum that the known prompts can use" if known_lens and num_blocks == usable else ""
     logger.info("cache: %d tokens, %.2f GB%s", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9, why)
     return num_blocks, cache_tensors(config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, dtype, device)
 
 
 def blocks_in_use(lens: Sequence[int], batch_size: int) -> int:
-    """The most blocks that sequences of these lengths can hold at a time, `batch_size` of them running at once."""
+    """Maximum number of blocks in use by sequences of these lengths, `batch_size` of them at a time."""
     return sum(heapq.nlargest(batch_size, map(blocks_for, lens)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs may give as prompts: texts, token ids and conversations, checked and made plain."""
+"""Validation and normalization of prompts: texts, token ids and conversations."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from executor.utils.text import quoted
 
 TokenIds = list[int] | tuple[int, ...] | range | np.ndarray | torch.Tensor
 Prompt = str | TokenIds
-Message = dict[str, Any]  # {"role": "user", "content": "..."}; a template may know further keys
+Message = dict[str, Any]  # {"role": "user", "content": "..."} and any keys that the template uses
 Messages = list[Message] | tuple[Message, ...]
 
 ACCEPTED = "a text, token ids (a list, tuple or range of whole numbers, an integer array or tensor), or a list of those"
@@ -19,12 +19,12 @@ CONVERSATION = '[{"role": "user", "content": "..."}, ...]'
 
 
 def which(index: int, count: int) -> str:
-    """The name of a prompt in errors and warnings."""
+    """Name of a prompt in errors and warnings."""
     return "the prompt" if count == 1 else f"prompt {index + 1} of {count}"
 
 
 def prompt_list(prompts: Any) -> list[str | list[int]]:
-    """What `generate` is given as a list of texts and lists of token ids. TypeError for anything else."""
+    """Normalizes the prompts of `generate` to a list of texts and token id lists; TypeError for other types."""
     if isinstance(prompts, str) or is_row(prompts):
         prompts = [prompts]
     elif is_array(prompts) and prompts.ndim == 2:  # several prompts of one length
@@ -38,7 +38,7 @@ def prompt_list(prompts: Any) -> list[str | list[int]]:
 
 
 def token_id_list(value: Any, name: str = "token_ids") -> list[int]:
-    """Token ids of one sequence as a list of ints; `name` says in errors what they are.
+    """Converts the token ids of one sequence to a list of ints. name: the sequence in errors.
 
     Raises TypeError unless it is a list, tuple or range of whole numbers, or an integer array or tensor of one
     dimension.
@@ -53,14 +53,14 @@ def token_id_list(value: Any, name: str = "token_ids") -> list[int]:
 
 
 def is_row(value: Any) -> bool:
-    """Whether it is the token ids of one sequence, going by its first element."""
+    """Whether `value` is the token ids of one sequence, judged by its first element."""
     if is_array(value):
         return value.ndim == 1
     return isinstance(value, range) or isinstance(value, list | tuple) and bool(value) and is_whole_number(value[0])
 
 
 def is_array(value: Any) -> bool:
-    """Whether it is an array or tensor of whole numbers."""
+    """Whether `value` is an integer array or tensor."""
     if isinstance(value, torch.Tensor):
         return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return isinstance(value, np.ndarray) and value.dtype.kind in "iu"
@@ -73,10 +73,10 @@ def is_whole_number(value: Any) -> bool:
 
 
 def conversation_list(messages: Any) -> list[Messages]:
-    """What `chat` is given as a list of conversations, each of at least one message.
+    """Normalizes the messages of `chat` to a list of conversations of at least one message each.
 
-    Raises TypeError unless it is a list of messages or of such lists, ValueError for an empty one and for text that no
-    encoding can hold.
+    Raises TypeError unless given a list of messages or of such lists, ValueError for an empty conversation or text
+    with lone surrogates.
     """
     expected = f"expected {CONVERSATION} or a list of those"
     if not isinstance(messages, list | tuple):
@@ -103,7 +103,7 @@ def check_message(message: Any, name: str) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """ValueError for text with lone surrogates, such as half an emoji, for which there are no tokens."""
+    """ValueError for text with lone surrogates, which cannot be tokenized."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -114,7 +114,7 @@ def check_text(text: str, name: str) -> None:
 
 
 def described(value: Any) -> str:
-    """What a value of a wrong type is, for errors."""
+    """Describes a value of a wrong type, for errors."""
     if isinstance(value, Mapping):
         return f"a {type(value).__name__}" + ("; give its input_ids" if "input_ids" in value else "")
     if isinstance(value, torch.Tensor | np.ndarray):

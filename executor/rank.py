@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank does for the launcher that started it. A process without one does nothing here."""
+"""Process set-up and failure reporting of a rank started by the launcher; no effect without one."""
 
 import contextlib
 import ctypes
@@ -17,48 +17,48 @@ from executor.utils.text import one_line
 logger = logging.getLogger(__name__)
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun, which reads the file when the rank has ended
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"  # set by torchrun, which reads the file when the rank has exited
 LAUNCHER_VARIABLE = "LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1
 CONSEQUENCE_DELAY_S = 2.0
-DRAIN_S = 5.0  # what a reader that pauses gets before a failed rank ends all the same
+DRAIN_S = 5.0  # time for a stalled reader before a failed rank exits anyway
 
 
 def join() -> int:
-    """Binds this process to its launcher's life and to its share of the cores; returns its rank.
+    """Ties the process lifetime to the launcher's and sets CPU affinity; returns the rank.
 
-    To be called before torch is imported, which sizes its threads by the cores it finds.
+    Call before importing torch, which sizes its thread pool by the affinity.
     """
     if not os.environ.get("RANK", "0").isdecimal():
         raise ValueError(f"RANK: {os.environ['RANK']!r} is not a whole number")
     rank = int(os.environ.get("RANK", "0"))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return rank
-    logging.captureWarnings(True)  # to the rank's log, not from all of them to the terminal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler waits for the end of a collective
+    logging.captureWarnings(True)  # to the rank's log file
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would run only after a collective
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(LAUNCHER_VARIABLE, str(os.getppid())) != str(os.getppid()):
         os._exit(1)  # the launcher died before prctl
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.sched_setaffinity(0, share_of_cores(sorted(os.sched_getaffinity(0), key=place), local_rank, local_size))
+    os.sched_setaffinity(0, share_of_cores(sorted(os.sched_getaffinity(0), key=cpu_topology), local_rank, local_size))
     return rank
 
 
 def forget_rank() -> None:
-    """Removes what says which rank this process is: some platforms set it for every process."""
+    """Clears the rank environment variables, which some platforms set for every process."""
     for name in RANK_VARIABLES:
         os.environ.pop(name, None)
 
 
 def share_of_cores(cores: list[int], index: int, parts: int) -> list[int]:
-    """Part `index` of `parts`; all of them if there are fewer cores than parts."""
+    """Contiguous part `index` of `parts`; all cores if there are fewer than parts."""
     if len(cores) < parts:
         return cores
     return cores[index * len(cores) // parts : (index + 1) * len(cores) // parts]
 
 
-def place(cpu: int) -> tuple[int, int, int]:
-    """Socket, core and number of a logical CPU: sorted by it, those of a core and of a socket are neighbours."""
+def cpu_topology(cpu: int) -> tuple[int, int, int]:
+    """(socket, core, CPU number) of a logical CPU: the sort key that keeps hyperthreads and sockets together."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
     try:
         return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()), cpu
@@ -67,36 +67,36 @@ def place(cpu: int) -> tuple[int, int, int]:
 
 
 def fail(exit_code: int, error: BaseException) -> int:
-    """Tells the user, or the launcher if there is one, why this rank ends; returns the exit code.
+    """Reports why this rank exits, to the user or the launcher; returns the exit code.
 
-    exit_code: 2 for what the user has to change, else 1, for which the traceback is logged.
+    exit_code: 2 for wrong input, else 1, with the traceback in the log.
     """
     first_line = (str(error).splitlines() or [""])[0]
     expected = exit_code == 2 or isinstance(error, Interrupted | PartialFailure)
     message = one_line(first_line if expected else f"{type(error).__name__}: {first_line}")
     consequence = is_consequence(error)
     if consequence:
-        logger.error("an exchange with other ranks failed: %s", message)
+        logger.error("a collective with other ranks failed: %s", message)
     elif not expected:
         logger.error("this rank failed", exc_info=error)
     if ERROR_FILE_VARIABLE not in os.environ:
         print_error(message if expected else f"rank {os.environ.get('RANK', '0')}: {message}")
         return exit_code
-    if consequence:  # the rank that caused it is to end first
+    if consequence:  # let the rank that caused it exit first
         time.sleep(CONSEQUENCE_DELAY_S)
     report = {"message": message, "timestamp": int(time.time()), "exit_code": exit_code, "is_consequence": consequence}
-    with contextlib.suppress(FileNotFoundError):  # its folder is gone when the launcher has said why and ended
+    with contextlib.suppress(FileNotFoundError):  # the launcher has already exited and removed the folder
         Path(os.environ[ERROR_FILE_VARIABLE]).write_text(json.dumps(report), encoding="utf-8")
     drain(DRAIN_S)
-    os._exit(exit_code)  # the regular way would wait for the other ranks
+    os._exit(exit_code)  # a regular exit would wait for the other ranks
 
 
 class PartialFailure(Exception):
-    """The run has ended, but not all of it went well."""
+    """The run completed, but some prompts or outputs failed."""
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether an exchange between ranks failed: as a rule because another rank has."""
+    """Whether the error came from a collective: usually another rank failed first."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):

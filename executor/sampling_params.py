@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the next token is chosen and when a text ends."""
+"""Sampling parameters and stop conditions of a request."""
 
 import math
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ NUMBERS = (*WHOLE, "temperature", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of one request. Given in a call, they replace all of the LLM's defaults, which are data_config's: what
-    is not stated here has the values below, not those of the LLM's settings or the checkpoint.
+    """Sampling parameters of one request. They replace the LLM's defaults (data_config) entirely: an omitted parameter
+    has the default below, not that of the LLM's settings or the checkpoint.
 
-    max_new_tokens: tokens to generate at most. temperature: 0 takes the most likely token, whatever the other three
-    filters say. top_k: keep that many, 0 for all. top_p: keep the most likely ones that reach this probability
-    together. min_p: drop what is less likely than this share of the most likely one. repetition_penalty: above 1 makes
-    tokens of prompt and text less likely. seed: makes sampling repeatable. stop: strings that end the text, which are
-    not part of it. ignore_eos: go on to max_new_tokens.
+    max_new_tokens: maximum number of generated tokens. temperature: 0 is greedy decoding, which ignores the filters.
+    top_k: sample from the k most likely tokens, 0 for all. top_p: smallest set of most likely tokens whose cumulative
+    probability reaches top_p. min_p: minimum probability relative to the most likely token. repetition_penalty: above 1
+    penalizes tokens of the prompt and the output. seed: makes sampling reproducible. stop: strings that end the output,
+    which does not include them. ignore_eos: continue after EOS up to max_new_tokens.
 
-    Raises ValueError for values of a wrong kind or out of range, TypeError for names that do not exist.
+    Raises ValueError for values of a wrong type or range, TypeError for unknown parameters.
     """
 
     max_new_tokens: int = 32
@@ -78,7 +78,7 @@ class SamplingParams:
 
 
 def number(key: str, value: Any) -> int | float:
-    """`value` of the setting `key` as a plain int, or as a float where it may be one."""
+    """Converts the value of `key` to a plain int or float; ValueError for other types."""
     kinds = int if key in WHOLE else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
         raise ValueError(f"{key}: expected a {'whole ' if kinds is int else ''}number, got {quoted(value)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that are too long: which turns of a conversation are left out, and which text loses its middle."""
+"""Truncation of long prompts: drops the oldest turns of a conversation, cuts the middle of texts."""
 
 import os
 import re
@@ -11,17 +11,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 Piece = tuple[int, int]  # start and end of a part of a text
-MARGIN = 16  # characters at an end of a message's text that stay where it cannot be tested where the text begins
-MAX_CUT = 64  # messages whose text may be cut, the longest ones: each has to be rendered several times
+MARGIN = 16  # characters kept at each end of a message's text whose exact boundary in the prompt is unknown
+MAX_CUT = 64  # at most this many of the longest messages are cut: each costs several renderings
 PRIVATE_USE = range(0xE000, 0xF900)
 THOUGHT_MARKS = ("<think>", "</think>")
 
 
 def oldest_turns(messages: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """The turns before the last user message, oldest first, as indices of messages.
+    """Turns before the last user message, oldest first, as lists of message indices.
 
-    A turn is a user message with what follows it, so that roles still alternate where it is left out. System messages
-    belong to none. Tool results that are given as user messages begin none: what asked for them stays with them.
+    A turn is a user message and what follows it, so that roles still alternate after it is dropped. System messages
+    are in no turn. Tool results given as user messages start no turn: they stay with the call.
     """
     starts = [
         index
@@ -40,8 +40,10 @@ def oldest_turns(messages: Sequence[dict[str, Any]]) -> list[list[int]]:
 def fewest_turns_left_out(
     messages: Sequence[dict[str, Any]], fits: Callable[[Sequence[dict[str, Any]]], bool]
 ) -> tuple[Sequence[dict[str, Any]], int, int]:
-    """The messages without as few of the oldest turns as make them fit, or without all; how many those are, of how
-    many."""
+    """Drops the fewest oldest turns that make the messages fit, or all.
+
+    Returns the remaining messages, the number of dropped turns, and that of all turns.
+    """
     turns = oldest_turns(messages)
 
     def without(count: int) -> list[dict[str, Any]]:
@@ -58,9 +60,9 @@ def shown_pieces(
     render: Callable[[Sequence[dict[str, Any]]], str],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Piece]:
-    """Where in the rendered `text` stands what may be cut: the messages' texts as far as the template shows them.
+    """Spans of the rendered `text` that may be cut: the messages' contents, as far as the template renders them.
 
-    In answers, the tokenizer's added tokens and the marks of thoughts separate pieces: a template may show thoughts.
+    Assistant messages are split at added tokens and thinking tags, which are kept.
     """
     marker = next((chr(code) for code in PRIVATE_USE if chr(code) not in text), None)
     if marker is None:
@@ -71,15 +73,15 @@ def shown_pieces(
     for index in sorted(range(len(messages)), key=lambda index: -len(messages[index]["content"]))[:MAX_CUT]:
         content = messages[index]["content"]
 
-        def places(offset: int, index: int = index, content: str = content) -> list[int]:
+        def positions_of(offset: int, index: int = index, content: str = content) -> list[int]:
             marked = {**messages[index], "content": content[:offset] + marker + content[offset:]}
             try:
                 parts = render([*messages[:index], marked, *messages[index + 1 :]]).split(marker)
-            except ValueError:  # the template does not take such a text
+            except ValueError:  # the template rejects the marked text
                 return []
             return list(accumulate(map(len, parts[:-1]))) if "".join(parts) == text else []
 
-        for start, end in shown_spans(content, text, places):
+        for start, end in shown_spans(content, text, positions_of):
             marks = any_mark.finditer(text, start, end) if messages[index]["role"] == "assistant" else ()
             bounds = [start, *(bound for mark in marks for bound in mark.span()), end]
             pieces += zip(bounds[::2], bounds[1::2], strict=True)
@@ -87,33 +89,32 @@ def shown_pieces(
     return [piece for before, piece in zip([(0, 0), *pieces], pieces, strict=False) if before[1] <= piece[0] < piece[1]]
 
 
-def shown_spans(content: str, text: str, places: Callable[[int], list[int]]) -> list[Piece]:
-    """Where `content`, or the part of it that the template shows, stands in `text`.
+def shown_spans(content: str, text: str, positions_of: Callable[[int], list[int]]) -> list[Piece]:
+    """Spans of `text` where the template renders `content`, or a part of it, unchanged.
 
-    places: where in `text` a character put into `content` at an offset appears; nowhere, if it is not shown there or
-    changes anything else. So whatever a template does with a text, only what it shows unchanged counts.
+    positions_of: positions in `text` of a marker inserted into `content` at an offset; empty if the marker is not
+    rendered or changes anything else.
     """
     for offset in probed_offsets(len(content)):
-        found = places(offset)
+        found = positions_of(offset)
         if found:
             break
     else:
         return []
     spans = []
-    for place in found:
-        before = len(os.path.commonprefix([content[:offset][::-1], text[:place][::-1]]))
-        after = len(os.path.commonprefix([content[offset:], text[place:]]))
-        # what the template wrote beside the text may look like the part of the text that it left out
-        start = next((m for m in (0, 1, 2) if place - before + m in places(offset - before + m)), MARGIN)
-        end = next((m for m in (0, 1, 2) if place + after - m in places(offset + after - m)), MARGIN)
+    for position in found:
+        before = len(os.path.commonprefix([content[:offset][::-1], text[:position][::-1]]))
+        after = len(os.path.commonprefix([content[offset:], text[position:]]))
+        # adjacent template text may coincide with the dropped part of the content
+        start = next((m for m in (0, 1, 2) if position - before + m in positions_of(offset - before + m)), MARGIN)
+        end = next((m for m in (0, 1, 2) if position + after - m in positions_of(offset + after - m)), MARGIN)
         if start + end < before + after:
-            spans.append((place - before + start, place + after - end))
+            spans.append((position - before + start, position + after - end))
     return spans
 
 
 def probed_offsets(length: int) -> list[int]:
-    """Offsets in a text of `length`: its middle, then ever nearer to its end, where thoughts are over, and its
-    beginning."""
+    """Offsets to probe in a text: its middle, then towards its end (after any thinking), then its beginning."""
     shares = [length >> shift for shift in range(1, length.bit_length())]
     return [*(length - share for share in shares), *shares]
 
@@ -126,10 +127,10 @@ def shorten(
     encode: Callable[[str], list[int]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[list[int], int]:
-    """Tokens of `text` after its longest pieces have lost as much of their middles as makes it fit into `limit`, and
-    the number of pieces cut. If there is not enough to cut, the tokens are more than `limit` or none.
+    """Cuts the middles of the longest pieces of `text` until it has at most `limit` tokens.
 
-    token_ids: of the whole text, as `encode` makes them.
+    token_ids: those of the whole text. Returns the remaining tokens and the number of pieces cut; more than `limit`
+    tokens, or none, if the pieces are too short.
     """
     parts = [tokenizer.encode(text[start:end], add_special_tokens=False) for start, end in pieces]
     budget, cut = sum(map(len, parts)), 0
@@ -149,12 +150,12 @@ def shorten(
 
 
 def longest_allowed(lengths: Sequence[int], budget: int) -> int:
-    """The largest length to which all longer ones can be cut so that the sum is within `budget`."""
+    """Largest cap on the lengths with which their sum is within `budget`."""
     return bisect_right(range(max(lengths, default=0)), budget, key=lambda n: sum(min(m, n) for m in lengths)) - 1
 
 
 def without_middle(token_ids: list[int], keep: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of the first and last of `keep` tokens, without the marks of characters whose bytes were cut."""
+    """Text of the first and last tokens, `keep` in all, without replacement characters at the cut."""
     head, tail = token_ids[: keep - keep // 2], token_ids[len(token_ids) - keep // 2 :]
     replacement = "\N{REPLACEMENT CHARACTER}"
     return tokenizer.decode(head).rstrip(replacement) + tokenizer.decode(tail).lstrip(replacement)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Terminal output that can neither end a run nor hold it up.
+"""Non-blocking terminal output: a closed or stalled stdout neither ends nor blocks a run.
 
-While `resilient_terminal` is active, what is printed or logged is queued and written by a thread: a reader that pauses
+While `resilient_terminal` is active, what is printed or logged is queued and written by a thread: a stalled reader
 (`| less`) blocks that thread, not a step that other ranks wait for. Characters that the terminal's encoding lacks are
-replaced. When a stream is gone (closed pipe, full disk, hung-up terminal), what goes there is dropped.
+replaced. Output to a broken stream (closed pipe, full disk, hung-up terminal) is dropped.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from typing import Any
 
 from executor.utils.text import one_line
 
-MAX_QUEUED = 200_000  # pieces of text; a reader that pauses for longer misses what comes then, and is told so
+MAX_QUEUED = 200_000  # writes; beyond this, output is dropped and the drop is reported
 
 
 class Writer:
-    """The thread that writes, for both streams, so that their lines stay in the order of printing."""
+    """Writer thread shared by stdout and stderr, so that their lines stay in order."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
@@ -37,7 +37,7 @@ class Writer:
             self.dropped += 1
 
     def drain(self, timeout_s: float | None = None) -> bool:
-        """Returns when all that was queued is written or dropped; False if that is not so in time."""
+        """Waits until the queue is flushed; False on timeout."""
         done = threading.Event()
         self.queue.put((None, done))
         return done.wait(timeout_s)
@@ -61,7 +61,7 @@ class Writer:
 
 
 def redirect_to_null(stream: Any) -> None:
-    """Lets the interpreter's own flush at exit succeed for a stream whose reader is gone."""
+    """Points a broken stream at /dev/null, so that the interpreter's flush at exit succeeds."""
     with contextlib.suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -69,7 +69,7 @@ def redirect_to_null(stream: Any) -> None:
 
 
 class Terminal(io.TextIOBase):
-    """Stands in for sys.stdout or sys.stderr; None for a stream that was closed before the program began."""
+    """Replacement for sys.stdout or sys.stderr. stream: None if it was closed before the program started."""
 
     def __init__(self, stream: Any, writer: Writer):
         self.stream = stream
@@ -100,7 +100,7 @@ class Terminal(io.TextIOBase):
 
 @contextlib.contextmanager
 def resilient_terminal() -> Iterator[None]:
-    """Puts a `Terminal` in the place of sys.stdout and sys.stderr; at the end waits until all is written."""
+    """Replaces sys.stdout and sys.stderr by `Terminal`s; flushes them on exit."""
     if isinstance(sys.stdout, Terminal):
         yield
         return
@@ -115,7 +115,7 @@ def resilient_terminal() -> Iterator[None]:
 
 
 def open_standard_descriptors() -> None:
-    """Opens descriptors 0 to 2 that are closed: else a file opened later gets the number and what is printed there."""
+    """Opens closed descriptors 0 to 2 on /dev/null: else a file opened later would reuse one and receive the output."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -124,11 +124,11 @@ def open_standard_descriptors() -> None:
 
 
 def drain(timeout_s: float) -> bool:
-    """Waits until what was printed is written, before a process ends without unwinding; False if it is not in time."""
+    """Flushes the output before os._exit; False on timeout."""
     return not isinstance(sys.stdout, Terminal) or sys.stdout.writer.drain(timeout_s)
 
 
 def print_error(message: object) -> None:
-    """One line `error: ...` on stderr, never behind what stands on the line already, such as a progress bar."""
+    """Prints one line `error: ...` to stderr, on a new line after a progress bar."""
     broken = isinstance(sys.stderr, Terminal) and not sys.stderr.writer.at_line_start
     print(f"{chr(10) if broken else ''}error: {one_line(message)}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to tokens and back, by the checkpoint's own tokenizer and chat template."""
+"""Encoding and decoding with the checkpoint's tokenizer and chat template; its end tokens."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from executor.utils.text import one_line, quoted
 
 logger = logging.getLogger(__name__)
 
-# what transformers reads beside the vocabulary, where it is there
+# all files that transformers may read for a tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
     "chat_template.json vocab.json merges.txt config.json"
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """Encodes prompts within a length limit and decodes tokens; knows which tokens end a text.
+    """Encodes prompts within a length limit and decodes tokens; holds the end (EOS) token ids.
 
     A checkpoint without tokenizer files works with token ids: texts raise ValueError, decoded text is empty.
     """
@@ -49,9 +49,9 @@ class Tokenizer:
         return self.loaded
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
-        """Tokens of plain text, cut in its middle to the limit or refused (ValueError) as the settings say.
+        """Encodes plain text; beyond `input_max_len` its middle is cut out, or ValueError, by `long_prompt`.
 
-        name: of the prompt, for errors and warnings.
+        name: the prompt in errors and warnings.
         """
         token_ids = self.tokens_of(text, name, self.tokenizer.encode)
         if self.fits(token_ids, name):
@@ -66,12 +66,12 @@ class Tokenizer:
         return shortened
 
     def encode_chat(self, messages: Messages, name: str = "the prompt") -> list[int]:
-        """Tokens of a conversation in the chat template, ready for the answer.
+        """Encodes a conversation with the chat template, including the generation prompt.
 
-        One that is too long is refused (ValueError) as the settings say, or loses its oldest turns, as few as
-        possible. System messages and the last user message with what follows it stay; if these are too long
-        themselves, the longest of their texts lose their middles, as far as the template shows them. The template's
-        own marks stay, and nothing is shown that it leaves out. name: of the prompt, for errors and warnings.
+        Beyond `input_max_len` it raises ValueError or drops as few of the oldest turns as needed, by `long_prompt`.
+        System messages and the last user message with what follows it are kept; if these alone are too long, the
+        middles of their longest texts are cut out, only where the template renders them. The template's own markup is
+        kept, and text that it drops never appears. name: the prompt in errors and warnings.
         """
         if self.tokenizer.chat_template is None:
             raise ValueError("data_config.chat_template: this checkpoint's tokenizer has none, set it to False")
@@ -105,7 +105,7 @@ class Tokenizer:
         return shortened
 
     def tokens_of(self, text: str, name: str, encode: Any) -> list[int]:
-        """Tokens of a prompt's text; ValueError if there are none."""
+        """Encodes a prompt's text; ValueError if it has no tokens."""
         check_text(text, name)
         with refusing(name, f"tokenizer of {self.model_path}"):
             token_ids = encode(text)
@@ -114,7 +114,7 @@ class Tokenizer:
         return token_ids
 
     def fits(self, token_ids: list[int], name: str) -> bool:
-        """Whether a prompt is within the limit; ValueError if it is not and must not be cut."""
+        """Whether a prompt is within `input_max_len`; ValueError if it is not and `long_prompt` is "refuse"."""
         too_many = len(token_ids) - self.input_max_len
         if too_many > 0 and self.long_prompt == "refuse":
             raise ValueError(
@@ -124,10 +124,10 @@ class Tokenizer:
         return too_many <= 0
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of generated tokens, without special tokens and those that the tokenizer does not have."""
+        """Decodes generated tokens; special tokens and ids beyond the tokenizer's vocabulary are skipped."""
         if self.loaded is None:
             return ""
-        num_tokens = len(self.loaded)  # the model may have spare rows
+        num_tokens = len(self.loaded)  # the embedding may be padded
         known = [token_id for token_id in token_ids if 0 <= token_id < num_tokens]
         return self.loaded.decode(known, skip_special_tokens=True)
 
@@ -137,10 +137,10 @@ def has_tokenizer(model_path: Path) -> bool:
 
 
 def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder; ValueError if it cannot be read. Code in the folder is never run."""
+    """Loads a checkpoint folder's tokenizer; ValueError if it cannot be read. Never runs code from the folder."""
     for file in (model_path / name for name in TOKENIZER_FILES):
         if os.path.lexists(file):
-            read_text(file)  # names the file that is unreadable, no text, or a device or pipe to wait at
+            read_text(file)  # the error names the file; a device or pipe is rejected instead of blocking
     problem = f"no tokenizer could be read from {model_path}"
     try:
         with refusing("model_path", problem):
@@ -154,7 +154,7 @@ def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
 
 
 def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Every token that ends a text according to `read_generation_config` or the tokenizer."""
+    """All end (EOS) token ids, of `read_generation_config` and the tokenizer."""
     file, generation = read_generation_config(model_path)
     stated = generation.get("eos_token_id")
     stated = [] if stated is None else stated if isinstance(stated, list) else [stated]
@@ -166,10 +166,10 @@ def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -
 
 
 def read_generation_config(model_path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that says how a checkpoint generates, and what it says.
+    """Path and content of a checkpoint's generation config.
 
-    It is generation_config.json, or config.json in a folder without it. As in transformers, config.json says nothing
-    where there is a generation_config.json, even one that states less. ValueError if the file is not a JSON object.
+    It is generation_config.json, else config.json. As in transformers, an existing generation_config.json replaces
+    config.json entirely, even if it has fewer keys. ValueError if the file is not a JSON object.
     """
     file = model_path / "generation_config.json"
     if not os.path.lexists(file):

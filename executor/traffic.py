@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes a rank sends, by formula: docs/parallelism.md derives them, `bench` prints them beside the count."""
+"""Analytical communication volume per rank; docs/parallelism.md derives it, `bench` prints it beside the measured."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ CANDIDATE_BYTES = 4 + 8  # a logit and its token id
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """What a step's traffic depends on: tokens and logit rows of every group of attention ranks."""
+    """Tokens and logit rows of a step in every attention DP group, which determine its traffic."""
 
     dp_index: int
     dp_tokens: list[int]
@@ -32,7 +32,7 @@ class StepSize:
         return max(self.dp_tokens)
 
     def exchanged(self, rank: int, attn_tp_size: int) -> int:
-        """Tokens that a rank of the world brings to an all_to_all: its share of its group's."""
+        """Tokens that a rank contributes to an all_to_all: its share of its group's."""
         tokens = self.dp_tokens[rank // attn_tp_size]
         share = share_of(tokens, attn_tp_size)
         if self.sequence_parallel:
@@ -43,7 +43,7 @@ class StepSize:
 def expected_sent_bytes(
     config: Qwen3MoeConfig, parallel: ParallelContext, exchange: ExpertExchange, element_bytes: int, step: StepSize
 ) -> float:
-    """Bytes this rank sends in one step. For all_to_all the mean over evenly spread routing, else exact."""
+    """Bytes this rank sends in one step. Exact, but for all_to_all: there the mean under uniform routing."""
     row = config.hidden_size * element_bytes
     reduced = 2 * (parallel.attn_tp.size - 1) / parallel.attn_tp.size * step.tokens * row
     if step.sequence_parallel:
@@ -60,7 +60,7 @@ def expected_sent_bytes(
 def expert_bytes(
     config: Qwen3MoeConfig, parallel: ParallelContext, exchange: ExpertExchange, row: int, step: StepSize
 ) -> float:
-    """One layer's dispatch and combine."""
+    """Bytes of one layer's dispatch and combine."""
     attn_tp, world = parallel.attn_tp.size, parallel.world.size
     share = share_of(step.tokens, attn_tp)
     gathered = 0 if step.sequence_parallel else (attn_tp - 1) * share * row
@@ -89,7 +89,7 @@ def embedding_bytes(parallel: ParallelContext, row: int, step: StepSize) -> floa
 
 
 def lm_head_bytes(config: Qwen3MoeConfig, parallel: ParallelContext, row: int, step: StepSize) -> float:
-    """For greedy decoding: one candidate a row."""
+    """Bytes for greedy decoding: one candidate per row."""
     size = parallel.lmhead_tp.size
     if parallel.holds_same_tokens(parallel.lmhead_tp):
         return (size - 1) * step.dp_rows[step.dp_index] * CANDIDATE_BYTES
@@ -98,7 +98,7 @@ def lm_head_bytes(config: Qwen3MoeConfig, parallel: ParallelContext, row: int, s
 
 
 def expected_run_bytes(llm: LLM, prompt_tokens: list[int], new_tokens: int) -> float:
-    """Bytes this rank sends while prompts that all start at once get `new_tokens` greedy tokens each."""
+    """Bytes this rank sends to generate `new_tokens` greedy tokens for each of one batch of prompts."""
     index, dp_size = llm.parallel.attn_dp.index, llm.parallel.attn_dp.size
     groups = [prompt_tokens[group::dp_size] for group in range(dp_size)]
     tokens, rows = [sum(group) for group in groups], [len(group) for group in groups]

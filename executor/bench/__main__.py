@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures speed: `python -m executor.bench COMMAND --help` shows what a command takes."""
+"""Benchmarks: `python -m executor.bench COMMAND --help` lists the options of a command."""
 
 import importlib
 import os
@@ -10,16 +10,16 @@ from executor.rank import forget_rank, join
 from executor.utils.arguments import ArgumentParser
 
 COMMANDS = {
-    "latency": "time to the first token and time of each further one",
-    "throughput": "tokens a second of many prompts, offline",
-    "kernels": "each operation alone against its floor",
-    "plot": "a picture of reports of latency",
-    "host-time": "what the host adds to an eager decode step's vendor calls on an NPU",
+    "latency": "time to first token and time per output token",
+    "throughput": "offline throughput of many prompts, in tokens per second",
+    "kernels": "each operation alone, against its roofline floor",
+    "plot": "a bar chart of latency reports",
+    "host-time": "host overhead of an eager decode step on an NPU",
 }
 
 
 def main() -> int:
-    """A command is a module beside this one; its `run` takes the rest of the command line."""
+    """Runs a command: a module of this package, whose `run` takes the remaining arguments."""
     listed = "".join(f"\n  {name:12}{what}" for name, what in COMMANDS.items())
     parser = ArgumentParser(prog="python -m executor.bench", description=f"{__doc__}\n\ncommands:{listed}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
@@ -28,7 +28,7 @@ def main() -> int:
         command = parser.parse_args(sys.argv[1:2]).command
         if os.environ.get("WORLD_SIZE", "1") == "1":
             forget_rank()
-        join()  # before a command imports torch
+        join()  # before torch is imported
         importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(sys.argv[2:])
         return 0
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each operation alone, at the sizes of the model, against its floor.
+"""Time of each operation alone, at the model's shapes, against its roofline floor.
 
-The floor is the longer of what it moves over the device's read rate and what it computes over the device's rate of
-matrix products, both measured in the same run. Calls run one after the other over weights that together are more than
-a cache holds; on CUDA, those of a decode step are replayed from a graph. Nothing is loaded: weights are random. An
-operation that moves so little that all its calls together fit the cache has no fraction: the floor is of memory.
+The floor is the larger of bytes moved / read bandwidth and FLOPs / matmul rate, both rates measured in the same run.
+Calls rotate over weights that together exceed the last-level cache; on CUDA, those of a decode step are replayed from a
+graph. Weights are random, no checkpoint is loaded. An operation whose calls together fit the cache has no fraction: the
+floor assumes reads from memory.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def run(command_line: list[str]) -> None:
         model = {"model_name": settings.model_name, "dtype": settings.model_config.dtype}
         report.begin(**model, device=device_name(device), **ceilings)
         for phase, tokens, cached_tokens in sizes:
-            ops = load_ops(device.type)  # a new one lets go of the last size's weights
+            ops = load_ops(device.type)  # a new instance, which frees the weights of the previous size
             ops.check_model(dtype, config.head_dim)
             cases = OpCases(ops, config, settings.parallel_config, dtype, device, tokens, cached_tokens)
             rows = []
@@ -70,7 +70,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
 
 
 def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) -> float:
-    """Of one call, without what launching it costs the host where it can be replayed from a graph."""
+    """Time of one call in us; without launch overhead where it can be replayed from a graph."""
     from executor.bench.timing import time_ms
 
     def run_all() -> None:
@@ -86,7 +86,7 @@ def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) 
 
 
 def row(case: "OpCase", us: float, ceilings: dict[str, Any], device_type: str) -> dict[str, Any]:
-    """One result. A fraction of memory's floor is stated only where memory is read, not a cache."""
+    """One result row. A memory-bound operation has a fraction of its floor only if it reads memory, not a cache."""
     floors_us = {
         "bytes": case.moved_bytes / ceilings["read_ceiling"]["gb_per_s"] / 1e3,
         "flops": case.flops / ceilings["matmul_ceiling"]["tflop_per_s"] / 1e6,

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time to the first token and time of each further one, beside the floor that the memory's read rate sets.
+"""Time to first token (ttft) and time per output token (tpot), with the floor set by memory bandwidth.
 
-A YAML with several ranks has them started here; rank 0 reports. Figures are medians over repeats that take turns with
-the peer's, so that a machine which changes its speed slows both. Times are in ms; absolute ones mean something
-only on a machine that does nothing else.
+Starts the ranks if world_size > 1; rank 0 reports. Values are medians over repeats that alternate with the peer's, so
+that a varying clock rate affects both. Times are in ms and meaningful only on an idle machine.
 """
 
 import argparse
@@ -32,7 +31,7 @@ def run(command_line: list[str]) -> None:
     """Measures every combination, prints the tables and writes the report."""
     arguments = parse(command_line)
     if arguments.new_tokens < 2:
-        raise ValueError("--new-tokens: at least 2 are needed for a time between tokens")
+        raise ValueError("--new-tokens: at least 2 are needed for tpot")
     if arguments.plot:
         check_matplotlib()
     if arguments.plot and arguments.output and arguments.plot.resolve() == arguments.output.resolve():
@@ -62,7 +61,7 @@ def run(command_line: list[str]) -> None:
                     prompts = random_prompts(llm, batch_size, prompt_tokens)
                     report.add(measure(llm, peer, prompts, arguments, ceiling["gb_per_s"]))
             del llm, peer
-            gc.collect()  # the next mode needs the memory
+            gc.collect()  # frees the memory for the next mode
     if arguments.plot and is_first_rank():
         draw(rows_of(report.content), arguments.plot, [report.content["model_name"], report.content["device"]])
 
@@ -70,13 +69,13 @@ def run(command_line: list[str]) -> None:
 def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("latency", __doc__)
     parser.add_argument(
-        "--exe-mode", nargs="+", default=[], choices=("eager", "graph"), help="one or both; else the YAML's"
+        "--exe-mode", nargs="+", default=[], choices=("eager", "graph"), help="one or both; default: the YAML's"
     )
     parser.add_argument("--prompt-tokens", type=positive, nargs="+", default=[512])
     parser.add_argument("--new-tokens", type=positive, default=64)
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], help="prompts of distinct random tokens")
     parser.add_argument("--repeats", type=positive, default=3)
-    parser.add_argument("--peer", choices=["transformers"], help="also run this system, on the same weights")
+    parser.add_argument("--peer", choices=["transformers"], help="also measure this system, on the same weights")
     parser.add_argument(
         "--plot", type=picture, metavar="FILE", help="draw tpot and floor there as PNG; needs matplotlib"
     )
@@ -84,7 +83,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
 
 
 def start_to_first_token_s(llm: "LLM", arguments: argparse.Namespace) -> float:
-    """From the start of this process to the first token of its first prompt."""
+    """Seconds from the start of this process to the first token of its first prompt."""
     from executor.bench.measure import generate
     from executor.bench.timing import process_age_s
 
@@ -102,7 +101,7 @@ def build_peer(llm: "LLM", name: str | None) -> Any:
 
 
 def tables(report: Report) -> str:
-    """All that is printed."""
+    """Text of all tables to print."""
     results, ceiling = report.results, report.content["read_ceiling"]
     peak_gb = max(result.get("peak_memory_bytes", 0) for result in results) / 1e9
     parts = [result_table(results), floor_table(results)]
@@ -131,8 +130,8 @@ def result_table(results: list[dict[str, Any]]) -> str:
 
 
 def floor_table(results: list[dict[str, Any]]) -> str:
-    """What a decode step of rank 0 reads, and how near its time comes to the time that reading alone takes."""
-    header = ["mode", "batch", "prompt", "experts a layer", "MB a step", "floor ms", "tpot p50", "GB/s", "of ceiling"]
+    """Table of the bytes read by a decode step of rank 0, its floor, and the achieved bandwidth."""
+    header = ["mode", "batch", "prompt", "experts/layer", "MB/step", "floor ms", "tpot p50", "GB/s", "of ceiling"]
     before = ("exe_mode", "batch_size", "prompt_tokens", "distinct_experts_per_layer")
     rows = []
     for result in results:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws tpot, the time of each token after the first, of `latency` reports: bars by batch size, each with its floor.
+"""Bar chart of tpot (time per output token) from `latency` reports: bars by batch size, each with its floor.
 
-All reports have to be of one device and one model. What all rows have in common stands in the title, what differs
-(mode, dtype, ranks, prompt length, ...) in the name of the series. Other systems' figures may come from a file of the
-same form: "device", "model_name" and a list "results" of system, exe_mode, batch_size and tpot_ms: {"p50": ...}, or
-{"mean": ...} where only that was measured.
+All reports must be of one device and one model. The title shows what all rows have in common, the legend what differs
+(mode, dtype, ranks, prompt length, ...). Results of other systems can come from a file of the same form: "device",
+"model_name" and a list "results" of system, exe_mode, batch_size and tpot_ms: {"p50": ...}, or {"mean": ...} if only
+that was measured.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from executor.utils.text import one_line, quoted
 
 Row = dict[str, Any]
 LAYOUT = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
-IDENTITY = ("exe_mode", "dtype", "quantization", "world_size", "prompt_tokens")  # in the title or in every name
-DETAILS = (*LAYOUT, "new_tokens", "commit")  # in the names of series that are the same without them
+IDENTITY = ("exe_mode", "dtype", "quantization", "world_size", "prompt_tokens")  # in the title, or in every series name
+DETAILS = (*LAYOUT, "new_tokens", "commit")  # in series names that would be equal otherwise
 TEXTS = {
     "world_size": "{} rank{s}",
     "prompt_tokens": "{} token{s} in",
@@ -32,10 +32,10 @@ TEXTS = {
     "commit": "commit {}",
     **{name: name + " {}" for name in LAYOUT},
 }
-LARGEST = 1e9  # of a batch size or a time in ms: more is a slip
+LARGEST = 1e9  # batch size or time in ms; a larger value is a mistake
 BAR_INCHES = 0.62
 MAX_INCHES = 200.0
-LEGEND_WIDTH = 34  # characters of a line
+LEGEND_WIDTH = 34  # characters per line
 
 
 def run(command_line: list[str]) -> None:
@@ -51,65 +51,65 @@ def run(command_line: list[str]) -> None:
     rows = [row for row in rows if arguments.exe_mode in (None, row["exe_mode"])]
     if not rows:
         raise ValueError(
-            f"--exe-mode: {quoted(arguments.exe_mode)} is the mode of no row of {one_line(', '.join(reports), 200)}"
+            f"--exe-mode: {quoted(arguments.exe_mode)} matches no row of {one_line(', '.join(reports), 200)}"
         )
     draw(rows, arguments.output, [shared(reports, "model_name"), shared(reports, "device")])
 
 
 def read_report(file: str) -> dict[str, Any]:
-    """A report whose rows can be drawn. ValueError if the file is something else."""
+    """Reads and checks a report; ValueError if its rows cannot be drawn."""
     report = read_json_object(Path(file))
     with refusing(file, "not a report of latencies"):
         if not isinstance(report.get("results"), list) or not report["results"]:
-            raise ValueError('"results" is no list of rows')
+            raise ValueError('"results" is not a list of rows')
         for number, row in enumerate(report["results"]):
             check_row(row, f"results[{number}]")
     return report
 
 
 def check_row(row: Any, where: str) -> None:
-    """ValueError if a row lacks what is drawn, or has something else there."""
+    """ValueError if a field of a row that is drawn is missing or invalid."""
     if not isinstance(row, dict) or not isinstance(row.get("tpot_ms"), dict):
-        raise ValueError(f"{where} is no row with system, exe_mode, batch_size and tpot_ms")
+        raise ValueError(f"{where} is not a row with system, exe_mode, batch_size and tpot_ms")
     for key in ("system", "exe_mode"):
         if not isinstance(row.get(key), str) or not row[key].strip():
-            raise ValueError(f"{where}.{key}: {quoted(row.get(key))} is no name")
+            raise ValueError(f"{where}.{key}: {quoted(row.get(key))} is not a name")
     if type(row.get("batch_size")) is not int or not 1 <= row["batch_size"] <= LARGEST:
-        raise ValueError(f"{where}.batch_size: {quoted(row.get('batch_size'))} is no number of sequences")
+        raise ValueError(f"{where}.batch_size: {quoted(row.get('batch_size'))} is not a number of sequences")
     for key, value in (("tpot_ms", tpot_ms(row)), ("floor_ms", row.get("floor_ms", 1))):
         if type(value) not in (int, float) or not 0 < value <= LARGEST or not math.isfinite(value):
-            raise ValueError(f"{where}.{key}: {quoted(value)} is no time in ms")
+            raise ValueError(f"{where}.{key}: {quoted(value)} is not a time in ms")
     if not isinstance(row.get("layout", {}), dict):
         raise ValueError(f"{where}.layout: expected tp sizes by name, got {quoted(row['layout'])}")
 
 
 def shared(reports: dict[str, dict[str, Any]], key: str) -> str:
-    """What all reports say of `key`, "" if none says anything. ValueError if they differ."""
+    """Value of `key` common to all reports, "" if none has it; ValueError if they differ."""
     (first, expected), *others = [(file, report.get(key)) for file, report in reports.items()]
     for file, value in others:
         if value != expected:
             raise ValueError(
                 f"{one_line(file, 120)}: {key} is {quoted(value)}, but {quoted(expected)} in {one_line(first, 120)}: "
-                "one picture shows one model on one kind of device"
+                "a plot shows one model on one kind of device"
             )
     return shown(expected) if expected is not None else ""
 
 
 def rows_of(report: dict[str, Any], file: str = "") -> list[Row]:
-    """The rows of a report; each knows its report's commit and file, and its layout key by key."""
+    """Rows of a report, each with the report's commit and file name, and its layout flattened."""
     about = {"commit": report.get("commit"), "report": file}
     return [{**row, **row.get("layout", {}), **about} for row in report["results"]]
 
 
 def picture(name: str) -> Path:
-    """The name of a PNG file."""
+    """Argument type: name of a PNG file."""
     if not name.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{name}: pictures are PNG, name it {name}.png")
+        raise argparse.ArgumentTypeError(f"{name}: the plot is a PNG file, name it {name}.png")
     return Path(name)
 
 
 def check_matplotlib() -> None:
-    """ValueError if nothing can be drawn: to be found out before anything is measured."""
+    """ValueError if matplotlib is missing; called before the measurement."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -117,9 +117,9 @@ def check_matplotlib() -> None:
 
 
 def draw(rows: list[Row], file: Path, heading: Iterable[str]) -> None:
-    """Writes a PNG: a group of bars for each batch size, a bar for each series, a line where its floor is.
+    """Writes a PNG: a group of bars per batch size, a bar per series, a line at its floor.
 
-    The title is `heading` (model, device), and below it what all rows have in common.
+    The title is `heading` (model, device), then what all rows have in common.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -127,7 +127,7 @@ def draw(rows: list[Row], file: Path, heading: Iterable[str]) -> None:
     common, names = name_series(rows)
     batch_sizes = sorted({row["batch_size"] for row in rows})
     series = sorted(dict.fromkeys(names), key=lambda name: not name.startswith("ours"))
-    places, centres = bar_places(rows, names, batch_sizes, series)
+    positions, centres = bar_positions(rows, names, batch_sizes, series)
     width = min(MAX_INCHES, max(4.0, BAR_INCHES * (len(rows) + len(batch_sizes))) + 3.2)
     figure = Figure(figsize=(width, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -136,9 +136,9 @@ def draw(rows: list[Row], file: Path, heading: Iterable[str]) -> None:
         values = [tpot_ms(rows[number]) for number in own]
         colour = colormaps["tab10"](index) if len(series) <= 10 else colormaps["turbo"](index / len(series))
         label = textwrap.fill(name, LEGEND_WIDTH)
-        bars = axes.bar([places[number] for number in own], values, 0.92, label=label, color=colour)
+        bars = axes.bar([positions[number] for number in own], values, 0.92, label=label, color=colour)
         axes.bar_label(bars, [cell_text(float(value)) for value in values], fontsize=8)
-    floors = [(place, row["floor_ms"]) for place, row in zip(places, rows, strict=True) if "floor_ms" in row]
+    floors = [(position, row["floor_ms"]) for position, row in zip(positions, rows, strict=True) if "floor_ms" in row]
     if floors:
         lefts, rights = ([place + sign * 0.46 for place, _ in floors] for sign in (-1, 1))
         label = "floor (bytes / read rate)"
@@ -152,22 +152,22 @@ def draw(rows: list[Row], file: Path, heading: Iterable[str]) -> None:
     figure.savefig(file, dpi=120, metadata={"Software": None})
 
 
-def bar_places(
+def bar_positions(
     rows: list[Row], names: list[str], batch_sizes: list[int], series: list[str]
 ) -> tuple[list[float], list[float]]:
-    """Where the bar of each row stands, and the centre of each batch size's group, which has no empty places."""
-    places, centres, left = [0.0] * len(rows), [], 0.0
+    """x position of each row's bar, and the centre of each batch size's group; groups have no gaps."""
+    positions, centres, left = [0.0] * len(rows), [], 0.0
     for size in batch_sizes:
         group = [number for number, row in enumerate(rows) if row["batch_size"] == size]
         for offset, number in enumerate(sorted(group, key=lambda number: series.index(names[number]))):
-            places[number] = left + offset
+            positions[number] = left + offset
         centres.append(left + (len(group) - 1) / 2)
         left += len(group) + 1
-    return places, centres
+    return positions, centres
 
 
 def name_series(rows: list[Row]) -> tuple[list[str], list[str]]:
-    """What all rows have in common, and a name for the series of each row: no two rows of a batch size share one."""
+    """Properties common to all rows, and each row's series name, unique within a batch size."""
     texts = {key: [property_text(key, row) for row in rows] for key in (*IDENTITY, *DETAILS)}
     common = [texts[key][0] for key in IDENTITY if len(set(texts[key])) == 1]
     parts = [[shown(row["system"])] for row in rows]
@@ -204,11 +204,11 @@ def property_text(key: str, row: Row) -> str:
 
 
 def shown(value: Any) -> str:
-    """One short line that matplotlib neither takes for a formula nor leaves out of the legend."""
+    """One short line, escaped so that matplotlib shows it literally and in the legend."""
     return one_line(value, 70).lstrip("_").replace("$", r"\$")
 
 
 def tpot_ms(row: Row) -> Any:
-    """The median where there is one, as in the tables."""
+    """Median if available, as in the tables, else the mean."""
     median = row["tpot_ms"].get("p50")
     return row["tpot_ms"].get("mean") if median is None else median

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines whose errors are one line."""
+"""Command line parsing with one-line errors."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from executor.terminal import print_error
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, without abbreviated options and with errors of one line, exit code 2."""
+    """argparse.ArgumentParser without abbreviated options, and with one-line errors, exit code 2."""
 
     def __init__(self, **settings: object):
         super().__init__(
@@ -19,5 +19,5 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        print_error(f"{message} (--help tells the options)")
+        print_error(f"{message} (--help lists the options)")
         sys.exit(2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of a run: the bundled file, LongBench, or any jsonl file."""
+"""Prompt data sets: the bundled file, LongBench, or any jsonl file."""
 
 import contextlib
 import itertools
@@ -20,10 +20,10 @@ DEFAULT_PROMPTS = REPOSITORY / "dataset" / "default_prompt.json"
 LONGBENCH_FOLDER = REPOSITORY / "dataset" / "LongBench"
 LONGBENCH_HUB_NAME = "zai-org/LongBench"
 MAX_PROMPT = 16 << 20  # characters
-MAX_RECORD_BYTES = 64 << 20  # of one line of a jsonl file
-MAX_MEMBER_BYTES = 512 << 20  # of a task in data.zip, unpacked
-MAX_EMPTY_LINES = 100_000  # of a jsonl file
-FIELD = re.compile(r"[^.{}\[\]]+(\[[^.{}\[\]]+\])*")  # {name}, or {name[key]} for what lies inside of it; no attributes
+MAX_RECORD_BYTES = 64 << 20  # one line of a jsonl file
+MAX_MEMBER_BYTES = 512 << 20  # one task in data.zip, uncompressed
+MAX_EMPTY_LINES = 100_000  # in a jsonl file
+FIELD = re.compile(r"[^.{}\[\]]+(\[[^.{}\[\]]+\])*")  # {name} or {name[key]}; no attribute access
 FORMAT_SPEC = re.compile(r"(.?[<>=^])?[-+ ]?#?0?\d{0,4}[_,]?(\.\d{1,7})?[a-zA-Z%]?", re.DOTALL)
 DAMAGED = "damaged or cannot be unpacked, perhaps an incomplete download"
 
@@ -34,10 +34,10 @@ LONG_SEQUENCE_PROMPT = (
 
 
 def build_dataset_input(record: dict[str, Any], prompt_template: str | None = None) -> str:
-    """The prompt made of one LongBench record. Edit LONG_SEQUENCE_PROMPT above, or set data_config.prompt_template.
+    """Formats a LongBench record as a prompt, by data_config.prompt_template, else LONG_SEQUENCE_PROMPT.
 
-    A template holds the names of record fields in braces: {context}, {input} (the question, where there is one).
-    Raises ValueError for a field the record does not have.
+    Templates name record fields in braces: {context}, {input} (the question, if there is one).
+    Raises ValueError for a field that the record lacks.
     """
     try:
         text = ""
@@ -46,7 +46,7 @@ def build_dataset_input(record: dict[str, Any], prompt_template: str | None = No
             if len(text) > MAX_PROMPT:
                 raise ValueError(f"a prompt of more than {MAX_PROMPT} characters")
         return text
-    except Exception as error:  # what a template and a record do together raises many types
+    except Exception as error:  # formatting raises many types
         problem = one_line(error, MAX_LINE // 4) or type(error).__name__
         raise ValueError(
             f"data_config.prompt_template: {problem} does not fit, the record's fields are {fields_of(record)}"
@@ -54,9 +54,9 @@ def build_dataset_input(record: dict[str, Any], prompt_template: str | None = No
 
 
 def template_parts(template: str) -> list[tuple[str, str]]:
-    """(text, field in braces or "") of a template.
+    """Parses a template into (literal text, replacement field or "").
 
-    ValueError unless what stands in braces are names of fields, each with an optional short format.
+    ValueError unless every replacement field is a field name with an optional short format.
     """
     parts = []
     for literal, name, spec, conversion in string.Formatter().parse(template):
@@ -64,7 +64,7 @@ def template_parts(template: str) -> list[tuple[str, str]]:
         if name is not None:
             field = "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
             if not FIELD.fullmatch(name) or name.isdecimal():
-                raise ValueError(f"{quoted(field)} does not name a field; a brace that is meant literally is doubled")
+                raise ValueError(f"{quoted(field)} does not name a field; double a literal brace")
             if conversion not in (None, "r", "s", "a") or not FORMAT_SPEC.fullmatch(spec or ""):
                 raise ValueError(f"{quoted(field)} is not a field with a short format, such as {{name:.100}}")
         parts.append((literal, field))
@@ -76,7 +76,7 @@ def fields_of(record: dict[str, Any]) -> str:
 
 
 def load_prompts(data: DataSettings) -> list[str]:
-    """All prompts the settings ask for. ValueError names the key, the file and line that are wrong."""
+    """Loads all prompts of the configured data set. ValueError with the key, or the file and line."""
     if data.prompt_template is not None:
         if data.dataset == "default":
             raise ValueError(
@@ -106,7 +106,7 @@ def unpaired_surrogate(text: str) -> str:
 
 
 def source_files(data: DataSettings) -> list[Path]:
-    """The existing files that `load_prompts` reads the prompts from."""
+    """Existing files that `load_prompts` reads."""
     default = LONGBENCH_FOLDER if data.dataset == "LongBench" else DEFAULT_PROMPTS
     source = default if data.dataset_path is None else existing(data.dataset_path)
     if data.dataset == "LongBench":
@@ -115,7 +115,7 @@ def source_files(data: DataSettings) -> list[Path]:
 
 
 def default_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """(place, text) of a JSON file with one text or a list of texts."""
+    """Yields ("FILE: prompt N", text) from a JSON file with one text or a list of texts."""
     file = DEFAULT_PROMPTS if data.dataset_path is None else existing(data.dataset_path)
     prompts = read_json(file)
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -129,7 +129,7 @@ def default_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
 
 
 def jsonl_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """(place, text) of a file with a JSON object a line: the field data_config.text_field, or made by a template."""
+    """Yields ("FILE: line N", text) from a jsonl file: the field data_config.text_field, or by template."""
     if data.dataset_path is None:
         raise ValueError("data_config.dataset_path: missing, dataset: jsonl needs a file")
     file = existing(data.dataset_path)
@@ -146,7 +146,7 @@ def jsonl_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
 
 
 def longbench_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """(place, text) of a LongBench task from the local folder if there is one, else from the hub."""
+    """Yields ("FILE: line N", text) of a LongBench task, from the local folder if it has one, else from the hub."""
     folder = LONGBENCH_FOLDER if data.dataset_path is None else existing(data.dataset_path)
     if data.dataset_path is not None and not folder.is_dir():
         raise ValueError(one_line(f"data_config.dataset_path: {folder} is not a folder"))
@@ -165,19 +165,19 @@ def prompt_of(record: dict[str, Any], template: str | None, where: str) -> str:
 
 
 def task_files(folder: Path) -> dict[str, Path]:
-    """Task -> its file, of *.jsonl and data/*.jsonl in a LongBench folder."""
+    """Maps task -> file, for *.jsonl and data/*.jsonl in a LongBench folder."""
     files: dict[str, Path] = {}
-    for place in (folder, folder / "data"):
-        with refusing(str(place), "cannot be read"):
-            if place.is_dir():
-                files |= {file.stem: file for file in sorted(place.iterdir()) if file.name.endswith(".jsonl")}
+    for parent in (folder, folder / "data"):
+        with refusing(str(parent), "cannot be read"):
+            if parent.is_dir():
+                files |= {file.stem: file for file in sorted(parent.iterdir()) if file.name.endswith(".jsonl")}
     return files
 
 
 def longbench_records(folder: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]] | None:
-    """(place, record) of `task` in a folder with *.jsonl, data/*.jsonl or data.zip; None if it has none of them.
+    """Records of `task`, as ("FILE: line N", record), from *.jsonl, data/*.jsonl or data.zip; None without those.
 
-    Raises ValueError if there are other tasks only.
+    Raises ValueError if the folder has only other tasks.
     """
     files = task_files(folder)
     if files:
@@ -194,7 +194,7 @@ def file_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def archive_records(archive: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of a task in data.zip, which is not unpacked."""
+    """Yields ("FILE: line N", record) of a task, read from data.zip in place."""
     with contextlib.ExitStack() as stack:
         with refusing(str(archive), DAMAGED):
             opened_archive = stack.enter_context(zipfile.ZipFile(archive))
@@ -203,7 +203,7 @@ def archive_records(archive: Path, task: str) -> Iterator[tuple[str, dict[str, A
         if task not in members:
             raise unknown_task(task, archive, list(members))
         where = f"{archive}: {one_line(members[task].filename, MAX_LINE // 4)}"
-        if members[task].file_size > MAX_MEMBER_BYTES:  # zipfile reads no more than this, whatever is packed
+        if members[task].file_size > MAX_MEMBER_BYTES:  # zipfile never reads more than this
             raise ValueError(one_line(f"{where}: larger than {MAX_MEMBER_BYTES >> 20} MiB when unpacked"))
         with refusing(where, DAMAGED):
             stream = stack.enter_context(opened_archive.open(members[task]))
@@ -216,7 +216,7 @@ def unknown_task(task: str, where: Path, tasks: list[str]) -> ValueError:
 
 
 def longbench_online(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, record) of `task` in the hub's data.zip; it ends in the hub's cache, so that it is fetched once."""
+    """Records of `task` from the hub's data.zip, which is downloaded once, to the hub's cache."""
     advice = f"put its data/*.jsonl or data.zip into {LONGBENCH_FOLDER}"
     try:
         from huggingface_hub import hf_hub_download
@@ -231,30 +231,30 @@ def longbench_online(task: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_lines(stream: Any, where: str, problem: str = "cannot be read") -> Iterator[tuple[str, dict[str, Any]]]:
-    """("WHERE: line N", object) of a jsonl stream, empty lines left out; `problem` describes a failed read."""
+    """Yields ("WHERE: line N", object) from a jsonl stream, skipping empty lines; problem: text of read errors."""
     num_empty = 0
     for number in itertools.count(1):
-        place = f"{where}: line {number}"
-        with refusing(place, problem):
+        source = f"{where}: line {number}"
+        with refusing(source, problem):
             line = stream.readline(MAX_RECORD_BYTES + 1)
         if not line:
             return
         if len(line) > MAX_RECORD_BYTES:
-            raise ValueError(one_line(f"{place}: longer than {MAX_RECORD_BYTES >> 20} MiB"))
+            raise ValueError(one_line(f"{source}: longer than {MAX_RECORD_BYTES >> 20} MiB"))
         if not line.strip():
             num_empty += 1
             if num_empty > MAX_EMPTY_LINES:
-                raise ValueError(one_line(f"{place}: more than {MAX_EMPTY_LINES} empty lines"))
+                raise ValueError(one_line(f"{source}: more than {MAX_EMPTY_LINES} empty lines"))
             continue
-        with refusing(place, "not valid JSON"):
+        with refusing(source, "not valid JSON"):
             record = json.loads(line)
         if not isinstance(record, dict):
-            raise ValueError(one_line(f"{place}: expected a JSON object"))
-        yield place, record
+            raise ValueError(one_line(f"{source}: expected a JSON object"))
+        yield source, record
 
 
 def opened(file: Path) -> BinaryIO:
-    """A file of the user's for reading. ValueError if it is none, such as a folder or a pipe, or may not be read."""
+    """Opens a regular file for reading; ValueError for a folder or a pipe, or without permission."""
     with refusing(str(file), "cannot be read"):
         if not file.is_file():
             raise ValueError("not a file" if file.exists() else "no such file")
@@ -262,7 +262,7 @@ def opened(file: Path) -> BinaryIO:
 
 
 def existing(path: str) -> Path:
-    """The file or folder data_config.dataset_path names."""
+    """Resolves data_config.dataset_path; ValueError if it does not exist."""
     with refusing("data_config.dataset_path"):
         found = resolve_path(path)
         if not found.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that results go to."""
+"""Output files: early checks and atomic replacement."""
 
 import os
 import stat
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
-    """ValueError that names the option if the file cannot be written, or is one of `inputs`; leaves it as it is."""
+    """ValueError, with the option, if the file is not writable or one of `inputs`. Does not change the file."""
     try:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             file.unlink()
-        except FileExistsError:  # O_NONBLOCK: a pipe that nobody reads is an error, not something to wait for
+        except FileExistsError:  # O_NONBLOCK: a pipe without reader is an error instead of blocking
             descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC)
-        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):  # else open until the process ends: closed, it were the
-            os.close(descriptor)  # end of the file to its reader
+        if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):  # a pipe stays open: closing it is EOF to its reader
+            os.close(descriptor)
         same = next((path for path in inputs if is_same(file, path)), None)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
@@ -26,7 +26,7 @@ def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def is_same(file: Path, other: Path) -> bool:
-    """Whether both are one regular file."""
+    """Whether both paths are the same regular file."""
     try:
         found, there = file.stat(), other.stat()
     except OSError:
@@ -35,7 +35,7 @@ def is_same(file: Path, other: Path) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The entries of a folder; a file itself; nothing where there is neither."""
+    """Files in a folder; the path itself if it is a file; empty if it does not exist."""
     try:
         return list(folder.iterdir()) if folder.is_dir() else [folder]
     except OSError:
@@ -43,10 +43,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def replace(file: Path, text: str) -> None:
-    """Writes the file so that there is always a whole one, the old or the new."""
+    """Replaces the file atomically."""
     file = file.resolve()
     part = file.with_name(f"{file.name}.part")
-    if (file.exists() and not file.is_file()) or not can_be_made(part):  # a device, or nothing may stand beside it
+    if (file.exists() and not file.is_file()) or not can_be_made(part):  # a device, or no temporary file can be created
         file.write_text(text, encoding="utf-8")
         return
     try:

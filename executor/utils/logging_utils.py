@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One log format; rank 0 speaks to the terminal, every rank to its own file."""
+"""Logging set-up: rank 0 logs to the terminal, every rank to its own file."""
 
 import logging
 import os
@@ -13,7 +13,7 @@ FORMAT = "%(asctime)s %(levelname)s [rank %(rank)s] %(name)s: %(message)s"
 def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
     """Sends all loggers to the terminal (stderr, rank 0 only) and to `file`.
 
-    `level` is DEBUG, INFO, WARNING or ERROR; the environment variable LOG_LEVEL wins over it. ValueError if that
+    `level` is DEBUG, INFO, WARNING or ERROR; the environment variable LOG_LEVEL overrides it. ValueError if that
     variable holds anything else.
     """
     level = os.environ.get(LEVEL_VARIABLE, level).upper()
@@ -22,7 +22,7 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)] if rank == 0 else []
     if file is not None:
         handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
-    logging.raiseExceptions = False  # a log that cannot be written must not fill the terminal with tracebacks
+    logging.raiseExceptions = False  # no traceback on the terminal if a log file cannot be written
     formatter = logging.Formatter(FORMAT, defaults={"rank": rank})
     for handler in handlers:
         handler.setFormatter(formatter)
@@ -32,7 +32,7 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
 
 
 def adopt_transformers_logging() -> None:
-    """Sends transformers' log through the handlers of `setup_logging`, to the ranks' files too."""
+    """Routes transformers' log to the handlers of `setup_logging`."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()

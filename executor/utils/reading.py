@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boundary to the user's files: whatever goes wrong with one becomes a ValueError of one line that names it."""
+"""Reading user files: every error becomes a one-line ValueError that names the file."""
 
 import json
 from collections.abc import Iterator
@@ -9,15 +9,15 @@ from typing import Any
 
 from executor.utils.text import one_line
 
-MAX_BYTES = 256 << 20  # of a file that is read whole; the tokenizers of published checkpoints have 11 MB
+MAX_BYTES = 256 << 20  # limit for whole-file reads; tokenizers of published checkpoints have 11 MB
 
 
 @contextmanager
 def refusing(where: str, problem: str = "") -> Iterator[None]:
-    """Turns any error inside into a ValueError "WHERE: PROBLEM: what happened".
+    """Converts any error in the block to a ValueError "WHERE: PROBLEM: error".
 
-    For calls into libraries that read or interpret what the user gave; they raise many types, some of them
-    (RecursionError, MemoryError, OverflowError) only for hostile input.
+    For library calls that parse user input: they raise many types, some (RecursionError, MemoryError, OverflowError)
+    only for hostile input.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def refusing(where: str, problem: str = "") -> Iterator[None]:
 
 
 def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
-    """A UTF-8 file's text. ValueError if it cannot be read, is no UTF-8, or is larger than `max_bytes`."""
+    """Reads a UTF-8 text file. ValueError if it is unreadable, not UTF-8, or larger than `max_bytes`."""
     with refusing(str(file), "cannot be read"):
         if not file.is_file():
             raise ValueError("not a file" if file.exists() else "no such file")
@@ -42,14 +42,14 @@ def read_text(file: Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. ValueError if it cannot be read or is not JSON."""
+    """Parses a JSON file. ValueError if it is unreadable or not JSON."""
     text = read_text(file)
     with refusing(str(file), "not valid JSON"):
         return json.loads(text)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. ValueError if it holds anything else."""
+    """Parses a JSON file with an object at the top level. ValueError for anything else."""
     found = read_json(file)
     if not isinstance(found, dict):
         raise ValueError(f"{file}: expected a JSON object")

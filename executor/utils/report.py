@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Percentiles, tables for people, and what identifies a run for machines."""
+"""Percentiles, text tables, and the commit and versions that identify a run."""
 
 import importlib.metadata
 import subprocess
@@ -11,7 +11,7 @@ from executor.config import REPOSITORY
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float | None]:
-    """p50, p90 and p99 by linear interpolation; None where there are no values."""
+    """p50, p90 and p99 with linear interpolation; None without values."""
     if not values:
         return {"p50": None, "p90": None, "p99": None}
     import torch
@@ -24,7 +24,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns aligned for the terminal; numbers get two decimals, None a dash."""
+    """Text table with aligned columns; numbers with two decimals, None as a dash."""
     texts = [[str(cell) for cell in header]] + [[cell_text(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in texts]
@@ -38,7 +38,7 @@ def cell_text(cell: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what decides numbers and speed."""
+    """Installed versions of the libraries that determine results and speed."""
     found = {"recipe": __version__}
     for name in ("torch", "transformers", "safetensors", "triton", "torch_npu"):
         try:
@@ -49,7 +49,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The repository's commit, with "-dirty" if files differ from it; "unknown" outside a checkout."""
+    """Git commit, with "-dirty" for uncommitted changes; "unknown" outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

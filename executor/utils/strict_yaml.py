@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML of bounded size: what is too large, too deep or ambiguous is refused before it is built."""
+"""YAML parser with limits on size and depth; rejects duplicate keys."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import yaml
 from executor.utils.reading import refusing
 from executor.utils.text import quoted
 
-MAX_NODES = 10_000  # keys and values, aliases counted as often as they stand for something
+MAX_NODES = 10_000  # keys and values, with aliases expanded
 MAX_DEPTH = 50
 
 
 def parse_yaml(text: str) -> Any:
-    """What one YAML document holds. ValueError with the line if it is not valid, too large, or a key stands twice."""
+    """Parses one YAML document. ValueError with the line for invalid YAML, exceeded limits, or duplicate keys."""
     with refusing(""):
         try:
             return yaml.load(text, StrictLoader)
@@ -24,13 +24,13 @@ def parse_yaml(text: str) -> Any:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a second equal key, which YAML lets win silently, and reads 1:30 as text, not as 90."""
+    """SafeLoader that rejects duplicate keys (PyYAML keeps the last) and reads 1:30 as text, not as 90."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
         self.num_nodes = 0
         self.depth = 0
-        self.expanded: dict[int, tuple[int, int]] = {}  # id of a finished node -> its nodes and depth, aliases expanded
+        self.expanded: dict[int, tuple[int, int]] = {}  # id of a composed node -> its nodes and depth, expanded
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         is_alias, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
@@ -43,7 +43,7 @@ class StrictLoader(yaml.SafeLoader):
         if not is_alias:
             self.expanded[id(node)] = self._measure(node, mark)
         elif id(node) not in self.expanded:
-            raise refusal("an alias stands inside what it stands for", mark)
+            raise refusal("a recursive alias", mark)
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -51,9 +51,9 @@ class StrictLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise refusal("a key is not a plain word", key.start_mark)
+                raise refusal("a key is not a scalar", key.start_mark)
             if key.value in seen:
-                raise refusal(f"key {quoted(key.value)} stands twice, again in line {key.start_mark.line + 1}")
+                raise refusal(f"key {quoted(key.value)} is a duplicate, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return node
 
@@ -78,9 +78,9 @@ class StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception:  # PyYAML's own: a date of month 13, an int of 5,000 digits, !!bool x, !!int ''
+        except Exception:  # PyYAML's own for a date of month 13, an int of 5,000 digits, !!bool x, !!int ''
             kind = node.tag.rpartition(":")[2]
-            raise refusal(f"{quoted(node.value)} is no {kind} that can be read", node.start_mark) from None
+            raise refusal(f"{quoted(node.value)} is not a valid {kind}", node.start_mark) from None
 
     def construct_int(self, node: yaml.ScalarNode) -> int | str:
         return node.value if ":" in node.value else self.construct_yaml_int(node)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text that is safe to show: one line of bounded length for errors, and no control characters from data."""
+"""Sanitizing text for display: one line of bounded length for errors, control characters escaped."""
 
 import unicodedata
 from typing import Any
 
 MAX_LINE = 400  # characters of an error line
-MAX_VALUE = 80  # characters of a value quoted in one
-DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # they turn round what stands behind
+MAX_VALUE = 80  # characters of a value quoted in an error line
+DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # bidirectional controls
 
 
 def one_line(text: object, limit: int = MAX_LINE) -> str:
@@ -23,7 +23,7 @@ def one_line(text: object, limit: int = MAX_LINE) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, changes of direction and lone surrogates escaped, but not tabs and line ends."""
+    """`text` with control characters, bidirectional controls and lone surrogates escaped; tabs and newlines stay."""
     return "".join(character if shows(character) else escaped(character) for character in text)
 
 
@@ -39,7 +39,7 @@ def escaped(character: str) -> str:
 
 
 def quoted(value: Any) -> str:
-    """repr of a value of the user's, bounded however large or deeply nested the value is."""
+    """repr of a user's value, of bounded length for large or deeply nested values."""
     if isinstance(value, str):
         return one_line(repr(value[: 4 * MAX_VALUE]), MAX_VALUE)
     if isinstance(value, int) and value.bit_length() > 200:

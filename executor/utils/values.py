@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of settings: their types as annotated, and what neither a run nor the JSON of its results can hold."""
+"""Type conversion and validation of settings' values."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from executor.utils.text import quoted
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """`value` as the annotated type `hint`; ints pass as floats, everything else must match."""
+    """Converts `value` to the annotated type `hint`: ints to floats, all others must match; else ValueError."""
     if typing.get_origin(hint) is Literal:
         if isinstance(value, str) and value in typing.get_args(hint):
             return value
@@ -31,7 +31,7 @@ def convert(value: Any, hint: Any) -> Any:
         raise ValueError(f"expected {container.__name__}, got {quoted(value)}")
     if container is list and not all(isinstance(item, typing.get_args(hint)[0]) for item in value):
         raise ValueError(f"expected a list of {typing.get_args(hint)[0].__name__}, got {quoted(value)}")
-    if not dataclasses.is_dataclass(value):  # a section, whose values are checked already
+    if not dataclasses.is_dataclass(value):  # a section: its values are already checked
         check_plain(value)
     return value
 
@@ -46,7 +46,7 @@ def is_plain(value: Any) -> bool:
 
 
 def check_plain(value: Any) -> None:
-    """ValueError for what neither a run nor the JSON of its results can hold: NaN, surrogates, dates, huge numbers."""
+    """ValueError for values that JSON results cannot hold: NaN, infinity, lone surrogates, dates, huge integers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is impossible, must be a finite number")
     if isinstance(value, str) and not is_unicode(value):
@@ -54,7 +54,7 @@ def check_plain(value: Any) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ValueError(f"expected keys that are words, got {quoted(key)}")
+                raise ValueError(f"expected text keys, got {quoted(key)}")
             check_plain(key)
             check_plain(item)
     elif isinstance(value, list | tuple):
@@ -65,5 +65,5 @@ def check_plain(value: Any) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which no encoding can hold."""
+    """False for text with lone surrogates, which cannot be encoded."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

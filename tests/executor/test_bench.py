@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bench command runs, its report has what readers of docs/results expect, and its floor is counted right."""
+"""Bench commands end to end: report contents, the floor's byte counts, invalid options, failures."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
         ),
         (
             ("throughput", "--rounds", "2", "--batch-size", "2", "3", "--set", "world_size=2"),
-            "3 is no multiple of the 2",
+            "3 is not a multiple of the 2",
         ),
         (
             ("throughput", "--scenario", "1:2", "100:30", "--batch-size", "2", *SMALL_CACHE),
@@ -104,13 +104,13 @@ def test_bad_input(arguments, named, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "1"}])
-def test_ranks_of_the_platform_mean_nothing(variables, monkeypatch, tmp_path, capsys):
+def test_platform_rank_variables_are_ignored(variables, monkeypatch, tmp_path, capsys):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     output = tmp_path / "report.json"
     assert throughput(monkeypatch, "--scenario", "1:2", "--batch-size", "1", "--output", str(output)) == 0
     printed = capsys.readouterr()
-    assert output.exists() and "tokens/s" in printed.out and "measurements" not in printed.err  # of one
+    assert output.exists() and "tokens/s" in printed.out and "measurements" not in printed.err  # no progress bar
 
 
 def test_interrupted(monkeypatch, capsys):
@@ -128,7 +128,7 @@ def llm() -> LLM:
 
 
 def test_distinct_experts(llm):
-    """One sequence, or several equal ones, read top-k experts a layer; others read more. Nothing stays changed."""
+    """One sequence, or equal ones, read top-k experts per layer, others more; the engine is left unchanged."""
     top_k = llm.config.num_experts_per_tok
     before = llm.generate([[5, 6, 7]])
     assert distinct_experts(llm, [[5, 6, 7]]) == distinct_experts(llm, [[5, 6, 7]] * 3) == top_k
@@ -138,7 +138,7 @@ def test_distinct_experts(llm):
 
 
 def test_experts_read():
-    """Of four experts, in every form of a routing; an id of four is elsewhere."""
+    """Four local experts, in every form of routing; id 4 is on another rank."""
     ids = torch.tensor([[0, 2], [2, 4]])
     assert experts_read(Routing(torch.ones(2, 2), ids, has_elsewhere=True), held=4) == 2
     assert experts_read(GroupedRows(torch.tensor([0, 3, 1, 0])), held=4) == 2
@@ -147,7 +147,7 @@ def test_experts_read():
 
 
 def test_step_bytes(llm):
-    """Against the sizes that config.json gives."""
+    """Equal to the sizes computed from config.json."""
     config = llm.config
     hidden, layers, element = config.hidden_size, config.num_hidden_layers, llm.dtype.itemsize
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -168,8 +168,8 @@ def test_timing():
 
 
 @pytest.mark.parametrize(("slow", "fast"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_matmul_ceiling_is_that_of_the_faster_dtype(slow, fast, monkeypatch):
-    """By a clock on which each takes hours: a rate that small must not be rounded to 0."""
+def test_matmul_ceiling_uses_the_faster_dtype(slow, fast, monkeypatch):
+    """With a fake clock of hours per call: a tiny rate must not be rounded to 0."""
     times_ms = {getattr(torch, slow): 2e7, getattr(torch, fast): 1e7}
     monkeypatch.setattr("executor.bench.timing.time_ms", lambda run, *_: times_ms[run().dtype])
     ceiling = matmul_ceiling(torch.device("cpu"), torch.bfloat16)
@@ -177,8 +177,8 @@ def test_matmul_ceiling_is_that_of_the_faster_dtype(slow, fast, monkeypatch):
     assert ceiling["tflop_per_s"] == pytest.approx(2 * 512**3 / 1e7 / 1e9, rel=1e-5)
 
 
-def test_fallbacks_are_refused(monkeypatch, capsys):
-    """An accelerator on which plain torch stands for operations is measured only if that is said."""
+def test_fallbacks_are_rejected(monkeypatch, capsys):
+    """An accelerator with operations in plain torch is measured only with --allow-fallback."""
     monkeypatch.setattr("ops.load_ops", lambda device_type: ReferenceOps(grouped_mm=True))
     assert latency(monkeypatch, "--prompt-tokens", "8") == 2
     refusal = capsys.readouterr().err
@@ -188,8 +188,8 @@ def test_fallbacks_are_refused(monkeypatch, capsys):
     assert latency(monkeypatch, *sizes, "--allow-fallback") == 0
 
 
-def test_a_plot_needs_matplotlib(monkeypatch, tmp_path, capsys):
-    """Found out before anything is measured."""
+def test_plot_without_matplotlib(monkeypatch, tmp_path, capsys):
+    """Rejected before the measurement."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert latency(monkeypatch, "--plot", str(tmp_path / "plot.png")) == 2
     assert "matplotlib" in capsys.readouterr().err
@@ -221,8 +221,8 @@ def test_throughput(monkeypatch, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
 
 
-def test_a_fault_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
-    """In the file before the fault, and on the terminal; the exit code says that it is not all."""
+def test_failure_keeps_finished_measurements(monkeypatch, tmp_path, capsys):
+    """Both in the file and on the terminal; exit code 1."""
     output, kept = tmp_path / "report.json", []
 
     def out_of_memory_at_two(llm, batch_size, *sizes):
@@ -241,8 +241,8 @@ def test_a_fault_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
     assert "measurements:  50%" in printed.err
 
 
-def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
-    """One loaded model runs smaller ones too; one that the cache does not hold is refused."""
+def test_throughput_runs_the_reported_batch_size(llm, monkeypatch, capsys):
+    """One loaded model runs smaller batches too; a batch larger than the cache is rejected."""
     running = []
     start_waiting = Scheduler.start_waiting
     monkeypatch.setattr(
@@ -256,11 +256,11 @@ def test_throughput_runs_the_batch_it_says(llm, monkeypatch, capsys):
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
     sizes = ("--scenario", "100:29", "1:40", "--batch-size", "2", *SMALL_CACHE)
-    assert throughput(monkeypatch, *sizes) == 0  # the last token is not cached
+    assert throughput(monkeypatch, *sizes) == 0  # the last token is never cached
 
 
-def test_experts_are_counted_in_a_step_of_the_batch(monkeypatch, tmp_path):
-    """Also where the cache holds no more than what is measured."""
+def test_experts_are_counted_with_a_full_cache(monkeypatch, tmp_path):
+    """Counting runs within a cache that holds only the measured tokens."""
     counts = []
     for cache_tokens in (256, 1024):
         output = tmp_path / f"{cache_tokens}.json"
@@ -277,20 +277,20 @@ def test_experts_are_counted_in_a_step_of_the_batch(monkeypatch, tmp_path):
         (("throughput", "--scenario", "5:1"), "'5:1' is not IN:OUT"),
         (("throughput", "--rounds", "0"), "--rounds: '0' is not a whole number, at least 1"),
         (("latency", "--repeats", "-1"), "--repeats: '-1' is"),
-        (("latency", "--plot", "picture.pdf"), "picture.pdf: pictures are PNG, name it picture.pdf.png"),
+        (("latency", "--plot", "picture.pdf"), "picture.pdf: the plot is a PNG file, name it picture.pdf.png"),
         (("latency", "--exe-mode", "foo"), "invalid choice: 'foo'"),
         (("latency", "--batch-size", "1", "0"), "--batch-size: '0' is"),
         (("kernels", "--cached-tokens", "0"), "--cached-tokens: '0' is"),
         (("host-time", "--repeats", "x"), "--repeats: 'x' is"),
     ],
 )
-def test_options_are_checked_first(arguments, named, monkeypatch, capsys):
+def test_invalid_options(arguments, named, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         bench(monkeypatch, *arguments, "--yaml", "demo", "--set", "device=cpu")
     assert ended.value.code == 2 and named in capsys.readouterr().err
 
 
-def test_peer_does_not_share_transposed_weights(tmp_path):
+def test_peer_rejects_transposed_weights(tmp_path):
     make_checkpoint(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     assert state_dict(llm)
@@ -301,14 +301,14 @@ def test_peer_does_not_share_transposed_weights(tmp_path):
 
 
 def test_two_ranks(tmp_path, llm):
-    """The ranks are started; rank 0 reports what it sent and that it reads half of what one alone would."""
+    """Launches two ranks; rank 0 reports bytes sent, and half of the bytes that one rank would read."""
     output = tmp_path / "report.json"
     sizes = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--output", str(output))
     command = [sys.executable, "-m", "executor.bench", "latency", "--yaml", "demo_2tp", "--set", "device=cpu", *sizes]
     without_ranks = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(command, cwd=REPOSITORY, env=without_ranks, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tpot p50") == 2 and "sent B/token" in done.stdout  # said once
+    assert done.stdout.count("tpot p50") == 2 and "sent B/token" in done.stdout  # printed once
     [result] = json.loads(output.read_text())["results"]
     assert result["sent_bytes_per_token"] == result["formula_bytes_per_token"] > 0
     alone = step_bytes(llm, 1, 8 + 1, result["distinct_experts_per_layer"])

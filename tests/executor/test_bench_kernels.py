@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench kernels`: every operation is called as the model calls it, and what it moves and computes is counted right."""
+"""`bench kernels`: valid calls of every operation, and correct counts of bytes moved and FLOPs."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_report(monkeypatch, tmp_path, capsys):
             floors = [result["moved_bytes"] / rates["bytes"], result["flops"] / rates["flops"]]
             assert result["floor_us"] == pytest.approx(max(floors), rel=1e-2, abs=1e-3)
             assert result["bound_by"] == ("bytes" if floors[0] >= floors[1] else "flops")
-            assert result["cached"] == (result["bound_by"] == "bytes")  # the demo fits a cache
+            assert result["cached"] == (result["bound_by"] == "bytes")  # the demo fits into the cache
             if result["cached"]:
                 assert result["fraction"] is None
             else:
@@ -48,7 +48,7 @@ def test_report(monkeypatch, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(report["results"])
 
 
-def test_time_is_that_of_one_call():
+def test_time_is_per_call():
     case = OpCase(name="sleep", calls=[lambda: time.sleep(2e-2)] * 4, moved_bytes=6000, flops=0)
     us = time_us(case, load_ops("cpu"), torch.device("cpu"), captured=True)
     assert 20000 <= us < 60000
@@ -62,11 +62,11 @@ def test_time_is_that_of_one_call():
     [
         (COLD_BYTES["cpu"] // 4, None, 0, 0.5),
         (COLD_BYTES["cpu"] // 4 - 1, None, 0, None),
-        (COLD_BYTES["cpu"], COLD_BYTES["cpu"] // 2, 0, None),  # the calls read the same rows
-        (8, None, COLD_BYTES["cpu"] // 8, 0.5),  # bound by what is computed, wherever the bytes are
+        (COLD_BYTES["cpu"], COLD_BYTES["cpu"] // 2, 0, None),  # all calls read the same rows
+        (8, None, COLD_BYTES["cpu"] // 8, 0.5),  # compute-bound: no matter where the bytes are
     ],
 )
-def test_a_fraction_of_memory_needs_reads_of_memory(moved_bytes, distinct_bytes, flops, fraction):
+def test_no_fraction_for_reads_from_cache(moved_bytes, distinct_bytes, flops, fraction):
     case = OpCase(name="x", calls=[int] * 4, moved_bytes=moved_bytes, flops=flops, distinct_bytes=distinct_bytes)
     ceilings = {"read_ceiling": {"gb_per_s": 1.0}, "matmul_ceiling": {"tflop_per_s": 0.0005}}
     us = COLD_BYTES["cpu"] // 4 / 1e3 * 2
@@ -75,7 +75,7 @@ def test_a_fraction_of_memory_needs_reads_of_memory(moved_bytes, distinct_bytes,
 
 @pytest.mark.parametrize("tokens", [3, 5000])
 def test_embedding_counts_each_row_once(tokens, monkeypatch):
-    """The demo has 2,048 rows: 5,000 tokens read each once and write 5,000; calls take rows that none took before."""
+    """The demo has 2,048 rows: 5,000 tokens read each once and write 5,000; calls read different rows."""
     built = cases(tokens=tokens, cached_tokens=None)
     taken = []
     monkeypatch.setattr(built.ops, "embedding", lambda token_ids, table: taken.append(token_ids))
@@ -90,7 +90,7 @@ def test_embedding_counts_each_row_once(tokens, monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "cached_tokens"), [(3, 300), (150, None)])
 def test_calls(tokens, cached_tokens):
-    """Outputs are those of as many tokens, and finite: the step's cache places exist and are distinct."""
+    """Outputs have the right number of tokens and are finite; cache slots are valid and distinct."""
     built = cases(tokens, cached_tokens)
     with torch.inference_mode():
         for case in built.all():
@@ -103,8 +103,8 @@ def test_calls(tokens, cached_tokens):
     assert len(step.seq_lens_list) == step.block_table.shape[0] == (1 if cached_tokens is None else tokens)
 
 
-def test_work_of_a_decode_step():
-    """By hand, in bfloat16 with a float32 residual, at half of the heads."""
+def test_bytes_and_flops_of_a_decode_step():
+    """Hand-computed, in bfloat16 with float32 residual and half of the heads."""
     built = cases(tokens=3, cached_tokens=300, attn_tp_size=2)
     config = built.config
     hidden, q, kv = config.hidden_size, built.q_size, built.kv_heads * config.head_dim
@@ -126,7 +126,7 @@ def test_work_of_a_decode_step():
     assert config.num_experts_per_tok < read <= 3 * config.num_experts_per_tok
 
 
-def test_work_of_a_prefill():
+def test_bytes_and_flops_of_a_prefill():
     """Token n attends to n + 1 tokens."""
     built = cases(tokens=150, cached_tokens=None)
     attention = built.attention(built.q_size + 2 * built.kv_heads * built.config.head_dim)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bench plot`: the picture says what it shows, no series hides another, what does not belong together is refused."""
+"""`bench plot`: title and legend, distinct series, and rejected reports."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def report_file(folder: Path, name: str, *rows: dict, **about: object) -> str:
 
 
 def drawn(monkeypatch, tmp_path, *files: str) -> Figure:
-    """What `bench plot` draws of the files, as matplotlib holds it."""
+    """matplotlib figure that `bench plot` draws from the files."""
     figures = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (savefig(self, *a, **k), figures.append(self)))
@@ -40,7 +40,7 @@ def names_in(figure: Figure) -> list[str]:
     return [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
 
 
-def test_plot_says_what_it_shows(monkeypatch, tmp_path):
+def test_title_axes_and_legend(monkeypatch, tmp_path):
     """Title, unit, medians with two decimals, and a legend that covers no bar."""
     common = {"dtype": "bfloat16", "world_size": 1, "prompt_tokens": 8}
     report = report_file(tmp_path, "a.json", {**common, "floor_ms": 1.0}, {**common, "batch_size": 2})
@@ -71,11 +71,11 @@ def test_plot_says_what_it_shows(monkeypatch, tmp_path):
         ),
         ({"new_tokens": 3}, {"new_tokens": 65}, ["ours, 3 tokens out", "ours, 65 tokens out"]),
         ({"tpot_ms": {"mean": 4.0}}, {}, ["ours, mean", "ours"]),
-        ({}, {}, ["ours, (1)", "ours, (2)"]),  # the same run twice
-        ({"system": "$x_{"}, {"system": "_hidden"}, [r"\$x_{", "hidden"]),  # neither a formula nor left out
+        ({}, {}, ["ours, (1)", "ours, (2)"]),  # the same run repeated
+        ({"system": "$x_{"}, {"system": "_hidden"}, [r"\$x_{", "hidden"]),  # no formula, not hidden
     ],
 )
-def test_no_series_hides_another(one, other, names, monkeypatch, tmp_path):
+def test_series_names_are_unique(one, other, names, monkeypatch, tmp_path):
     figure = drawn(monkeypatch, tmp_path, report_file(tmp_path, "a.json", one, other))
     assert names_in(figure) == names
     bars = figure.axes[0].patches
@@ -85,7 +85,7 @@ def test_no_series_hides_another(one, other, names, monkeypatch, tmp_path):
 
 
 def test_runs_of_two_commits_are_two_series(monkeypatch, tmp_path):
-    """Of one commit they are one where their batch sizes differ, and named by their files where they do not."""
+    """Reports of one commit form one series if their batch sizes differ, else series are named by file."""
     files = [
         report_file(tmp_path, "a.json", {"batch_size": 1}, commit="aaa"),
         report_file(tmp_path, "b.json", {"batch_size": 2}, commit="aaa"),
@@ -111,19 +111,19 @@ def test_more_series_than_colours(monkeypatch, tmp_path):
         ({"device": None}, {}, "b.json: device is None, but 'a card'"),
         ({"model_name": "another model"}, {}, "b.json: model_name is 'another model', but 'a model'"),
         ({}, {"batch_size": 10**300}, "b.json: not a report of latencies: results[0].batch_size"),
-        ({}, {"batch_size": True}, "results[0].batch_size: True is no number"),
-        ({}, {"tpot_ms": {"p50": None}}, "results[0].tpot_ms: None is no time in ms"),
-        ({}, {"tpot_ms": {"p50": float("inf")}}, "results[0].tpot_ms: inf is no time in ms"),
-        ({}, {"tpot_ms": {"p50": -1.0}}, "results[0].tpot_ms: -1.0 is no time in ms"),
-        ({}, {"tpot_ms": 3.0}, "results[0] is no row with"),
-        ({}, {"floor_ms": "1"}, "results[0].floor_ms: '1' is no time in ms"),
-        ({}, {"system": " "}, "results[0].system: ' ' is no name"),
-        ({}, {"exe_mode": ["graph"]}, "results[0].exe_mode: ['graph'] is no name"),
+        ({}, {"batch_size": True}, "results[0].batch_size: True is not a number"),
+        ({}, {"tpot_ms": {"p50": None}}, "results[0].tpot_ms: None is not a time in ms"),
+        ({}, {"tpot_ms": {"p50": float("inf")}}, "results[0].tpot_ms: inf is not a time in ms"),
+        ({}, {"tpot_ms": {"p50": -1.0}}, "results[0].tpot_ms: -1.0 is not a time in ms"),
+        ({}, {"tpot_ms": 3.0}, "results[0] is not a row with"),
+        ({}, {"floor_ms": "1"}, "results[0].floor_ms: '1' is not a time in ms"),
+        ({}, {"system": " "}, "results[0].system: ' ' is not a name"),
+        ({}, {"exe_mode": ["graph"]}, "results[0].exe_mode: ['graph'] is not a name"),
         ({}, {"layout": "2tp"}, "results[0].layout: expected tp sizes by name"),
     ],
 )
-def test_plot_refuses(about, row, named, monkeypatch, tmp_path, capsys):
-    """In one line, and nothing is drawn."""
+def test_invalid_reports(about, row, named, monkeypatch, tmp_path, capsys):
+    """One-line error, no PNG."""
     files = report_file(tmp_path, "a.json", {}), report_file(tmp_path, "b.json", row, **about)
     assert bench(monkeypatch, "plot", *files, "--output", str(tmp_path / "plot.png")) == 2
     refusal = capsys.readouterr().err
@@ -136,7 +136,7 @@ def test_plot_refuses(about, row, named, monkeypatch, tmp_path, capsys):
     ["[]", "{}", '{"results": {}}', '{"results": []}', '{"results": [3]}', "[" * 9**5, "x"],
     ids=["list", "empty", "object", "no row", "no object", "deep", "no JSON"],
 )
-def test_plot_refuses_what_is_no_report(text, monkeypatch, tmp_path, capsys):
+def test_file_is_not_a_report(text, monkeypatch, tmp_path, capsys):
     (tmp_path / "a.json").write_text(text)
     assert bench(monkeypatch, "plot", str(tmp_path / "a.json"), "--output", str(tmp_path / "plot.png")) == 2
     refusal = capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_plot_refuses_what_is_no_report(text, monkeypatch, tmp_path, capsys):
 
 
 def test_plot_options(monkeypatch, tmp_path, capsys):
-    """One mode of several; a mode that no row has, or no matplotlib, is refused."""
+    """Filter by mode; errors for a mode without rows and for missing matplotlib."""
     report = report_file(tmp_path, "a.json", {}, {"exe_mode": "graph"})
     picture = str(tmp_path / "plot.png")
     titles = []
@@ -164,7 +164,7 @@ PICTURES = re.findall(  # docs/results.md states the commands that draw the comm
 
 
 @pytest.mark.parametrize("command", PICTURES)
-def test_committed_pictures_can_be_drawn_again(command, monkeypatch, tmp_path):
+def test_committed_plots_are_reproducible(command, monkeypatch, tmp_path):
     *arguments, option, committed = command.split()
     assert option == "--output" and (REPOSITORY / committed).is_file()
     monkeypatch.chdir(REPOSITORY)

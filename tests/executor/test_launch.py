@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a launcher finds out and decides before any rank starts."""
+"""The launcher's checks and environment, before any rank starts."""
 
 import os
 import signal
@@ -40,19 +40,19 @@ def test_node_rank_and_interface(two_interfaces: None) -> None:
     [
         (["head", "10.0.0.3"], "none of head 10.0.0.3 is an address of this machine (127.0.0.1 10.0.0.2 10.0.1.2)"),
         (["10.0.0.2", "10.0.1.2"], "more than one of 10.0.0.2 10.0.1.2"),
-        (["head", "10.0.0.1"], "10.0.0.1 stands twice"),
-        (["head", "own"], "own is 127.0.1.1, which means every machine itself"),
+        (["head", "10.0.0.1"], "10.0.0.1 is listed twice"),
+        (["head", "own"], "own is the loopback address 127.0.1.1"),
         ([], "none of"),
     ],
 )
-def test_wrong_nodes(two_interfaces: None, hosts: list[str], named: str) -> None:
+def test_invalid_node_list(two_interfaces: None, hosts: list[str], named: str) -> None:
     with pytest.raises(ValueError, match="^IPs: ") as raised:
         launch.find_node(hosts)
     assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 100, "a..b", "\udcff", "\x1b[2J"])
-def test_host_without_address(host: str) -> None:
+def test_unresolvable_host(host: str) -> None:
     with pytest.raises(ValueError, match="IPs: '.*' does not resolve") as raised:
         launch.find_node([host])
     assert str(raised.value).isprintable() and len(str(raised.value)) < 300
@@ -64,7 +64,7 @@ def test_local_interfaces() -> None:
 
 def test_processes_per_node() -> None:
     assert launch.processes_per_node(16, ("10.0.0.1", "10.0.0.2")) == 8
-    with pytest.raises(ValueError, match="world_size: 3 ranks cannot be shared evenly by the 2 nodes"):
+    with pytest.raises(ValueError, match="world_size: 3 ranks cannot be split evenly over the 2 nodes"):
         launch.processes_per_node(3, ("10.0.0.1", "10.0.0.2"))
 
 
@@ -82,13 +82,13 @@ def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("port", ["http", "0", "65536", "70000", "-1", "", "9" * 5000, "²"])
-def test_wrong_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+def test_invalid_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ValueError, match=f"MASTER_PORT: '{port[:20]}.* is not a number from 1 to 65535"):
         launch.environment_number("MASTER_PORT", 29500)
 
 
-def test_environment_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(10))
     shown = launch.set_environment("eth0", "10.0.0.2", 4)
@@ -112,24 +112,24 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("secret", [b"", b"a"])
-def test_several_nodes_without_a_secret_are_warned(
+def test_warning_without_job_secret(
     environment: None, capsys: pytest.CaptureFixture, secret: bytes
 ) -> None:
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
     launch.announce(settings, Nodes(addresses=("10.0.0.1", "10.0.0.2"), index=1), "eth0", 2, 29500, secret)
     shown = capsys.readouterr().err.splitlines()
     assert [line for line in shown if "JOB_SECRET" in line] == shown[1:-1] and len(shown) == (2 if secret else 3)
-    assert shown[-1] == "node 1 (10.0.0.2), eth0: ranks 2 to 3 of 4, meeting at 10.0.0.1:29500"
+    assert shown[-1] == "node 1 (10.0.0.2), eth0: ranks 2 to 3 of 4, rendezvous at 10.0.0.1:29500"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
 
 
-def test_one_node_uses_no_network(environment: None, capsys: pytest.CaptureFixture) -> None:
+def test_single_node_uses_loopback(environment: None, capsys: pytest.CaptureFixture) -> None:
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
     launch.announce(settings, Nodes(addresses=("10.0.0.1",), index=0), "eth0", 4, 29500, b"")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo" and "JOB_SECRET" not in capsys.readouterr().err
 
 
-def test_scratch_folder_goes_with_a_killed_process(tmp_path: Path) -> None:
+def test_scratch_folder_is_removed_after_sigkill(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\nfrom executor.launch import Scratch\nscratch = Scratch()\n"
         "open(scratch.path + '/file', 'w').close()\nprint(scratch.path, flush=True)\n"
@@ -144,7 +144,7 @@ def test_scratch_folder_goes_with_a_killed_process(tmp_path: Path) -> None:
     wait_for(lambda: not list(tmp_path.iterdir()), 5)
 
 
-def test_every_core_has_one_rank() -> None:
+def test_cores_are_partitioned_over_ranks() -> None:
     cores = list(range(3, 14))
     shares = [share_of_cores(cores, index, 4) for index in range(4)]
     assert sum(shares, []) == cores and min(map(len, shares)) == 2
@@ -180,14 +180,14 @@ def test_job_facts(tmp_path: Path) -> None:
     }
 
 
-def test_failed_exchange_is_a_consequence() -> None:
+def test_failed_collective_is_a_consequence() -> None:
     with pytest.raises(ValueError) as raised:
         torch.distributed.all_reduce(torch.ones(1))  # there is no process group
     assert is_consequence(raised.value)
     assert is_consequence(torch.distributed.DistNetworkError("x")) and not is_consequence(OSError("x"))
 
 
-def test_ranks_of_the_platform_mean_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platform_rank_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["launch", "--yaml_file_path", str(ROOT / "models/qwen3_moe/config/demo.yaml")])
     monkeypatch.setattr("executor.infer.main", lambda: 3 if "RANK" in os.environ else 0)
     monkeypatch.setenv("RANK", "1")

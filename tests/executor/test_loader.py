@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints are loaded whole or refused in one line, and never take much more memory than they hold."""
+"""Loading checkpoints: parameters, errors before allocation, and peak memory."""
 
 import json
 import os
@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
-    """A checkpoint in one file."""
+    """A checkpoint in a single file."""
     folder = tmp_path_factory.mktemp("single")
     make_checkpoint(folder)
     return folder
@@ -37,13 +37,13 @@ def single(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkpoint(single, tmp_path) -> Path:
-    """A copy of it to damage."""
+    """A modifiable copy of `single`."""
     return Path(shutil.copytree(single, tmp_path / "checkpoint"))
 
 
 @pytest.fixture
 def sharded(tmp_path) -> Path:
-    """The same weights in several files with an index."""
+    """The same weights as shards with an index."""
     make_checkpoint(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     return tmp_path / "sharded"
@@ -62,7 +62,7 @@ def tensor(value: torch.Tensor | DenseWeight) -> torch.Tensor:
 
 
 def assert_loaded(loaded: Parameters, folder: Path, stored: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Every stored tensor stands where its specification says, in `dtype`."""
+    """Asserts that every stored tensor is in its parameter's region, in `dtype`."""
     for spec in parameter_specs(load_config(folder), Layout()):
         value = tensor(loaded[spec.name])
         assert value.dtype == dtype and value.shape == spec.shape
@@ -72,7 +72,7 @@ def assert_loaded(loaded: Parameters, folder: Path, stored: dict[str, torch.Tens
 
 
 def refusal(folder: Path, monkeypatch) -> str:
-    """The one line that refuses a checkpoint; nothing may have been allocated for it."""
+    """The one-line error of an invalid checkpoint, raised before any allocation."""
     specs = parameter_specs(load_config(folder), Layout())
     with monkeypatch.context() as patch, pytest.raises(ValueError) as error:
         patch.setattr(torch, "empty", lambda *_, **__: pytest.fail("memory was allocated"))
@@ -104,7 +104,7 @@ def test_sharded(single, sharded):
     assert_loaded(load(sharded), sharded, load_file(single / "model.safetensors"), torch.float32)
 
 
-def test_files_larger_than_one_mapping(single, monkeypatch):
+def test_file_larger_than_one_mapping(single, monkeypatch):
     monkeypatch.setattr("executor.loader.MAPPED_BYTES", 10_000)
     assert_loaded(load(single), single, load_file(single / "model.safetensors"), torch.float32)
 
@@ -120,22 +120,22 @@ def test_files_larger_than_one_mapping(single, monkeypatch):
         (lambda t: t.update({"x": torch.ones(1), "lm_head.bias": torch.ones(211)}), "2 not expected: lm_head.bias, x"),
         (
             lambda t: t.update({EXPERT: torch.ones(48, 40)}),
-            f"of another shape: {EXPERT} is [48, 40] instead of [40, 48]",
+            f"of wrong shape: {EXPERT} is [48, 40] instead of [40, 48]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(1, 48)}), "model.norm.weight is [1, 48] instead of [48]"),
-        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.int8)}), f"1 of another type: {EXPERT} is I8"),
-        (lambda t: t.update({EXPERT: torch.ones(40, 48).long()}), f"1 of another type: {EXPERT} is I64"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.int8)}), f"1 of wrong dtype: {EXPERT} is I8"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).long()}), f"1 of wrong dtype: {EXPERT} is I64"),
         (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.float8_e4m3fn)}), f"{EXPERT} is F8_E4M3"),
         (lambda t: t.update({"renamed": t.pop(EXPERT)}), f"1 missing: {EXPERT}; 1 not expected: renamed"),
     ],
 )
-def test_tensors_that_do_not_fit(change, named, checkpoint, monkeypatch):
+def test_mismatched_tensors(change, named, checkpoint, monkeypatch):
     rewrite(checkpoint, change)
     line = refusal(checkpoint, monkeypatch)
     assert line.startswith(f"{checkpoint}: ") and named in line, line
 
 
-def test_head_beside_a_tied_embedding(tmp_path, monkeypatch, caplog):
+def test_lm_head_with_tied_embedding(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("executor.loader.MAPPED_BYTES", 10_000)
     make_checkpoint(tmp_path, tie_word_embeddings=True)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
@@ -165,7 +165,7 @@ def test_no_weights(checkpoint, monkeypatch):
     assert f"{checkpoint} has neither" in refusal(checkpoint, monkeypatch)
 
 
-def test_absent_shard(sharded, monkeypatch):
+def test_missing_shard(sharded, monkeypatch):
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
     line = refusal(sharded, monkeypatch)
@@ -176,7 +176,7 @@ def test_absent_shard(sharded, monkeypatch):
     "content",
     ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": ["b"]}}', b"\xff"],
 )
-def test_broken_index(content, sharded, monkeypatch):
+def test_invalid_index(content, sharded, monkeypatch):
     (sharded / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert refusal(sharded, monkeypatch).startswith(f"{sharded / INDEX}: not a safetensors index")
 
@@ -188,7 +188,7 @@ def test_tensor_in_two_shards(sharded, monkeypatch):
     assert f"{second}: tensor {next(iter(tensors))} is also in another file" in refusal(sharded, monkeypatch)
 
 
-def test_shard_lacks_a_tensor_of_the_index(sharded, monkeypatch):
+def test_tensor_of_the_index_missing_in_its_shard(sharded, monkeypatch):
     shard = sorted(sharded.glob("*.safetensors"))[1]
     tensors = load_file(shard)
     name, _ = tensors.popitem()
@@ -244,14 +244,14 @@ whole_model = parameter_specs(load_config(folder), Layout())
 specs = parameter_specs(load_config(folder), layout)
 read_bytes = 0
 before = memory("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")  # peak memory counts from here
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak memory
 parameters = load_parameters(folder, specs, whole_model, torch.bfloat16, torch.device("cpu"))
 print(json.dumps([parameter_bytes(specs, torch.bfloat16), memory("VmHWM") - before, read_bytes]))
 """
 
 
 def write_large(folder: Path, num_layers: int, stacked: bool) -> None:
-    """A random bfloat16 checkpoint of 38 MB a layer and 34 MB besides, in one file that is larger than a mapping."""
+    """Random bfloat16 checkpoint in one file: 38 MB per layer plus 34 MB, larger than one mapping."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 384, "num_experts": 32, "vocab_size": 16384}
     config = Qwen3MoeConfig(**{**TINY, **sizes, "num_hidden_layers": num_layers})
     config.save_pretrained(folder)
@@ -281,7 +281,7 @@ def test_memory_while_loading(layout, large, single):
     weights_bytes, growth_bytes, read_bytes = json.loads(measured.stdout)
     growth = growth_bytes / weights_bytes
     print(f"{weights_bytes / 1e9:.3f} GB, peak growth {growth:.4f} of it, read {read_bytes / 1e9:.3f} GB")
-    assert read_bytes == weights_bytes  # nothing of other ranks' parts
+    assert read_bytes == weights_bytes  # no other rank's shard
     assert weights_bytes > 4 * MAPPED_BYTES
-    # Beside the weights there is what is mapped of the file, which does not grow with them, and a little room.
+    # Beyond the weights: the mapped part of the file, of constant size, and some slack.
     assert growth_bytes <= 1.1 * weights_bytes + MAPPED_BYTES, (growth_bytes, weights_bytes)

@@ -286,7 +286,7 @@ def test_stated_cache_is_cut_to_what_known_prompts_can_use(cache_tokens, num_blo
     assert llm.num_blocks == num_blocks
     [line] = [record.getMessage() for record in caplog.records if record.getMessage().startswith("cache: ")]
     assert line.startswith(f"cache: {num_blocks * BLOCK_SIZE} tokens, ")
-    assert line.endswith("all that the known prompts can use") == (num_blocks == 2)
+    assert line.endswith("the maximum that the known prompts can use") == (num_blocks == 2)
 
 
 def test_stated_cache_without_known_prompts_stays():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a request that are impossible, and names that other engines use."""
+"""Invalid sampling parameters, and hints for parameter names of other engines."""
 
 import copy
 import dataclasses
@@ -24,27 +24,27 @@ NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetiti
     + [torch.tensor(1), np.bool_(True), -1, 2**63],
     ids=lambda value: type(value).__name__,
 )
-def test_impossible_numbers(key, value):
+def test_invalid_numbers(key, value):
     if key == "temperature" and isinstance(value, int) and value == 2**63:
-        return  # as good as uniform
+        return  # close to uniform, but valid
     with pytest.raises(ValueError) as raised:
         SamplingParams(**{key: value})
     assert str(raised.value).startswith(f"{key}: ") and len(str(raised.value)) < 200 and str(raised.value).isprintable()
 
 
 @pytest.mark.parametrize("stop", ["abc", None, 3, [3], [""], ["a", "\ud83d"], [b"a"], ["a\ude00b"], {"a"}])
-def test_impossible_stop_strings(stop):
+def test_invalid_stop_strings(stop):
     with pytest.raises(ValueError, match="^stop: "):
         SamplingParams(stop=stop)
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])
-def test_impossible_ignore_eos(value):
+def test_invalid_ignore_eos(value):
     with pytest.raises(ValueError, match="^ignore_eos: expected True or False"):
         SamplingParams(ignore_eos=value)
 
 
-def test_numbers_are_plain():
+def test_numbers_become_plain_python_types():
     sampling = SamplingParams(temperature=np.float64(0.5), top_p=1, stop=["a"])
     assert {type(getattr(sampling, key)) for key in ("temperature", "top_p", "min_p")} == {float}
     assert sampling == pickle.loads(pickle.dumps(sampling)) == copy.deepcopy(sampling) == dataclasses.replace(sampling)
@@ -53,17 +53,17 @@ def test_numbers_are_plain():
 
 @pytest.mark.parametrize(
     ("key", "advice"),
-    [("max_tokens", "did you mean max_new_tokens?"), ("n", "one answer a prompt"), ("do_sample", "temperature 0")]
+    [("max_tokens", "did you mean max_new_tokens?"), ("n", "one completion per prompt"), ("do_sample", "temperature 0")]
     + [("max_new_token", "possible are max_new_tokens, temperature"), ("x" * 10**6, "possible are ")],
 )
-def test_names_of_others_in_sampling_params(key, advice):
+def test_foreign_names_in_sampling_params(key, advice):
     with pytest.raises(TypeError) as raised:
         SamplingParams(**{key: 1})
     line = str(raised.value)
     assert line.startswith("SamplingParams: ") and advice in line and "data_config" not in line and len(line) < 400
 
 
-def test_hints_name_what_exists():
+def test_hints_refer_to_existing_settings():
     words = {word.strip(".,:;?") for text in HINTS.values() for word in text.split() if "_" in word}
     named = {word.rpartition(".")[2] for word in words - {"generation_config.json"}}
     assert named <= KEYS, named - KEYS
@@ -91,7 +91,7 @@ def test_hints_name_what_exists():
         ({"x" * 10**6: 1}, ("unknown setting",)),
     ],
 )
-def test_names_of_others_in_settings(settings, named):
+def test_foreign_names_in_settings(settings, named):
     with pytest.raises(ValueError) as raised:
         LLM("models/qwen3_moe/demo", **settings)
     line = str(raised.value)

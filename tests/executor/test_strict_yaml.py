@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML files that are large, deep, damaged or odd on purpose, and what cannot be read as one."""
+"""Hostile YAML files: too large, too deep, damaged or ambiguous; unreadable files and invalid paths."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def yaml_file(tmp_path: Path) -> Path:
 
 
 def refusal(file: Path) -> str:
-    """The one line that refuses a file."""
+    """The one-line error of a YAML file."""
     with pytest.raises(ValueError) as error:
         load_settings(file)
     assert str(error.value) and "\n" not in str(error.value)
@@ -38,7 +38,7 @@ def refusal(file: Path) -> str:
 
 
 def levels(count: int, width: int) -> str:
-    """Lists of aliases: width**count values written in count lines."""
+    """Alias bomb: width**count values in count lines."""
     lines = [f"l0: &l0 [{', '.join('x' * width)}]"]
     lines += [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * width)}]" for n in range(1, count)]
     return "\n".join(lines)
@@ -55,12 +55,12 @@ HOSTILE = {
         "l0: &l0 {a: 1}\n" + "".join(f"l{n}: &l{n} {{<<: [{f'*l{n - 1}, ' * 10}]}}\n" for n in range(1, 9)),
         "more than 10000 keys and values",
     ),
-    "a list in itself": ("model_name: &a [*a]", "an alias stands inside what it stands for"),
-    "a mapping in itself": ("&a {model_name: *a}", "an alias stands inside what it stands for"),
-    "a merge of itself": ("model_name: &a {<<: *a}", "an alias stands inside what it stands for"),
+    "a list in itself": ("model_name: &a [*a]", "a recursive alias"),
+    "a mapping in itself": ("&a {model_name: *a}", "a recursive alias"),
+    "a merge of itself": ("model_name: &a {<<: *a}", "a recursive alias"),
     "an alias of nothing": ("model_name: *a", "undefined alias"),
     "a long list": ("model_name: [" + "a, " * 20_000 + "]", "more than 10000 keys and values"),
-    "5000 digits": ("world_size: " + "9" * 5000, "is no int that can be read"),
+    "5000 digits": ("world_size: " + "9" * 5000, "is not a valid int"),
     "400 digits": (
         "model_name: m\nmodel_path: p\nworld_size: " + "9" * 400,
         "world_size: a number of 1329 bits is impossible",
@@ -75,12 +75,12 @@ HOSTILE = {
     ),
     "minutes and seconds": ("model_name: m\nmodel_path: p\nworld_size: 1:30", "world_size: expected int, got '1:30'"),
     "a date": ("model_name: 2024-02-03\nmodel_path: p", "model_name: expected str, got datetime.date"),
-    "month 13": ("model_name: 2020-13-45", "'2020-13-45' is no timestamp that can be read"),
+    "month 13": ("model_name: 2020-13-45", "'2020-13-45' is not a valid timestamp"),
     "bytes": ("model_name: !!binary aGk=\nmodel_path: p", "model_name: expected str, got b'hi'"),
     "not base64": ("model_name: !!binary é", "not valid YAML"),
-    "an empty int": ("world_size: !!int ''", "'' is no int that can be read"),
-    "no bool": ("model_name: !!bool x", "'x' is no bool that can be read"),
-    "no timestamp": ("model_name: !!timestamp x", "'x' is no timestamp that can be read"),
+    "an empty int": ("world_size: !!int ''", "'' is not a valid int"),
+    "no bool": ("model_name: !!bool x", "'x' is not a valid bool"),
+    "no timestamp": ("model_name: !!timestamp x", "'x' is not a valid timestamp"),
     "a Python object": ("model_name: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "an unknown tag": ("model_name: !" + "a" * 10_000 + " x", "could not determine a constructor"),
     "a set": ("model_name: !!set {a, b}\nmodel_path: p", "model_name: expected str"),
@@ -103,7 +103,7 @@ HOSTILE = {
     ),
     "a number as a rope key": (
         "model_name: m\nmodel_path: p\nmodel_config: {rope_scaling: {1: 2}}",
-        "model_config.rope_scaling: expected keys that are words, got 1",
+        "model_config.rope_scaling: expected text keys, got 1",
     ),
     "null as a key": ("model_name: m\nmodel_path: p\nnull: 1", "None: unknown key"),
 }
@@ -117,7 +117,7 @@ def test_hostile_file(case, yaml_file):
     assert line.startswith(f"{yaml_file}: ") and named in line and len(line) <= 400 and line.isprintable(), line
 
 
-def test_anchors_merges_and_a_byte_order_mark_are_read(yaml_file):
+def test_anchors_merges_and_byte_order_mark(yaml_file):
     merged = GOOD + "    <<: {seed: 3, batch_size: 7}\nmodel_config: &m {dtype: float32}\n"
     merged = merged.replace("model_config:\n    dtype: float32\n", "")
     yaml_file.write_text("\ufeff" + merged, encoding="utf-8")
@@ -126,7 +126,7 @@ def test_anchors_merges_and_a_byte_order_mark_are_read(yaml_file):
     assert settings.model_config.dtype == "float32"
 
 
-def test_a_mapping_merged_twice_holds_no_key_twice(yaml_file):
+def test_repeated_merge_is_no_duplicate_key(yaml_file):
     yaml_file.write_text(
         "model_name: m\nmodel_path: p\nmodel_config: {rope_scaling: "
         "{a: &a {x: 1}, b: &b {<<: *a, x: 2}, c: {<<: *b}, d: {<<: [*b, *a], y: 3}}}"
@@ -136,7 +136,7 @@ def test_a_mapping_merged_twice_holds_no_key_twice(yaml_file):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "loop", "dangling", "folder", "long name", "device"])
-def test_a_yaml_that_is_no_file(kind, tmp_path):
+def test_yaml_path_is_not_a_file(kind, tmp_path):
     file = tmp_path / ("n" * 300 if kind == "long name" else "x.yaml")
     if kind == "fifo":
         os.mkfifo(file)
@@ -150,7 +150,7 @@ def test_a_yaml_that_is_no_file(kind, tmp_path):
 
 @contextlib.contextmanager
 def no_rights() -> Iterator[None]:
-    """Takes root's rights away, which no file is denied to."""
+    """Drops root's privileges, for which no file is unreadable."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -161,8 +161,8 @@ def no_rights() -> Iterator[None]:
             os.seteuid(0)
 
 
-def test_denied_files_are_called_denied():
-    with tempfile.TemporaryDirectory() as name:  # tmp_path lies in a folder that is closed to others
+def test_permission_denied():
+    with tempfile.TemporaryDirectory() as name:  # tmp_path is in a folder without access for others
         folder = Path(name)
         folder.chmod(0o755)
         file, inside = folder / "x.yaml", folder / "closed" / "x.yaml"
@@ -187,7 +187,7 @@ def test_denied_files_are_called_denied():
         ("\ud83d", "surrogates not allowed"),
     ],
 )
-def test_impossible_path(path, named):
+def test_invalid_path(path, named):
     with pytest.raises(ValueError, match=named) as error:
         resolve_path(path)
     assert len(str(error.value)) <= 400 and str(error.value).isprintable()

@@ -157,7 +157,7 @@ def test_experts_stacked_and_single_at_once(tmp_path):
             lambda t: t.update({"model.layers.0.mlp.experts.down_proj": torch.ones(9, 48, 40)}),
             "down_proj is [9, 48, 40] instead of [10, 48, 40]",
         ),
-        (lambda t: t.update({"norm.weight": torch.ones(48)}), "norm.weight stands in the checkpoint under two names"),
+        (lambda t: t.update({"norm.weight": torch.ones(48)}), "norm.weight is in the checkpoint under two names"),
     ],
 )
 def test_stacked_experts_that_do_not_fit(change, problem, tmp_path):
