@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tests/conftest.py, in a pytest session of its own."""
+"""tests/conftest.py in pytest sessions of its own, and what tests/run.sh passes to pytest."""
 
 import os
 import re
@@ -108,3 +108,29 @@ def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, 
         )
         config.args = selected
         assert conftest.pytest_xdist_auto_num_workers(config) == workers
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ([], ["-n", "auto", "--dist", "loadgroup"]),
+        (["-n", "0", "tests/ops"], ["-n", "auto", "--dist", "loadgroup", "-n", "0", "tests/ops"]),  # the last holds
+        (["-p", "no:xdist", "-k", "two words"], ["-p", "no:xdist", "-k", "two words"]),
+        (["-pno:xdist"], ["-pno:xdist"]),
+    ],
+)
+def test_run_sh(tmp_path: Path, given: list[str], passed: list[str]) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!/bin/sh
+case "$*" in
+"-m pytest"*) shift 2; printf '%s\\n' "$@" ;;
+"-m "*) ;;
+*) exec "{sys.executable}" "$@" ;;
+esac
+"""
+    )
+    python.chmod(0o755)
+    command = ["bash", Path(__file__).with_name("run.sh"), *given]
+    result = subprocess.run(command, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.splitlines()) == (0, passed), result.stderr
