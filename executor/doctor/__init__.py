@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is on this machine, and whether a backend's operations give there what the reference gives."""
+"""Machine check: versions, settings, and each operation of a backend compared with the reference."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token embedding with its vocabulary split over ranks."""
+"""Vocabulary-parallel token embedding."""
 
 import torch
 
@@ -9,9 +9,10 @@ from ops.comm import Group
 
 
 class Embedding:
-    """Looks up the rows this rank holds; the ranks' results are summed, as each token is a row of just one of them.
+    """Looks up the rows that this rank holds and sums over the group, as each token's row is on exactly one rank.
 
-    `same_tokens`: whether the ranks of the group hold the same tokens of a step. If not they first gather all.
+    `same_tokens`: whether the ranks of the group hold the same tokens; if not, tokens are all-gathered first and the
+    sums reduce-scattered.
     """
 
     def __init__(self, weight: torch.Tensor, group: Group, same_tokens: bool, ops: Ops):
@@ -30,7 +31,7 @@ class Embedding:
         return self.group.reduce_scatter(self.own_rows(gathered))[: len(token_ids)]
 
     def own_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of tokens whose rows are here, zeros for the others."""
+        """Embeddings [T, D]; zeros for tokens whose rows are on other ranks."""
         rows = token_ids - self.first_row
         elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
         return self.ops.embedding(rows.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)

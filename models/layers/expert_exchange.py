@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tokens reach their experts on other ranks, and how the results come back.
+"""Dispatch of tokens to experts on other ranks, and combine of the experts' outputs.
 
-`dispatch` turns a rank's tokens and their routing into rows and a routing over the experts this rank holds; `combine`
-turns the experts' output of these rows into the output of the rank's tokens. Letters as in ops/__init__.py; EL experts
-on this rank; an id of EL means "elsewhere".
+`dispatch` turns a rank's tokens and their routing into rows and a routing over this rank's experts; `combine` turns
+the experts' output of these rows into the output of the rank's tokens. Shape letters as in ops/__init__.py; EL experts
+on this rank; an id of EL marks an expert of another rank.
 """
 
 from dataclasses import dataclass
@@ -15,37 +15,37 @@ from models.layers.padding import pad_rows, share_of
 from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
 from ops.comm import Group, ParallelContext
 
-NO_EXPERT = -(2**31)  # stands for a padding row's experts: elsewhere on every rank
+NO_EXPERT = -(2**31)  # expert id of padding rows: an expert of no rank
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """What the experts of this rank work on, and what `combine` needs to remember."""
+    """Input of this rank's experts, and the state of the dispatch that `combine` needs."""
 
     rows: torch.Tensor  # [R, D]
     routing: Routing | RouterLogits | GroupedRows  # over the EL experts of this rank
-    memory: Any = None
+    handle: Any = None
 
 
 class ExpertExchange(Protocol):
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
-        """[T, D] tokens of this rank: those of its attn_tp group or, in a sequence-parallel step, its share of them."""
+        """hidden_states [T, D]: all tokens of the attn_tp group or, in a sequence-parallel step, this rank's shard."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         """[R, D] output of the dispatched rows -> [T, D]."""
 
 
 class GatherExchange:
-    """Every rank sees all tokens, runs its own experts (or its columns of them), and the ranks' results are summed.
+    """All-gathers the tokens, runs the local experts (or their shards) on all of them, and reduce-scatters the sums.
 
-    All ranks send the same number of rows and the host need not know where a token goes, so that a step with this
-    exchange can be captured. With one group of attention ranks, nothing is gathered: local experts and an all_reduce.
+    Shapes do not depend on the routing, so that a step with this exchange can be captured in a graph. With
+    attn_dp_size 1 nothing is gathered: local experts and an all_reduce.
     """
 
     def __init__(self, parallel: ParallelContext, num_local_experts: int):
         self.parallel = parallel
         self.num_local_experts = num_local_experts
-        self.has_all = parallel.attn_dp.size == parallel.moe_ep.size == 1  # tokens and experts
+        self.has_all = parallel.attn_dp.size == parallel.moe_ep.size == 1  # all tokens and all experts
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         if self.has_all and not step.sequence_parallel:
@@ -72,11 +72,11 @@ class GatherExchange:
 
 
 class AllToAllExchange:
-    """Every row travels only to the ranks that hold its expert, and is put by expert once more there.
+    """Sends each row only to the ranks that hold its expert, where the rows are regrouped by expert.
 
-    Rows are sent in the order of the experts ("double routing"), so that beside them only their numbers travel. The
-    ranks of an attn_tp group hold the same tokens, so that each sends its share of them and they gather the results.
-    How many rows go where is read by the host.
+    Rows are sent in expert order ("double routing"), so that only the counts are sent besides them. The ranks of an
+    attn_tp group hold the same tokens: each sends its shard of them, and the results are all-gathered. The row counts
+    cost a host sync.
     """
 
     def __init__(self, parallel: ParallelContext, num_local_experts: int, ops: Ops):
@@ -95,52 +95,52 @@ class AllToAllExchange:
         # rank of the world: ep index * moe_tp size + moe_tp index; each of the moe_tp ranks gets the row
         sent = counts.view(-1, 1, self.num_local_experts).expand(-1, moe_tp.size, -1).flatten(0, 1)  # [ranks, EL]
         received = world.all_to_all(sent, *([[1] * world.size] * 2))
-        counts = self.read(sent, received)
+        counts = self.read_counts(sent, received)
         if moe_tp.size > 1:
             parts = rows.split(counts[0][:: moe_tp.size])
             rows = torch.cat([part for part in parts for _ in range(moe_tp.size)])
         rows, order, tokens_per_expert = self.ops.regroup(world.all_to_all(rows, *counts), received)
         return Dispatched(rows, GroupedRows(tokens_per_expert), (row_index, weights, counts, order))
 
-    def read(self, sent: torch.Tensor, received: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Rows to and from each rank, of both [ranks, EL]; in one copy, for which the host waits."""
+    def read_counts(self, sent: torch.Tensor, received: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Rows sent to and received from each rank, from counts [ranks, EL]; one host sync for both."""
         send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
         return send, receive
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
-        row_index, weights, (send, receive), order = dispatched.memory
+        row_index, weights, (send, receive), order = dispatched.handle
         back = torch.empty_like(output)
         back[order.long()] = output
         rows = self.parallel.world.all_to_all(back, receive, send)
         size = self.parallel.moe_tp.size
-        if size > 1:  # each of them had its columns of the expert
+        if size > 1:  # partial sums of each moe_tp rank
             parts = rows.split(send)
             rows = torch.cat([torch.stack(parts[i : i + size]).sum(0) for i in range(0, len(parts), size)])
         return gather_shares(self.ops.weighted_sum(rows, row_index, weights), self.parallel.attn_tp, step)
 
 
 class FusedPair(Protocol):
-    """A backend's operations that send tokens to their experts and bring the results back; nothing is read back."""
+    """Fused dispatch and combine operations of a backend, without host syncs."""
 
     name: str
 
     def dispatch(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """[T, D], [T, K], [T, K] -> rows [R, D] by expert of this rank, tokens_per_expert [EL] int64, a memory.
+        """[T, D], [T, K], [T, K] -> rows [R, D] by expert of this rank, tokens_per_expert [EL] int64, a handle.
 
         max_tokens: the largest T of any rank.
         """
 
-    def combine(self, output: torch.Tensor, memory: Any) -> torch.Tensor:
-        """[R, D] -> the weighted sums [T, D]."""
+    def combine(self, output: torch.Tensor, handle: Any) -> torch.Tensor:
+        """[R, D] and the handle of the dispatch -> weighted sums [T, D]."""
 
 
 class FusedExchange:
-    """Rows travel to their experts by a fused pair of operations: for decode steps, where nothing else is as short.
+    """Fused dispatch and combine, the exchange of lowest latency for decode steps.
 
-    The ranks of an attn_tp group share its tokens out. The host reads nothing, so that the bytes it counts are the mean
-    over even routing.
+    Each rank of an attn_tp group sends its shard of the tokens. Without a host sync the counts are not known, so that
+    the traffic recorded is the expectation under uniform routing.
     """
 
     def __init__(self, parallel: ParallelContext, pair: FusedPair):
@@ -152,18 +152,18 @@ class FusedExchange:
         attn_tp, world = self.parallel.attn_tp, self.parallel.world
         hidden_states, ids, weights = own_share((hidden_states, routing.topk_ids, routing.topk_weights), attn_tp, step)
         most = share_of(step.max_dp_tokens, attn_tp.size)
-        rows, tokens_per_expert, memory = self.pair.dispatch(hidden_states, ids, weights, most)
+        rows, tokens_per_expert, handle = self.pair.dispatch(hidden_states, ids, weights, most)
         elsewhere = ids.shape[1] * (world.size - 1) / world.size
         world.traffic.add("dispatch", 2 * hidden_states.nbytes * elsewhere)
-        return Dispatched(rows, GroupedRows(tokens_per_expert), memory)
+        return Dispatched(rows, GroupedRows(tokens_per_expert), handle)
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
-        return gather_shares(self.pair.combine(output, dispatched.memory), self.parallel.attn_tp, step)
+        return gather_shares(self.pair.combine(output, dispatched.handle), self.parallel.attn_tp, step)
 
 
 def own_share(tensors: tuple[torch.Tensor, ...], attn_tp: Group, step: StepMetadata) -> tuple[torch.Tensor, ...]:
-    """This rank's part of tensors [T, ...] that its attn_tp group holds alike; the last ranks may get less, or none."""
-    if attn_tp.size == 1 or step.sequence_parallel:  # it has only its share already
+    """This rank's shard of tensors [T, ...] replicated over its attn_tp group; on the last ranks short or empty."""
+    if attn_tp.size == 1 or step.sequence_parallel:  # already sharded
         return tensors
     share = share_of(step.num_tokens, attn_tp.size)
     mine = slice(attn_tp.index * share, (attn_tp.index + 1) * share)
@@ -171,7 +171,7 @@ def own_share(tensors: tuple[torch.Tensor, ...], attn_tp: Group, step: StepMetad
 
 
 def gather_shares(tokens: torch.Tensor, attn_tp: Group, step: StepMetadata) -> torch.Tensor:
-    """The reverse of `own_share`: all tokens of the group."""
+    """All-gathers the shards of `own_share`: [T, ...] of the whole attn_tp group."""
     if attn_tp.size == 1 or step.sequence_parallel:
         return tokens
     return attn_tp.all_gather(pad_rows(tokens, share_of(step.num_tokens, attn_tp.size)))[: step.num_tokens]
@@ -180,9 +180,9 @@ def gather_shares(tokens: torch.Tensor, attn_tp: Group, step: StepMetadata) -> t
 def sent_bytes_per_token(
     parallel: ParallelContext, top_k: int, hidden_size: int, element_bytes: int
 ) -> dict[str, float]:
-    """Bytes a rank sends for one layer's experts, divided by the tokens of its attention group, for each exchange.
+    """Bytes that a rank sends per MoE layer and per token of its attn_tp group, for each exchange.
 
-    Assumes equally busy groups and routing spread evenly; docs/parallelism.md derives the formulas.
+    Assumes equal token counts of all groups and uniform routing; docs/parallelism.md derives the formulas.
     """
     row = hidden_size * element_bytes
     attn_tp, attn_dp, world = parallel.attn_tp.size, parallel.attn_dp.size, parallel.world.size

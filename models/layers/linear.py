@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a layer, split over the ranks of a group: by columns, and by rows with the norm before them."""
+"""Tensor-parallel linear layers: row-parallel with all-reduce, and column-parallel with the preceding norm."""
 
 import torch
 
@@ -9,10 +9,10 @@ from ops.comm import Group
 
 
 class RowLinear:
-    """y = x W^T + b, the columns of W split over a group: each rank has its part of x and all get the sum.
+    """Row-parallel y = x W^T + b: the input dimension is sharded over a group, and partial sums are all-reduced.
 
-    In a sequence-parallel step each rank gets the sum of its share of the tokens only. `fused_prefill`: product and
-    sum are one operation of the backend in prefill steps.
+    In a sequence-parallel step they are reduce-scattered over the tokens. `fused_prefill`: in prefill steps, matmul
+    and all-reduce are one operation of the backend.
     """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops, fused_prefill: bool = False):
@@ -37,10 +37,10 @@ class RowLinear:
 
 
 class NormLinear:
-    """Adds the residual, normalises, multiplies; returns the product and the new residual.
+    """Adds the residual, applies RMSNorm and multiplies by W; returns the product and the new residual.
 
-    Where the rows of W are split over `group`, each rank holds its part of the product. In a sequence-parallel step
-    it comes with its share of the tokens, and they gather all in between.
+    Column parallel: the output dimension of W is sharded over `group`. In a sequence-parallel step the input tokens
+    are sharded, and all-gathered between norm and matmul.
     """
 
     def __init__(

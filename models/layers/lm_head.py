@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Final norm and vocabulary projection, the vocabulary split over ranks; logits stay where they are computed."""
+"""Final norm and vocabulary-parallel lm_head; logits stay sharded."""
 
 from dataclasses import dataclass
 
@@ -12,9 +12,9 @@ from ops.comm import Group
 
 @dataclass(frozen=True)
 class ShardedLogits:
-    """Logits of some rows, each rank of a group holding a part of the vocabulary.
+    """Logits [R, V] sharded over the vocabulary.
 
-    Where the ranks of the group have different rows, every rank computes all of them: its own start at `first_row`.
+    If the ranks of the group have different rows, each rank computes the rows of all; its own start at `first_row`.
     """
 
     local: torch.Tensor  # [R, V / size] float32
@@ -23,14 +23,14 @@ class ShardedLogits:
     num_rows: int  # of this rank
 
     def own(self, part: torch.Tensor) -> torch.Tensor:
-        """[R, N] of each rank -> [num_rows, size * N]: all ranks' parts of this rank's rows."""
+        """All-gathers [R, N] of each rank -> [num_rows, size * N], for this rank's rows."""
         gathered = self.group.all_gather(part).view(self.group.size, *part.shape)
         return gathered[:, self.first_row : self.first_row + self.num_rows].transpose(0, 1).flatten(1)
 
     def topk(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The `count` largest logits of each row and their token ids: [num_rows, count], in descending order.
 
-        Each rank sends its own candidates, never its logits. For count 1, of equal logits the lower token id is taken.
+        Only each rank's top-k candidates are all-gathered. For count 1, ties go to the lower token id.
         """
         part_size = self.local.shape[1]
         values, ids = self.local.topk(min(count, part_size), dim=-1) if count > 1 else self.local.max(-1, keepdim=True)
@@ -38,13 +38,13 @@ class ShardedLogits:
             return values[: self.num_rows], ids[: self.num_rows]
         values, ids = self.own(values), self.own(ids + self.group.index * part_size)
         if count == 1:
-            values, order = values.max(-1, keepdim=True)  # of equal ones the first
+            values, order = values.max(-1, keepdim=True)  # ties: the first
         else:
             values, order = values.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], ids.gather(1, order)[:, :count]
 
     def whole(self) -> torch.Tensor:
-        """All logits of this rank's rows [num_rows, V]."""
+        """All-gathers the logits of this rank's rows [num_rows, V]."""
         return self.own(self.local)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feed-forward blocks: the dense one and the mixture of experts. Both add the residual and normalise first."""
+"""Feed-forward blocks, dense and mixture of experts, with the preceding residual add and norm."""
 
 import torch
 
@@ -9,7 +9,7 @@ from ops import Ops, StepMetadata, Weight
 
 
 class DenseMlp:
-    """SwiGLU."""
+    """Dense SwiGLU feed-forward block."""
 
     def __init__(self, gate_up_proj: NormLinear, down_proj: RowLinear, ops: Ops):
         self.gate_up_proj = gate_up_proj
@@ -24,7 +24,7 @@ class DenseMlp:
 
 
 class SparseMoe:
-    """Every token goes through its top-k experts, wherever they are."""
+    """Mixture of experts: router, dispatch to the top-k experts of each token, experts, combine."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model says of its parameters (name, shape, where in the checkpoint they come from), and how it gets them."""
+"""Specifications of a model's parameters (name, shape, checkpoint tensors), and access to the loaded ones."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -10,9 +10,9 @@ from ops import Ops, Weight
 
 
 class Role(Enum):
-    """What a parameter is for: decides its random initial values and whether it may have a number format of its own."""
+    """Kind of a parameter, which determines its random initialisation and whether it may be quantised."""
 
-    MATRIX = "matrix"  # multiplied with activations: handed to the model as a Weight
+    MATRIX = "matrix"  # of a matmul: the model gets it as a Weight
     TABLE = "table"  # embedding and router: plain tensors
     NORM = "norm"
     BIAS = "bias"
@@ -20,7 +20,7 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of the checkpoint, the part of it that this rank reads, and the region of a parameter it fills."""
+    """A checkpoint tensor, the slice of it that this rank reads, and the region of the parameter that it fills."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor
@@ -30,8 +30,8 @@ class Source:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter of the model; its sources fill it completely, and so do those of `stacked`, where it has any:
-    the same values in a checkpoint that holds all experts' matrices in one tensor."""
+    """A parameter of the model and the checkpoint tensors that fill it: `sources`, or `stacked` (if any) in a
+    checkpoint that stacks all experts of a layer in one tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class ParameterSpec:
 
 
 class Parameters:
-    """Loaded parameters by name; `within` narrows the view to a part of the model."""
+    """Loaded parameters by name; `within` returns a view of a submodule."""
 
     def __init__(self, values: dict[str, torch.Tensor | Weight], prefix: str = ""):
         self.values = values
@@ -51,7 +51,7 @@ class Parameters:
         return self.values[self.prefix + name]
 
     def prepare(self, ops: Ops) -> None:
-        """Brings the weights into the form `ops` wants, one after the other: memory holds only one of them twice."""
+        """Converts the weights to the layout of backend `ops`, one at a time: only one is in memory twice."""
         for name, value in self.values.items():
             if not isinstance(value, torch.Tensor):
                 self.values[name] = ops.prepare_weight(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of a decode layer that leave the memory idle, and the weight that is fetched into the cache beside them."""
+"""Prefetch of weights into the device's L2 cache, overlapped with attention and combine of decode steps."""
 
 import torch
 
@@ -9,7 +9,7 @@ from ops import Ops, RouterLogits, Routing, StepMetadata, Weight
 
 
 class PrefetchingAttention:
-    """Attention that fetches the weight of the product after it."""
+    """Attention that prefetches the weight of the linear layer after it."""
 
     def __init__(self, attention: Attention, weight: Weight, ops: Ops):
         self.attention = attention
@@ -25,7 +25,7 @@ class PrefetchingAttention:
 
 
 class PrefetchingExchange:
-    """A decode exchange that fetches a weight of the next layer while results travel back."""
+    """Decode exchange that prefetches a weight of the next layer during combine."""
 
     def __init__(self, exchange: ExpertExchange, weight: Weight, ops: Ops):
         self.exchange = exchange

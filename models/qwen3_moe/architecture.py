@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns a checkpoint's config.json into transformers' config class and refuses what the model cannot honour."""
+"""Parses a checkpoint's config.json into transformers' config class and rejects what the model does not support."""
 
 import math
 from typing import Any
@@ -19,24 +19,24 @@ ROPE_ABOVE = {"rope_theta": 1, "factor": 0}
 
 
 def parse_config(raw: dict[str, Any]) -> Qwen3MoeConfig:
-    """The config that the object of a config.json describes.
+    """Parses the JSON object of a config.json.
 
-    Raises ValueError, naming the key, for anything that would have to be guessed, and for what changes the network's
-    results but is not supported. `attention_limit` says up to which length the config's attention is plain, and
-    `config_keys.ignored_keys` which keys have no effect.
+    Raises ValueError, naming the key, for invalid or contradictory values, and for unsupported features that change
+    the network's results. `attention_limit` gives the length up to which the attention is full causal attention, and
+    `config_keys.ignored_keys` the keys without effect.
     """
-    refuse_foreign(raw)
+    check_supported(raw)
     check_values(raw)
-    rope = own_rope(raw)
+    rope = merged_rope_parameters(raw)
     known = {key: raw[key] for key in NETWORK_KEYS if key in raw}
     if rope is not None:
         known["rope_parameters"] = {key: value for key, value in rope.items() if key in ROPE_KEYS}
     check_rope_values({**known, **known.get("rope_parameters", {})})
     try:
         config = Qwen3MoeConfig(**known)
-    except Exception as error:  # the config class raises its validators' many own types
+    except Exception as error:  # the config class's validators raise many exception types
         raise ValueError(" ".join(str(error).split())) from None
-    if getattr(config, "head_dim", None) is None:  # the config class has no such field of its own
+    if getattr(config, "head_dim", None) is None:  # the config class does not define it
         config.head_dim = config.hidden_size // config.num_attention_heads
     config.dual_chunk_attention_config = raw.get("dual_chunk_attention_config")
     check_sizes(config)
@@ -47,7 +47,7 @@ def parse_config(raw: dict[str, Any]) -> Qwen3MoeConfig:
 
 
 def shown(value: object) -> str:
-    """repr of a short value; of anything else only the type, as it may be of any length or depth."""
+    """repr of a short value, otherwise its type: a value may have any length or depth."""
     if isinstance(value, list) and len(value) <= 4 and all(isinstance(entry, str) for entry in value):
         return f"[{', '.join(map(shown, value))}]"
     if value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 80):
@@ -57,8 +57,8 @@ def shown(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def refuse_foreign(raw: dict[str, Any]) -> None:
-    """Other architectures, quantised checkpoints, and features that Qwen3-MoE's config names but we do not have."""
+def check_supported(raw: dict[str, Any]) -> None:
+    """Rejects other architectures, quantised checkpoints, and config features that the model does not implement."""
     if raw.get("model_type") != "qwen3_moe":
         raise ValueError(f"model_type {shown(raw.get('model_type'))} is not supported, only 'qwen3_moe'")
     architectures = raw.get("architectures") or [ARCHITECTURES[0]]
@@ -80,7 +80,7 @@ def refuse_foreign(raw: dict[str, Any]) -> None:
 
 
 def check_values(raw: dict[str, Any]) -> None:
-    """Types and bounds of the keys that are there, before a library works with them."""
+    """Checks types and bounds of the keys that are present, before transformers reads them."""
     for key, (least, most) in SIZES.items():
         value = raw.get(key, least)
         if value is None and key in ("head_dim", "sliding_window"):
@@ -112,7 +112,7 @@ def is_number(value: object) -> bool:
 
 
 def check_sizes(config: Qwen3MoeConfig) -> None:
-    """Sizes that have to fit each other."""
+    """Checks that the sizes are consistent with each other."""
     if config.head_dim < 1:
         raise ValueError(f"hidden_size {config.hidden_size} is less than num_attention_heads")
     if config.num_attention_heads % config.num_key_value_heads:
@@ -145,8 +145,8 @@ def check_layer_types(layer_types: Any, num_layers: int) -> None:
         raise ValueError(f"layer_types {shown(other[0])} is not supported, only 'full_attention'")
 
 
-def own_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """The rope parameters that transformers takes of the two spellings."""
+def merged_rope_parameters(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """Rope parameters from rope_scaling or rope_parameters, with transformers' precedence; None without any."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
             raise ValueError(f"{key} is {shown(raw[key])}, must be an object with a rope_type")
@@ -157,20 +157,20 @@ def own_rope(raw: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def override_rope(raw: dict[str, Any], rope_scaling: dict[str, Any]) -> dict[str, Any]:
-    """The config with other rope parameters; the base (rope_theta) stays the checkpoint's unless overridden."""
+    """Replaces the rope parameters of a config.json; rope_theta stays the checkpoint's unless overridden."""
     unknown = sorted(str(key) for key in rope_scaling if key not in ROPE_KEYS)
     if unknown:
         raise ValueError(f"{shown(unknown[0])}: unknown key, possible are {', '.join(sorted(ROPE_KEYS))}")
     if not {"rope_type", "type"} & set(rope_scaling):
         raise ValueError(f"rope_type is missing, one of {', '.join(ROPE_TYPES)}")
-    theta = (own_rope(raw) or {}).get("rope_theta", raw.get("rope_theta"))
+    theta = (merged_rope_parameters(raw) or {}).get("rope_theta", raw.get("rope_theta"))
     merged = {**({} if theta is None else {"rope_theta": theta}), **rope_scaling}
     replaced = {"rope_scaling", *({"original_max_position_embeddings"} & set(rope_scaling))}
     return {key: value for key, value in raw.items() if key not in replaced} | {"rope_parameters": merged}
 
 
 def check_rope(config: Qwen3MoeConfig) -> None:
-    """Rope parameters from which usable frequencies follow."""
+    """Checks that the rope parameters yield finite frequencies for all of head_dim."""
     rope = config.rope_parameters
     longest = config.max_position_embeddings
     if rope["rope_type"] == "longrope":
@@ -192,7 +192,7 @@ def check_rope(config: Qwen3MoeConfig) -> None:
 
 
 def check_rope_values(given: dict[str, Any]) -> None:
-    """The type, and types and bounds of all rope values that are there, before a library works with them."""
+    """Checks the rope type, and types and bounds of the rope values present, before transformers reads them."""
     rope_type = given.get("rope_type", given.get("type", "default"))
     if rope_type not in ROPE_TYPES:
         raise ValueError(f"rope type {shown(rope_type)} is not supported, only {', '.join(ROPE_TYPES)}")
@@ -217,14 +217,14 @@ def check_rope_values(given: dict[str, Any]) -> None:
 
 
 def trained_len(config: Qwen3MoeConfig) -> int:
-    """Positions the checkpoint is made for, with its rope scaling."""
+    """Maximum sequence length that the checkpoint supports, including its rope scaling."""
     rope = config.rope_parameters
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return max(config.max_position_embeddings, int(original * rope.get("factor", 1)))
 
 
 def attention_limit(config: Qwen3MoeConfig) -> tuple[int, str] | None:
-    """The tokens up to which the config's attention equals plain attention, and the key that says so; None is no limit.
+    """Tokens up to which the config's attention equals full causal attention, and the limiting key; None: no limit.
 
     Dual chunk attention (arXiv:2402.17463): positions are as usual within `chunk_size`, queries are scaled beyond
     `original_max_position_embeddings`, and prefill is sparse beyond `sparse_attention_threshold` tokens if enabled.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs the inference job that a YAML describes; `bash infer.sh --help` tells the options.
+# Runs the inference job that a YAML describes; `bash infer.sh --help` lists the options.
 
 YAML_FILE_NAME=demo.yaml # a file of the config folder beside this script, or a path
 
@@ -8,7 +8,7 @@ if [ -z "${BASH_VERSION:-}" ]; then
     echo "infer.sh: this shell is not bash; run: bash infer.sh" >&2
     return 2 2>/dev/null || exit 2
 fi
-if (return 0 2>/dev/null); then # sourced: the caller's shell stays as it is
+if (return 0 2>/dev/null); then # sourced: a child process keeps the caller's shell unchanged
     "$BASH" -- "${BASH_SOURCE[0]}" "$@"
     return
 fi
@@ -16,10 +16,10 @@ fi
 set -euo pipefail
 set +o posix
 unset CDPATH
-MODEL_DIR="$(readlink -f -- "${BASH_SOURCE[0]:-}"; echo x)" # links followed; x keeps a newline at the end of a path
+MODEL_DIR="$(readlink -f -- "${BASH_SOURCE[0]:-}"; echo x)" # symlinks resolved; x keeps a trailing newline of the path
 MODEL_DIR="${MODEL_DIR%/*}"
 if [[ "$MODEL_DIR" != /* || ! -f "$MODEL_DIR/../../executor/scripts/function.sh" ]]; then
-    echo "infer.sh: its repository is not around it: run the file there, or a link to that" >&2
+    echo "infer.sh: it is not inside its repository: run it there, or through a symbolic link" >&2
     exit 2
 fi
 # shellcheck source=../../executor/scripts/set_env.sh
@@ -53,7 +53,7 @@ while (($# > 0)); do
             continue
             ;;
         --yaml | --set | --output)
-            [[ -n "${2:-}" && "$2" != --* ]] || die "$1 needs an argument (--help tells the options)"
+            [[ -n "${2:-}" && "$2" != --* ]] || die "$1 needs an argument (--help lists the options)"
             if [[ "$1" == --yaml ]]; then
                 yaml_source=--yaml yaml_name="$2"
             else
@@ -61,7 +61,7 @@ while (($# > 0)); do
             fi
             shift 2
             ;;
-        *) die "unknown option '$1' (--help tells the options)" ;;
+        *) die "unknown option '$1' (--help lists the options)" ;;
     esac
 done
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen3-MoE, after transformers' models/qwen3_moe/modeling_qwen3_moe.py.
 
-T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, R rows of which logits are wanted. Under
+T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, R rows whose logits are computed. Under
 tensor parallelism H and G count the heads of this rank.
 """
 
@@ -27,19 +27,19 @@ from ops.comm import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class Building:
-    """What every layer is built with."""
+    """Config, backend, parallel groups and exchanges that all layers are built with."""
 
     config: Qwen3MoeConfig
     ops: Ops
     parallel: ParallelContext
     decode_exchange: ExpertExchange
     prefill_exchange: ExpertExchange
-    prefetch: bool = False  # whether weights are fetched into the device's cache beside attention and exchanges
+    prefetch: bool = False  # whether weights are prefetched into L2 during attention and combine
     fused_o_proj: bool = False  # whether o_proj and its all_reduce are one operation in prefill
 
 
 class DecoderLayer:
-    """Attention, then the feed-forward block; `residual` carries the sum of all blocks before."""
+    """Attention and feed-forward block; `residual` is the residual stream without `hidden_states` added yet."""
 
     def __init__(self, build: Building, layer_id: int, parameters: Parameters):
         config, ops, eps = build.config, build.ops, build.config.rms_norm_eps
@@ -86,7 +86,7 @@ class Qwen3Moe:
         self.embed_tokens = Embedding(table, parallel.embed_tp, parallel.holds_same_tokens(parallel.embed_tp), ops)
         self.rotary = rotary
         self.layers = [
-            DecoderLayer(building_of(build, layer_id, parameters), layer_id, parameters.within(f"layers.{layer_id}"))
+            DecoderLayer(with_prefetch(build, layer_id, parameters), layer_id, parameters.within(f"layers.{layer_id}"))
             for layer_id in range(config.num_hidden_layers)
         ]
         head = DenseWeight(table) if config.tie_word_embeddings else parameters["lm_head.weight"]
@@ -120,8 +120,8 @@ class Qwen3Moe:
         return self.lm_head(hidden_states, residual, max_rows)
 
 
-def building_of(build: Building, layer_id: int, parameters: Parameters) -> Building:
-    """What a layer is built with: its exchange may fetch the first weight of the next one."""
+def with_prefetch(build: Building, layer_id: int, parameters: Parameters) -> Building:
+    """Returns `build` with, if enabled, a decode exchange that prefetches the next layer's qkv_proj."""
     if not build.prefetch or layer_id + 1 == build.config.num_hidden_layers:
         return build
     weight = parameters[f"layers.{layer_id + 1}.self_attn.qkv_proj.weight"]

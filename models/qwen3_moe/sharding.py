@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How Qwen3-MoE's tensors are split over ranks, as data, and which layouts a config allows."""
+"""Sharding table of Qwen3-MoE's tensors, and the parallel layouts that a config allows."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from transformers import Qwen3MoeConfig
 
 from ops.comm import ParallelContext
 
-# checkpoint name -> the dimension that is split and the group that splits it; what is not listed, every rank holds
+# (checkpoint name, sharded dimension, group); tensors not listed are replicated
 SHARDING = (
     (r"model\.embed_tokens\.weight", 0, "embed_tp"),
     (r"lm_head\.weight", 0, "lmhead_tp"),
@@ -19,14 +19,14 @@ SHARDING = (
     (r".*\.mlp\.experts\.\d+\.(gate|up)_proj\.weight", 0, "moe_tp"),
     (r".*\.mlp\.experts\.\d+\.down_proj\.weight", 1, "moe_tp"),
 )
-# whole experts are split over the group moe_ep (see `Layout.experts`), stacked ones too
+# experts are distributed over moe_ep (see `Layout.experts`), also those of stacked checkpoints
 
 MAX_WORLD_SIZE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Which part of the model one rank holds: its (index, size) in every group."""
+    """Shards of one rank, determined by its (index, size) in each group."""
 
     attn_tp: tuple[int, int] = (0, 1)
     moe_tp: tuple[int, int] = (0, 1)
@@ -40,12 +40,12 @@ class Layout:
         return cls(**{name: (getattr(parallel, name).index, getattr(parallel, name).size) for name in names})
 
     def part(self, name: str, shape: tuple[int, ...], config: Qwen3MoeConfig) -> tuple[slice, ...]:
-        """The region of checkpoint tensor `name` that this rank holds; () is all of it."""
+        """Slice of checkpoint tensor `name` that this rank holds; () for the whole tensor."""
         for pattern, dimension, group in SHARDING:
             if re.fullmatch(pattern, name):
                 index, size = getattr(self, group)
                 if re.search(r"\.[kv]_proj\.", name) and config.num_key_value_heads < size:
-                    # fewer kv heads than ranks: neighbours share one
+                    # fewer kv heads than ranks: each is replicated on adjacent ranks
                     index, size = index * config.num_key_value_heads // size, config.num_key_value_heads
                 if size == 1:
                     return ()
@@ -54,14 +54,14 @@ class Layout:
         return ()
 
     def experts(self, config: Qwen3MoeConfig) -> range:
-        """Numbers of the experts this rank holds."""
+        """Ids of the experts on this rank."""
         index, size = self.moe_ep
         count = config.num_experts // size
         return range(index * count, (index + 1) * count)
 
 
 def check_layout(config: Qwen3MoeConfig, world_size: int, sizes: dict[str, int]) -> None:
-    """Raises ValueError, with the sizes this model and world size allow, for a layout that cannot work.
+    """Raises ValueError, listing the sizes that the model and world size allow, for an unsupported layout.
 
     `sizes` has the keys attn_tp_size, moe_tp_size, embed_tp_size, lmhead_tp_size and, where stated, attn_dp_size and
     moe_ep_size, which follow from the others.
@@ -105,4 +105,4 @@ def check_layout(config: Qwen3MoeConfig, world_size: int, sizes: dict[str, int])
                 f"= {world_size // size}"
             )
     if config.tie_word_embeddings and sizes["embed_tp_size"] != sizes["lmhead_tp_size"]:
-        raise ValueError("parallel_config.lmhead_tp_size: must equal embed_tp_size, as this model ties the two")
+        raise ValueError("parallel_config.lmhead_tp_size: must equal embed_tp_size, as this model ties the embeddings")

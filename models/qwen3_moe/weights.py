@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-MoE's parameters and the checkpoint tensors they are made of: q, k and v merged, gate and up merged,
-experts stacked. Names on the right are those of the published checkpoints, and of those that transformers writes with
-`save_original_format=False`, where the experts of a layer are stacked already."""
+"""Mapping of checkpoint tensors to Qwen3-MoE's parameters: q, k and v merged, gate and up merged, experts stacked.
+
+Checkpoint names are those of the published checkpoints, and of those that transformers writes with
+`save_original_format=False`, where the experts of a layer are already stacked.
+"""
 
 import re
 from collections.abc import Collection
@@ -12,7 +14,7 @@ from models.layers.parameter import ParameterSpec, Role, Source
 from models.qwen3_moe.sharding import Layout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-NOT_A_WEIGHT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # old checkpoints hold it; it follows from the config
+NOT_A_WEIGHT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer in old checkpoints, computed from the config
 
 
 def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
@@ -25,18 +27,18 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
 
 
 def name_in_model(stored_name: str, needed: Collection[str]) -> str:
-    """The name in `needed` of a checkpoint's tensor: one of the base model alone has no "model." before its names."""
+    """Maps a checkpoint tensor's name to that in `needed`: checkpoints of the base model lack the prefix "model."."""
     prefixed = f"model.{stored_name}"
     return prefixed if stored_name not in needed and prefixed in needed else stored_name
 
 
 def parameter_specs(config: Qwen3MoeConfig, layout: Layout) -> list[ParameterSpec]:
-    """All parameters one rank holds, in the order of the layers."""
+    """Specifications of all parameters of one rank, in layer order."""
     return SpecBuilder(config, layout).all()
 
 
 class SpecBuilder:
-    """Builds the parameters of one rank of a layout."""
+    """Builds the parameter specifications of one rank."""
 
     def __init__(self, config: Qwen3MoeConfig, layout: Layout):
         self.config = config
@@ -115,7 +117,7 @@ class SpecBuilder:
         ]
 
     def stacked_experts(self, theirs: str, gate: Source, down: Source) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-        """The sources of both parameters in tensors [E, 2F, D] and [E, D, F]; `gate` and `down` are one expert's."""
+        """Sources of both parameters in stacked tensors [E, 2F, D] and [E, D, F]; `gate`, `down`: of one expert."""
         full_width, hidden = gate.shape
         held = self.layout.experts(self.config)
         experts = slice(held.start, held.stop)
@@ -137,12 +139,12 @@ class SpecBuilder:
         return Source(name, shape, self.layout.part(name, shape, self.config), region)
 
     def plain(self, name: str, source: str, shape: tuple[int, ...], role: Role) -> ParameterSpec:
-        """A parameter that is this rank's part of one tensor of the checkpoint."""
+        """Specification of a parameter that is this rank's shard of one checkpoint tensor."""
         one = self.source(source, shape, ())
         return ParameterSpec(name, part_shape(one), role, (one,))
 
     def merged(self, name: str, source: str, rows: dict[str, int], columns: int | None = None) -> ParameterSpec:
-        """Tensors one below the other; `source` has %s where the keys of `rows` go; biases have no columns."""
+        """Specification of tensors concatenated along dimension 0; `source`: name with %s for the keys of `rows`."""
         tail = () if columns is None else (columns,)
         sources, start = [], 0
         for key, count in rows.items():
@@ -154,6 +156,6 @@ class SpecBuilder:
 
 
 def part_shape(source: Source) -> tuple[int, ...]:
-    """Shape of the part of a checkpoint tensor that is read."""
+    """Shape of the slice of a checkpoint tensor that this rank reads."""
     parts = (*source.part, *(slice(None),) * (len(source.shape) - len(source.part)))
     return tuple(len(range(*part.indices(size))) for part, size in zip(parts, source.shape, strict=True))

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch_npu's operations, called the short way."""
+"""Access to torch.ops.npu with overloads resolved once."""
 
 import torch
 import torch_npu  # noqa: F401  registers torch.ops.npu
 
 
 class DefaultOverloads:
-    """torch.ops.npu with the default overload of each operation: choosing one costs the host time in every call.
+    """Caches the default overload of each operation of torch.ops.npu: resolving it costs host time in every call.
 
-    AttributeError for an operation that the installed torch_npu has not.
+    AttributeError for an operation that the installed torch_npu lacks.
     """
 
     def __getattr__(self, name: str) -> torch._ops.OpOverload:

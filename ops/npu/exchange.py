@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens to their experts and back by npu_moe_distribute_dispatch_v2 and _combine_v2, for decode steps.
+"""MoE dispatch and combine of decode steps, by npu_moe_distribute_dispatch_v2 and _combine_v2.
 
-BS tokens of this rank, D hidden size, K experts a token, EL experts of a rank, A rows that a rank has room for.
+BS tokens of this rank, D hidden size, K experts per token, EL experts per rank, A receive capacity in rows.
 """
 
 import logging
@@ -23,16 +23,16 @@ BUFFER_VARIABLE = "HCCL_BUFFSIZE"
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """An algorithm that takes these sizes; what it needs is to be there before the ranks meet."""
+    """An algorithm that supports these sizes; set its environment before the process groups are created."""
 
     algorithm: Algorithm
     sizes: ExchangeSizes
 
     def set_environment(self) -> None:
-        """Sets HCCL_BUFFSIZE; ValueError where the user's is too small.
+        """Sets HCCL_BUFFSIZE; ValueError if the user's value is too small.
 
-        Every communicator gets a buffer of that size. A size for one group alone, in the options of its process group,
-        exists on A3 only and would hide from the user's variable.
+        Every communicator allocates a buffer of that size. A size per process group, set in its options, exists on A3
+        only and would override the user's variable.
         """
         setting = buffer_setting(self.algorithm, self.sizes, os.environ.get(BUFFER_VARIABLE))
         need = self.algorithm.buffer_mib(self.sizes)
@@ -40,14 +40,14 @@ class DispatchPlan:
         os.environ[BUFFER_VARIABLE] = setting
 
     def make(self, group: Group) -> "DispatchCombine":
-        """The pair over a group that nothing else may use."""
+        """Creates dispatch and combine over a group that is used for nothing else."""
         return DispatchCombine(self.algorithm, self.sizes, group)
 
 
 class Sent(NamedTuple):
-    """What combine wants of its dispatch, to be handed on as it is."""
+    """State of a dispatch that its combine needs, passed on unchanged."""
 
-    tokens: int  # of this rank, without a padding one
+    tokens: int  # of this rank; 0 if it sent only a padding token
     max_tokens: int
     expert_ids: torch.Tensor  # [BS, K] int32
     expert_weights: torch.Tensor  # [BS, K] float32
@@ -57,9 +57,9 @@ class Sent(NamedTuple):
 
 
 class DispatchCombine:
-    """The pair bound to an algorithm and a communicator. The host reads nothing back.
+    """Fused dispatch and combine over one communicator, without host syncs.
 
-    Ranks may have different numbers of tokens but none may have no token: an idle one sends a token of zeros.
+    Ranks may have different numbers of tokens, but at least one: an idle rank sends a zero token.
     """
 
     def __init__(self, algorithm: Algorithm, sizes: ExchangeSizes, group: Group):
@@ -72,9 +72,9 @@ class DispatchCombine:
     def dispatch(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Sent]:
-        """[T, D], [T, K], [T, K] -> rows [A, D], tokens_per_expert [EL] int64, what combine wants.
+        """[T, D], [T, K], [T, K] -> rows [A, D], tokens_per_expert [EL] int64, state for combine.
 
-        max_tokens: the largest T of any rank. A is a capacity: rows beyond the sum of the counts are undefined.
+        max_tokens: the largest T of any rank. A is a capacity: rows past the sum of the counts are undefined.
         """
         tokens, max_tokens = hidden_states.shape[0], max(1, max_tokens)
         ids, weights = topk_ids.int(), topk_weights.float()
@@ -92,14 +92,14 @@ class DispatchCombine:
             expert_scales=weights if self.algorithm.takes_scales else None,
             shared_expert_num=self.algorithm.shared_expert_num,
             quant_mode=0,
-            global_bs=max_tokens * self.sizes.ranks,  # ranks may differ
+            global_bs=max_tokens * self.sizes.ranks,  # token counts may differ between ranks
             expert_token_nums_type=1,  # counts
             comm_alg=self.algorithm.name,
         )
         return rows, counts, Sent(tokens, max_tokens, ids, weights, assist_info, receive_counts, expand_scales)
 
     def combine(self, output: torch.Tensor, sent: Sent) -> torch.Tensor:
-        """[A, D] -> the sums [T, D], weighted in float32."""
+        """[A, D] -> weighted sums [T, D], accumulated in float32."""
         sums = npu.npu_moe_distribute_combine_v2(
             output,
             sent.expert_ids,
@@ -118,14 +118,14 @@ class DispatchCombine:
         return sums if sent.tokens else sums[:0]
 
     def works(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether a step in which every rank is idle goes through; all ranks ask at the same time."""
+        """Probes dispatch and combine with a step of no tokens. Collective: all ranks call it together."""
         nothing = torch.empty(0, self.sizes.hidden_size, dtype=dtype, device=device)
         choices = torch.empty(0, self.sizes.top_k, device=device)
         try:
             rows, _, sent = self.dispatch(nothing, choices, choices, 0)
             self.combine(torch.zeros_like(rows), sent)
             if device.type == "npu":
-                torch.npu.synchronize()  # launches fail late
+                torch.npu.synchronize()  # launch errors are asynchronous
         except (RuntimeError, AttributeError) as error:
             logger.info("ops: npu lacks %s: %s", self.name, str(error).splitlines()[0])
             return False

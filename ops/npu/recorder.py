@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps as NPU graphs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.13)."""
+"""Graph capture and replay of decode steps on NPUs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.13)."""
 
 import os
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from ops.recorder import GraphRecorder, Replay, T
 
 
 class NpuGraphRecorder(GraphRecorder):
-    """Fused attention keeps the lengths of its call in the graph: they are replaced in each replay.
+    """Captures NPU graphs and updates the KV lengths of fused attention, which are host values, in each replay.
 
-    `lengths_argument`: what attention's operation calls the lengths of the cached keys, which it must be given by name.
-    Raises ValueError for a setting under which torch_npu refuses to capture.
+    `lengths_argument`: the keyword of fused attention for the KV lengths. Raises ValueError for a TASK_QUEUE_ENABLE
+    under which torch_npu cannot capture.
     """
 
     def __init__(self, lengths_argument: str):
@@ -24,12 +24,12 @@ class NpuGraphRecorder(GraphRecorder):
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
         graph = torch.npu.NPUGraph()
-        with torch.npu.graph(graph, pool=self.pool, auto_dispatch_capture=True):  # notes the calls of attention
+        with torch.npu.graph(graph, pool=self.pool, auto_dispatch_capture=True):  # records attention calls for update()
             result = work()
 
         def replay(seq_lens: list[int]) -> None:
-            # each recorded attention waits for an event that the update sets, and resets it: the host updates while
-            # the device has begun to replay, but may not set an event again that the last replay still waits for
+            # each captured attention call waits on an event that update() records: the update overlaps with the
+            # replay, but must not record an event that the previous replay still waits on
             torch.npu.current_stream().synchronize()
             graph.replay()
             graph.update(cpu_update_input=[{self.lengths_argument: seq_lens}])  # one entry is for all layers

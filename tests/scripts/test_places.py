@@ -96,9 +96,9 @@ def test_script_without_its_repository(repo: Path, tmp_path: Path) -> None:
             (tmp_path / "a/b/c" / trap / name).write_text("echo a foreign script; exit 3\n")
     copy = tmp_path / "a/b/infer.sh"
     shutil.copy(script, copy)
-    assert "its repository is not around it" in refused(shell("bash", copy, cwd=tmp_path))
+    assert "it is not inside its repository" in refused(shell("bash", copy, cwd=tmp_path))
     piped = shell("bash", cwd=tmp_path / "a/b/c", stdin=script.read_text())
-    assert "its repository is not around it" in refused(piped)
+    assert "it is not inside its repository" in refused(piped)
 
 
 # The current folder
