@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random checkpoints, written by transformers: what the tests compare with."""
+"""Small random checkpoints written by transformers, the reference of the tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ TINY = {
 
 
 def make_model(seed: int = 0, **config: Any) -> Qwen3MoeForCausalLM:
-    """A model with random weights, norms and biases included, in float32."""
+    """Random float32 model, including norm weights and biases."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **config})).eval()
@@ -42,21 +42,21 @@ def make_model(seed: int = 0, **config: Any) -> Qwen3MoeForCausalLM:
 def make_checkpoint(
     folder: Path, seed: int = 0, max_shard_size: str = "1GB", stacked: bool = False, **config: Any
 ) -> Qwen3MoeForCausalLM:
-    """Saves `make_model` as a checkpoint in `folder` and returns it; `stacked` experts are one tensor a layer."""
+    """Saves `make_model` as a checkpoint in `folder` and returns it; `stacked`: experts as one tensor per layer."""
     model = make_model(seed, **config)
     model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not stacked)
     return model
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    """Saves the single file again after `change` has edited its dictionary of tensors."""
+    """Rewrites the single file after `change` has edited its dict of tensors."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def unstack(tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Replaces one tensor of stacked experts, `...experts.gate_up_proj` or `...experts.down_proj`, by the experts'."""
+    """Replaces one tensor of stacked experts, `...experts.gate_up_proj` or `...experts.down_proj`, by one per expert."""
     prefix, _, kind = name.rpartition(".")
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     for expert, matrix in enumerate(tensors.pop(name)):
@@ -65,7 +65,7 @@ def unstack(tensors: dict[str, torch.Tensor], name: str) -> None:
 
 
 def rounded(model: Qwen3MoeForCausalLM, dtype: torch.dtype) -> Qwen3MoeForCausalLM:
-    """The model with weights that `dtype` can hold. Its rotary frequencies stay exact: `model.to` would round them."""
+    """Rounds the weights to `dtype`. Its rotary frequencies stay exact: `model.to` would round them."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests side by side under pytest-xdist, and where CI=true, no skip that tests/allowed_skips.txt does not list.
+"""pytest-xdist scheduling; with CI=true, skips that are not in tests/allowed_skips.txt fail the session.
 
-Without a GPU Triton's kernels run in its interpreter, which has to be said before anything imports triton.
+Without a GPU Triton kernels run in the interpreter, which must be selected before triton is imported.
 """
 
 import glob
@@ -20,12 +20,12 @@ if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
-MAX_WORKERS = 8  # each holds torch and models, and starts ranks of its own
-FILES_OF_A_WORKER = 2  # a worker imports torch first: few files are done sooner without
+MAX_WORKERS = 8  # each holds torch and models, and launches ranks
+FILES_OF_A_WORKER = 2  # importing torch in a worker pays off only for more files
 
 
 def usable_cores() -> float:
-    """Those this process may run on, or what the control group's quota gives it of them."""
+    """Number of cores of the CPU affinity, or of the control group's quota if that is less."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
@@ -35,14 +35,14 @@ def usable_cores() -> float:
 
 
 def selected_files(arguments: Iterable[str]) -> set[Path]:
-    """The test files that pytest's positional arguments name."""
+    """Test files selected by pytest's positional arguments."""
     paths = {Path(argument.partition("::")[0]) for argument in arguments}
     return {file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Workers of `-n auto`: one a usable core, none where one process is as fast. None leaves it to xdist."""
+    """Workers of `-n auto`: one per usable core, none where one process is as fast. None leaves it to xdist."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     paths = [str(config.invocation_params.dir / argument) for argument in config.args]
@@ -52,9 +52,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @cache
 def group_of(file: str) -> str | None:
-    """Which tests stay on one worker: those of files with one mark, those of a file with a fixture for all of it.
+    """Scheduling group of a test file: its xdist_group mark, or itself if it has a module or class fixture.
 
-    Read from the text: xdist's controller does not import the files, and node ids tell it no marks.
+    Parsed from the text: xdist's controller does not import the files, and node ids have no marks.
     """
     text = Path(file).read_text(encoding="utf-8")
     if mark := re.search(r"\bxdist_group\([^)]*?[\"'](.+?)[\"']", text):
@@ -64,7 +64,7 @@ def group_of(file: str) -> str | None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """`--dist loadgroup`: files of one group stay on one worker, the tests of all others go where there is room."""
+    """`--dist loadgroup`: files of one group stay on one worker; other tests are distributed individually."""
     from xdist.scheduler import LoadScopeScheduling
 
     class GroupScheduling(LoadScopeScheduling):
@@ -80,7 +80,7 @@ def pytest_collection_finish() -> None:
 
 
 def launch_interpreted_kernels_faster() -> None:
-    """Has Triton's interpreter prepare triton.language once a launch, not again in each call of a device function."""
+    """Patches Triton's interpreter to prepare triton.language once per launch, not per device function call."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
     prepare = getattr(interpreter, "_patch_lang", None)
     if prepare is None or not hasattr(interpreter, "_LangPatchScope"):
@@ -93,14 +93,14 @@ def launch_interpreted_kernels_faster() -> None:
         return [value for value in function.__globals__.values() if any(value is language for language in languages)]
 
     def prepare_once(function):
-        is_prepared = all(language.static_print is print for language in used_by(function))  # as preparing makes it
+        is_prepared = all(language.static_print is print for language in used_by(function))  # as after preparation
         return interpreter._LangPatchScope() if is_prepared else prepare(function)
 
     interpreter._patch_lang = prepare_once
 
 
 def read_allowed_skips(path: Path) -> list[str]:
-    """The node id patterns of the file's `NODE_ID | REASON` lines; ValueError for a line without a reason."""
+    """Parses the node id patterns of `NODE_ID | REASON` lines; ValueError for a line without a reason."""
     patterns = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if line.strip() and not line.startswith("#"):
@@ -112,10 +112,10 @@ def read_allowed_skips(path: Path) -> list[str]:
 
 
 class StrictSkips:
-    """Pytest plugin that collects the skips nobody allowed, then fails the session and names them.
+    """Pytest plugin that fails the session and lists skips that are not allowed.
 
-    Under xdist it is in the controller, which gets the workers' reports. Of files skipped in one place it gets one
-    report only, so that workers send the skipped files themselves.
+    Under xdist it runs in the controller, on the workers' reports. xdist merges reports of files skipped at the same
+    line, so workers send the list of skipped files.
     """
 
     def __init__(self, patterns: list[str]) -> None:
@@ -150,7 +150,7 @@ class StrictSkips:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): files of one name run on one worker, one after the other")
+    config.addinivalue_line("markers", "xdist_group(name): files of one group run sequentially on one worker")
     if os.environ.get("CI") == "true":
         try:
             config.pluginmanager.register(StrictSkips(read_allowed_skips(ALLOWED_SKIPS)), "strict_skips")

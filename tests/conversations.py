@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates of several makes, and conversations in them: what the tests of chat have in common."""
+"""Chat templates of several styles and helpers for conversations, shared by tests."""
 
 import random
 from typing import Any
@@ -12,7 +12,7 @@ from executor.tokenizer import Tokenizer
 DEMO = REPOSITORY / "models/qwen3_moe/demo"
 WORDS = ["thou", "art", "king", "speak", "night", "crown", "love", "é", "東京", "🎭"]
 
-# As Qwen3's: thoughts of answers before the last query are not shown, those after it are; tool results are user turns.
+# Like Qwen3's: thinking before the last query is dropped, after it kept; tool results are user turns.
 THINKING = """
 {%- set ns = namespace(query=messages|length - 1, searching=true) %}
 {%- for message in messages[::-1] %}
@@ -79,7 +79,7 @@ SYSTEM = {"role": "system", "content": "You are a poet."}
 
 
 def with_template(template: Any, limit: int = 4080, long_prompt: str = "cut", thinking: bool = False) -> Tokenizer:
-    """The demo's tokenizer with another chat template; None leaves the demo's own."""
+    """The demo's tokenizer with another chat template; None keeps the demo's."""
     tokenizer = Tokenizer(DEMO, limit, long_prompt, thinking)
     if template is not None:
         tokenizer.loaded.chat_template = template

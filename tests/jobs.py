@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs of several ranks, started by infer.sh as a user would: what the tests of launch and faults share."""
+"""Jobs of several ranks launched by infer.sh, shared by the tests of launching and faults."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TWO_RANKS = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
 LONG = ("data_config.max_new_tokens=4000", "data_config.ignore_eos=True")
-ENDS_WITHIN_S = 30  # what a fault may take to end the whole job
-STARTS_WITHIN_S = 180  # on a machine that is busy with other work
+ENDS_WITHIN_S = 30  # time limit from a fault to the end of the job
+STARTS_WITHIN_S = 180  # on a busy machine
 
 
 class Job:
-    """One node's infer.sh with the demo checkpoint on the CPU; its terminal is the file `terminal`."""
+    """infer.sh of one node with the demo checkpoint on the CPU; stdout and stderr go to the file `terminal`."""
 
     def __init__(self, terminal: Path, *settings: str, options: tuple[str, ...] = (), namespace: str = "",
                  folder: Path | None = None, **env: str):  # fmt: skip
         self.terminal = terminal
         arguments = [argument for setting in ("device=cpu", *settings) for argument in ("--set", setting)]
-        # `ip` and infer.sh both hand their process on, so this is the launcher's
+        # `ip` and infer.sh both exec, so this is the launcher's process
         enter = ["ip", "netns", "exec", namespace] if namespace else []
         self.process = subprocess.Popen(
             [*enter, "bash", ROOT / "models/qwen3_moe/infer.sh", *arguments, *options],
@@ -46,7 +46,7 @@ class Job:
         return self.text.splitlines()[-1]
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process id of those that this launcher started and that still run."""
+        """Rank -> process id of the running ranks of this launcher."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -59,7 +59,7 @@ class Job:
         return found
 
     def listening_at(self) -> dict[str, int]:
-        """Address -> number of ports at which the launcher and its ranks listen."""
+        """Address -> number of listening ports of the launcher and its ranks."""
         found: Counter[str] = Counter()
         for pid in (self.process.pid, *self.ranks().values()):
             sockets = set()
@@ -79,7 +79,7 @@ class Job:
         time.sleep(1)
 
     def end(self, timeout_s: float = ENDS_WITHIN_S) -> int:
-        """Its exit code, once it has ended by itself and none of its ranks is left."""
+        """Waits until the job ends by itself, with all ranks; returns the exit code."""
         code = self.process.wait(timeout_s)
         wait_for(lambda: not self.ranks(), 3)
         return code
@@ -94,7 +94,7 @@ class Job:
 
 
 def address_of(text: str) -> str:
-    """An address as /proc/net/tcp writes it."""
+    """Decodes an address of /proc/net/tcp."""
     return socket.inet_ntoa(bytes.fromhex(text)[::-1]) if len(text) == 8 else text
 
 

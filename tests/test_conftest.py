@@ -29,7 +29,7 @@ WAYS = {"alone": ["-p", "no:xdist"], "workers": ["-n", "2", "--dist", "loadgroup
 
 
 def run(folder: Path, *options: str, files: dict[str, str], allowed: str = "", ci: str = "true"):
-    """A session with this conftest.py on test files of these contents."""
+    """Runs a session with this conftest.py on the given test files."""
     shutil.copy(Path(__file__).with_name("conftest.py"), folder)
     (folder / "allowed_skips.txt").write_text(allowed)
     for name, text in files.items():
@@ -57,7 +57,7 @@ def test_strict_skips(tmp_path: Path, way: str, ci: str, allowed: str, exit_code
 
 @pytest.mark.parametrize("way", WAYS)
 def test_skipped_files_count(tmp_path: Path, way: str) -> None:
-    """Each of them, also where several are skipped by the same line, and beside tests that run."""
+    """Each of them, also if several are skipped at the same line, and along with tests that run."""
     files = {"needs.py": "import pytest\ndef needs_npu():\n    pytest.skip('no NPU', allow_module_level=True)\n"}
     files |= {f"test_{name}.py": "import needs\nneeds.needs_npu()\n" for name in "abc"}
     files |= {"test_d.py": "import pytest\npytest.importorskip('no_such_module')\n", "test_some.py": TESTS}
@@ -68,7 +68,7 @@ def test_skipped_files_count(tmp_path: Path, way: str) -> None:
 
 
 def test_files_of_a_group_stay_on_one_worker(tmp_path: Path) -> None:
-    """Those whose tests share a fixture, and those of one mark; others go where there is room."""
+    """Files with a module fixture, and files of one mark; other tests are distributed."""
     writing = """
 import os, pytest, time
 
@@ -95,7 +95,7 @@ def test_some(index):
     ("cores", "files", "workers"), [(2, 10, 2), (1, 10, 0), (1.5, 10, 0), (64, 100, 8), (8, 6, 3), (2, 3, 0)]
 )
 def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, files: int, workers: int) -> None:
-    """A usable core each, none for few files, a folder, files or node ids."""
+    """One per usable core; none for few files, a folder, files or node ids."""
     monkeypatch.delenv("PYTEST_XDIST_AUTO_NUM_WORKERS", raising=False)
     monkeypatch.setattr(conftest, "usable_cores", lambda: cores)
     names = [f"test_{number}.py" for number in range(files)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh on two nodes: two network namespaces of this machine, joined by a cable (veth) that can be cut."""
+"""infer.sh on two nodes, emulated by two network namespaces connected by a veth pair that can be cut."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def ip(*arguments: str) -> None:
 
 
 class Cable:
-    """Two namespaces, each with one of ADDRESSES on an end of a veth pair."""
+    """Two network namespaces connected by a veth pair with ADDRESSES."""
 
     def __init__(self) -> None:
         name = f"t{uuid.uuid4().hex[:8]}"
@@ -68,7 +68,7 @@ def cable() -> Iterator[Cable]:
 
 @pytest.fixture
 def node(cable: Cable, tmp_path: Path) -> Iterator:
-    """node(index, *settings, ...) starts infer.sh there."""
+    """node(index, *settings, ...) starts infer.sh in a namespace."""
     jobs: list[Job] = []
 
     def start(index: int, *settings: str, **env: str) -> Job:
@@ -92,7 +92,7 @@ def node(cable: Cable, tmp_path: Path) -> Iterator:
 def assert_ends(
     jobs: tuple[Job, Job], code: int, lines: tuple[str, str], timeout_s: float = ENDS_WITHIN_S
 ) -> None:
-    """Both nodes end in time, with that code and last line, and leave nothing running."""
+    """Asserts that both nodes exit in time with that code and last line, and no process is left."""
     deadline_s = time.monotonic() + timeout_s
     for job, line in zip(jobs, lines, strict=True):
         assert job.end(deadline_s - time.monotonic()) == code, job.text
@@ -109,19 +109,19 @@ def test_tokens_equal_one_process(node, tmp_path: Path) -> None:
     )
     assert two_nodes["token_ids"] == one_process["token_ids"]
     assert not (tmp_path / "result_1.jsonl").exists()
-    assert "ranks 2 to 3 of 4" in jobs[1].last_line  # only rank 0 speaks to a terminal
+    assert "ranks 2 to 3 of 4" in jobs[1].last_line  # only rank 0 writes to the terminal
     logs = {file.resolve().relative_to(tmp_path.resolve()) for file in tmp_path.glob("results_*/*/*/*/log_*.log")}
     assert sorted((log.parts[0], log.name) for log in logs) == [
         ("results_0", "log_0.log"), ("results_0", "log_1.log"), ("results_1", "log_2.log"), ("results_1", "log_3.log"),
     ]  # fmt: skip
-    assert len({log.parts[1:-1] for log in logs}) == 1  # node 0 has named the folder
+    assert len({log.parts[1:-1] for log in logs}) == 1  # node 0 chose the folder name
 
 
 def test_cut_cable(cable: Cable, node) -> None:
     jobs = node(0, *FOUR_RANKS, *LONG), node(1, *FOUR_RANKS, *LONG)
     jobs[0].wait_until_decoding()
     for job, address in zip(jobs, ADDRESSES, strict=True):
-        assert set(job.listening_at()) == {address}  # no other interface, and neither is 0.0.0.0
+        assert set(job.listening_at()) == {address}  # no other interface, and not 0.0.0.0
     cable.cut()
     lost = "node {} ({}) is lost: nothing was heard of it for 15 s"
     assert_ends(jobs, 1, (lost.format(1, ADDRESSES[1]), lost.format(0, ADDRESSES[0])))

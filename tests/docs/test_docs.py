@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documentation says what the code does: settings, files, commands."""
+"""The documentation matches the code: settings, files, commands, messages."""
 
 import argparse
 import ast
@@ -21,7 +21,7 @@ PAGES = [*READMES, *sorted((REPOSITORY / "docs").rglob("*.md")), REPOSITORY / "d
 
 TOP_LEVEL = "Top level"
 FILE_SUFFIXES = "json jsonl md py sh toml txt yaml zip".split()
-NOT_IN_THE_REPOSITORY = [  # what a checkpoint, a data set or a run brings, and names that are no files
+NOT_IN_THE_REPOSITORY = [  # files of checkpoints, data sets and runs, and names that are not files
     "config.json",
     "generation_config.json",
     "result.jsonl",
@@ -39,7 +39,7 @@ NOT_IN_THE_REPOSITORY = [  # what a checkpoint, a data set or a run brings, and 
 
 
 def settings_in_code() -> dict[str, tuple[str, object]]:
-    """Full key -> its type as written in executor/config.py, and its default (REQUIRED if it has none)."""
+    """Full key -> (type as written in executor/config.py, default or REQUIRED)."""
     source = Path(config.__file__).read_text(encoding="utf-8")
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     found = {}
@@ -62,7 +62,7 @@ def default_of(definition: dataclasses.Field) -> object:
 
 
 def settings_in_page(text: str) -> dict[str, tuple[str, object]]:
-    """The same, from the tables below the headings that name a section."""
+    """The same, parsed from the page's tables under the headings of the sections."""
     found = {}
     for part in re.split(r"^## ", text, flags=re.MULTILINE):
         heading, _, body = part.partition("\n")
@@ -72,10 +72,10 @@ def settings_in_page(text: str) -> dict[str, tuple[str, object]]:
         for row in re.findall(r"^\|(.+)\|$", body, flags=re.MULTILINE):
             cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)]
             if not cells[0].startswith("`"):
-                continue  # the table's head
+                continue  # table header
             key, kind, default, meaning = cells
             assert meaning, f"{key} has no meaning"
-            assert prefix + key.strip("`") not in found, f"{key} stands twice"
+            assert prefix + key.strip("`") not in found, f"{key} appears twice"
             value = default if default == "required" else ast.literal_eval(default.strip("`"))
             found[prefix + key.strip("`")] = kind.strip("`"), value
     return found
@@ -95,7 +95,7 @@ def test_every_setting_is_documented():
         ("## parallel_config", "## Parallelism"),
     ],
 )
-def test_a_wrong_table_is_noticed(written, instead):
+def test_wrong_table_is_detected(written, instead):
     text = CONFIGURATION.read_text(encoding="utf-8")
     assert written in text
     assert settings_in_page(text.replace(written, instead)) != settings_in_code()
@@ -105,7 +105,7 @@ def test_a_wrong_table_is_noticed(written, instead):
 
 
 def missing_targets(page: Path, text: str) -> list[str]:
-    """Relative links to files or headings that are not there, and files named in backticks that are not there."""
+    """Relative links to missing files or headings, and missing files named in backticks."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     missing = []
     for link in re.findall(r"\]\(([^)\s]+)\)", prose):
@@ -130,7 +130,7 @@ def is_file_name(name: str) -> bool:
 
 
 def config_folder() -> Path:
-    """YAML files may be named without their folder, as `--yaml` takes them."""
+    """Folder of YAML files, which may be named without it, as for `--yaml`."""
     return REPOSITORY / "models" / "qwen3_moe" / "config"
 
 
@@ -144,7 +144,7 @@ def test_links_and_files_exist(page):
     assert missing_targets(page, page.read_text(encoding="utf-8")) == []
 
 
-def test_missing_targets_are_noticed():
+def test_missing_targets_are_detected():
     text = "[a](docs/configuration.md#yarn) [b](docs/configuration.md#yam) [c](docs/nothing.md) `ops/nothing.py` `x.py`"
     assert missing_targets(READMES[0], text) == [
         "docs/configuration.md#yam",
@@ -168,7 +168,7 @@ def test_readmes_show_the_same(language):
 
 
 def files_in_commands(text: str) -> list[str]:
-    """Scripts, modules, requirement files and YAML names that the commands of a page use, as paths."""
+    """Paths of scripts, modules, requirement files and YAMLs in the commands of a page."""
     commands = "\n".join([*code_blocks(text, "bash"), *re.findall(r"`([^`\n]+)`", text)])
     modules = [module for module in re.findall(r"python -m ([\w.]+)", commands) if module != "pip"]
     yamls = [name for name in re.findall(r"--yaml (\w[\w./-]*)", commands) if name != "NAME"]
@@ -211,11 +211,11 @@ def test_yaml_examples_are_valid(page):
 
 
 class Parsed(Exception):
-    """A command line was accepted; what the command does stays undone."""
+    """Raised after a command line is parsed, instead of running the command."""
 
 
 def tool_commands(text: str) -> list[list[str]]:
-    """The words after `python -m executor.` of the commands in a page's blocks: the module, then its arguments."""
+    """Module and arguments of each `python -m executor.` command in a page's code blocks."""
     return [
         shlex.split(line.rpartition("python -m executor.")[2], comments=True)
         for block in code_blocks(text, "bash")
@@ -241,7 +241,7 @@ def is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         return True
     except SystemExit:
         return False
-    raise AssertionError("it ran without parsing")
+    raise AssertionError("the command ran without parsing its arguments")
 
 
 TOOL_COMMANDS = [
@@ -262,7 +262,7 @@ def test_readme_shows_each_measurement(command):
     assert [words[1] for words in shown].count(command) == 1
 
 
-def test_arguments_of_another_command_are_noticed(monkeypatch):
+def test_arguments_of_another_command_are_detected(monkeypatch):
     [latency] = [words for words in tool_commands(READMES[0].read_text(encoding="utf-8")) if words[1] == "latency"]
     for command in ("throughput", "kernels", "plot"):
         with monkeypatch.context() as patch:
@@ -273,7 +273,7 @@ def test_arguments_of_another_command_are_noticed(monkeypatch):
 
 
 def outline(text: str) -> dict[str, list]:
-    """What does not depend on the language: levels of headings, links, inline code, blocks, figures of tables."""
+    """Language-independent parts: heading levels, links, inline code, code blocks, numbers in tables."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     rows = re.findall(r"^\|(.+)\|$", prose, flags=re.MULTILINE)
     return {
@@ -289,7 +289,7 @@ def figures(row: str) -> list[str]:
     return re.findall(r"\d[\d.,]*\d|\d", row)
 
 
-def test_readmes_say_the_same():
+def test_readmes_have_the_same_outline():
     english, chinese = (outline(page.read_text(encoding="utf-8")) for page in READMES)
     assert english == chinese
     assert all(english.values())
@@ -305,13 +305,13 @@ def test_readmes_say_the_same():
         ("figures", "4.95", "4.59"),
     ],
 )
-def test_a_difference_of_the_readmes_is_noticed(part, written, instead):
+def test_difference_of_the_readmes_is_detected(part, written, instead):
     text = READMES[0].read_text(encoding="utf-8")
     assert written in text
     assert outline(text.replace(written, instead))[part] != outline(text)[part]
 
 
-def test_figures_of_the_readme_are_those_of_the_results():
+def test_readme_numbers_equal_the_results():
     results = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
     section = results.partition("## One H200,")[2].partition("\n## ")[0]
     measured = {}
@@ -325,16 +325,16 @@ def test_figures_of_the_readme_are_those_of_the_results():
         assert [figures(cell) for cell in shown] == measured[batch, prompt]
 
 
-def test_readme_has_two_commands_to_begin_with():
+def test_readme_starts_with_two_commands():
     section = READMES[0].read_text(encoding="utf-8").partition("## Two commands\n")[2].partition("\n## ")[0]
     assert code_blocks(section, "bash") == ["bash models/qwen3_moe/infer.sh\n", "bash tests/run.sh\n"]
 
 
-# Names that users of other programs bring
+# Names of settings in other engines
 
 
 def foreign_names(text: str) -> list[tuple[str, list[str]]]:
-    """(name elsewhere, what the page says is its counterpart here), of the table for users of other programs."""
+    """(foreign name, counterparts here) from the table for users of other engines."""
     body = text.partition("## Coming from vLLM or transformers\n")[2].partition("\n## ")[0]
     found = []
     for there, here in re.findall(r"^\|(`.+)\|(.+)\|$", body, flags=re.MULTILINE):
@@ -371,7 +371,7 @@ def test_well_known_names_are_on_the_page():
 
 
 def quoted_messages(text: str) -> list[str]:
-    """The literal parts, each the longest of its message, of what the tables of troubleshooting say that one sees."""
+    """Longest literal part of each message in the tables of troubleshooting."""
     cells = [row.split("|")[0] for row in re.findall(r"^\|(.+)\|$", text, flags=re.MULTILINE)]
     messages = [message for cell in cells for message in re.findall(r"`([^`]+)`", cell)]
     return [max(re.split(r"\.\.\.|2\.x", message), key=len).strip() for message in messages]
@@ -384,7 +384,7 @@ def sources() -> str:
 
 
 def unknown_messages(text: str) -> list[str]:
-    """Those that the program cannot say."""
+    """Quoted messages that are not in the sources."""
     code, of_libraries = sources(), {"implicit factor"}
     return [message for message in quoted_messages(text) if message not in code and message not in of_libraries]
 
@@ -395,6 +395,6 @@ def test_messages_of_troubleshooting_exist():
     assert unknown_messages(text) == []
 
 
-def test_a_message_that_is_gone_is_noticed():
+def test_removed_message_is_detected():
     table = "|You see|What to do|\n|---|---|\n|`unknown key`, `rope parameters are ... incomplete`|...|\n"
     assert unknown_messages(table) == ["rope parameters are"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chat templates that fail, do not end, write too much or reach out."""
+"""Chat templates that raise, do not terminate, produce too much text, or try to leave the sandbox."""
 
 import shutil
 import threading
@@ -41,7 +41,7 @@ from tests.conversations import DEMO, THINKING, cut_text, user, with_template, w
         ("{# #}", "is empty: it has no tokens"),
     ],
 )
-def test_templates_that_fail(template, problem):
+def test_invalid_templates(template, problem):
     with pytest.raises(ValueError) as raised:
         with_template(template).encode_chat([user("Good morrow")], "prompt 2 of 3")
     line = str(raised.value)
@@ -49,12 +49,12 @@ def test_templates_that_fail(template, problem):
     assert f"chat template of {DEMO / 'tokenizer_config.json'}: " in line or "is empty" in line
 
 
-def test_stars_that_are_no_powers():
+def test_stars_that_are_not_the_power_operator():
     template = "**bold** {# 9**9 #}{{ '**' }}{% set d = {'a': 1} %}{{ dict(**d).a }}{{ dict({}, **d).a }}"
     assert cut_text(template, [user("a")], 100) == "**bold** **11"
 
 
-def test_the_file_of_a_template_is_named(tmp_path):
+def test_error_names_the_template_file(tmp_path):
     for file in DEMO.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
@@ -90,11 +90,11 @@ def test_templates_that_do_not_end(template, in_main_thread, monkeypatch):
     deadline_s = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    assert threading.active_count() == before  # the thread that ran it has ended too
+    assert threading.active_count() == before  # its thread was stopped
 
 
-def test_all_renderings_of_a_prompt_share_one_limit(monkeypatch):
-    """A template that is slow, yet never above the limit, does not take a multiple of it to be cut."""
+def test_time_limit_is_per_prompt_not_per_rendering(monkeypatch):
+    """A slow template below the limit cannot exceed it by being rendered repeatedly for truncation."""
     monkeypatch.setattr(executor.chat_template, "RENDER_TIMEOUT_S", 2.0)
     slow = "{% for i in range(40000) %}{% for j in 'abcdefghij' %}{% endfor %}{% endfor %}" + THINKING
     started_s = time.monotonic()
@@ -104,7 +104,7 @@ def test_all_renderings_of_a_prompt_share_one_limit(monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["name", "tool_calls"])
-def test_further_keys_reach_the_template(key):
+def test_extra_message_keys_reach_the_template(key):
     template = "{% for m in messages %}{{ m.content }}{{ m['" + key + "'] }}{% endfor %}"
     message = user("Good ") | {key: ["morrow"]}
     assert cut_text(template, [message], 100) == "Good ['morrow']"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a checkpoint that are damaged, hostile or no files: one line that names the file, without waiting."""
+"""Damaged or hostile checkpoint files, pipes and devices: a one-line error that names the file, without blocking."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from tests.checkpoints import make_checkpoint
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A folder with one checkpoint in one file and one in several."""
+    """A folder with a single-file and a sharded checkpoint."""
     folder = tmp_path_factory.mktemp("made")
     make_checkpoint(folder / "single")
     make_checkpoint(folder / "sharded", max_shard_size="100KB")
@@ -42,7 +42,7 @@ def sharded(made, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_time() -> Iterator[None]:
-    """What would wait for a pipe, or read a device for ever, fails instead."""
+    """Fails a test that blocks on a pipe or reads a device forever."""
 
     def late(*_):
         pytest.fail("took more than 30 s")
@@ -64,7 +64,7 @@ def refusal(folder: Path) -> str:
 
 
 def put(file: Path, kind: str) -> None:
-    """Something that is no readable file in a file's place."""
+    """Replaces a file by something that is not a readable file."""
     file.unlink()
     if kind == "folder":
         file.mkdir()
@@ -76,14 +76,14 @@ def put(file: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling", "loop", "device", "link"])
 @pytest.mark.parametrize("name", ["config.json", SINGLE_NAME])
-def test_no_files_in_a_checkpoint(name, kind, single):
+def test_checkpoint_entries_that_are_not_files(name, kind, single):
     put(single / name, kind)
     assert str(single) in refusal(single) and name in refusal(single)
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling", "loop", "device"])
 @pytest.mark.parametrize("which", [INDEX_NAME, "shard"])
-def test_no_files_in_a_sharded_checkpoint(which, kind, sharded):
+def test_sharded_checkpoint_entries_that_are_not_files(which, kind, sharded):
     name = sorted(sharded.glob("*.safetensors"))[1].name if which == "shard" else which
     put(sharded / name, kind)
     line = refusal(sharded)
@@ -127,7 +127,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("kind", HEADERS)
-def test_headers(kind, single):
+def test_invalid_headers(kind, single):
     (single / SINGLE_NAME).write_bytes(HEADERS[kind])
     assert str(single) in refusal(single)
 
@@ -139,7 +139,7 @@ def test_headers(kind, single):
         *("\x1b[31mred", "none.safetensors", "config.json", "\ud800", "https://example.org/x", "~root/x", "a\\..\\b"),
     ],
 )
-def test_file_names_in_an_index(name, sharded):
+def test_invalid_file_names_in_an_index(name, sharded):
     index = json.loads((sharded / INDEX_NAME).read_text())
     index["weight_map"]["lm_head.weight"] = name
     (sharded / INDEX_NAME).write_text(json.dumps(index))
@@ -147,7 +147,7 @@ def test_file_names_in_an_index(name, sharded):
     assert line.startswith(str(sharded / (name if name == "config.json" else INDEX_NAME)))
 
 
-def test_many_files_in_an_index(sharded):
+def test_too_many_files_in_an_index(sharded):
     (sharded / INDEX_NAME).write_text(json.dumps({"weight_map": {str(i): f"{i}.safetensors" for i in range(10**5)}}))
     assert "names 100000 files, more than 2000" in refusal(sharded)
 
@@ -170,12 +170,12 @@ JSONS = {
 
 @pytest.mark.parametrize("kind", JSONS)
 @pytest.mark.parametrize("name", ["config.json", INDEX_NAME])
-def test_contents_of_json_files(name, kind, sharded):
+def test_invalid_json_files(name, kind, sharded):
     (sharded / name).write_bytes(JSONS[kind])
     assert refusal(sharded).startswith(str(sharded / name))
 
 
-def test_larger_than_any_config(single):
+def test_config_too_large(single):
     with (single / "config.json").open("wb") as stream:
         stream.truncate(1 << 40)  # sparse
     assert f"{single / 'config.json'}: cannot be read: larger than" in refusal(single)
@@ -183,7 +183,7 @@ def test_larger_than_any_config(single):
 
 @pytest.mark.parametrize("name", ["quant_model_description.json", "quant_model_description_w8a8.json"])
 @pytest.mark.parametrize("kind", ["{}", "dangling", "folder"])
-def test_quantised_checkpoints_by_their_description(name, kind, single):
+def test_quantised_checkpoint_is_rejected(name, kind, single):
     (single / name).write_text("{}")
     if kind != "{}":
         put(single / name, kind)
@@ -193,7 +193,7 @@ def test_quantised_checkpoints_by_their_description(name, kind, single):
 @pytest.mark.parametrize(
     "path", ["x" * 300, "a/" * 3000, "x\0y", "~nobody_at_all/x", "/dev/zero", "/dev/null", "pipe", "loop"]
 )
-def test_paths_that_are_no_checkpoint(path, tmp_path, monkeypatch):
+def test_paths_without_a_checkpoint(path, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     if path in ("pipe", "loop"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: what a YAML and --set may say, and the one line that refuses the rest."""
+"""Settings from YAML and --set: values, defaults, and one-line errors."""
 
 import dataclasses
 import typing
@@ -46,7 +46,7 @@ def yaml_file(tmp_path: Path) -> Path:
 
 
 def refusal(file: Path, *overrides: str) -> str:
-    """The one line that refuses a file or its overrides."""
+    """The one-line error of a file or its overrides."""
     with pytest.raises(ValueError) as error:
         load_settings(file, overrides)
     assert str(error.value) and "\n" not in str(error.value)
@@ -77,7 +77,7 @@ def test_shipped_yaml_loads(file):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_section_without_keys_has_its_defaults(section, yaml_file):
+def test_empty_section_has_defaults(section, yaml_file):
     yaml_file.write_text(f"model_name: m\nmodel_path: p\n{section}:\n")
     assert value_of(load_settings(yaml_file), section) == SECTIONS[section]()
 
@@ -123,7 +123,7 @@ def test_misspelt_key(misspelt, nearest, by_override, yaml_file):
     assert line.rstrip("?").split()[-1] in known
 
 
-def test_key_in_a_wrong_section_names_the_right_one(yaml_file):
+def test_key_in_wrong_section(yaml_file):
     top_level = {name for name in typing.get_type_hints(Settings) if name not in SECTIONS}
     homes = {key: key for key in top_level}
     homes |= {key: f"{section}.{key}" for section, kind in SECTIONS.items() for key in typing.get_type_hints(kind)}
@@ -143,7 +143,7 @@ def test_key_in_a_wrong_section_names_the_right_one(yaml_file):
         ("gpu_memory_utilization", "model_config.cache_memory_fraction"),
     ],
 )
-def test_key_of_another_program(key, right, yaml_file):
+def test_foreign_key(key, right, yaml_file):
     assert f": {key}: unknown key; " in (line := refusal(yaml_file, f"{key}=1")) and right in line
 
 
@@ -151,12 +151,12 @@ def test_key_of_another_program(key, right, yaml_file):
     ("setting", "right"),
     [("device=gpu", "cuda"), ("device=cuda:0", "cuda"), ("model_config.dtype=torch.bfloat16", "bfloat16")],
 )
-def test_value_of_another_program(setting, right, yaml_file):
+def test_foreign_value(setting, right, yaml_file):
     assert refusal(yaml_file, setting).endswith(f"; did you mean {right}?")
 
 
 @pytest.mark.parametrize("key", ["model_name", "model_path"])
-def test_required_key(key, yaml_file):
+def test_missing_key(key, yaml_file):
     yaml_file.write_text(GOOD.replace(f"{key}:", "#"))
     assert f"{yaml_file}: {key}: missing" in refusal(yaml_file)
 
@@ -217,7 +217,7 @@ PARALLEL_SIZES = ("attn_tp", "moe_tp", "embed_tp", "lmhead_tp", "attn_dp", "moe_
         ("data_config.repetition_penalty", 1000.0),
     ],
 )
-def test_impossible_size(key, value, yaml_file):
+def test_size_out_of_range(key, value, yaml_file):
     problem = f": {key}: {str(value).strip('.')} is impossible, must be "
     assert refusal(yaml_file, f"{key}={value}").startswith(f"--set {key}={value}{problem}")
     section, _, name = key.rpartition(".")
@@ -249,7 +249,7 @@ def test_impossible_size(key, value, yaml_file):
         (b"model_name: \x00", "not valid YAML"),
     ],
 )
-def test_broken_file(content, named, yaml_file):
+def test_invalid_yaml(content, named, yaml_file):
     yaml_file.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refusal(yaml_file)
     assert line.startswith(f"{yaml_file}: ") and named in line, line
@@ -265,7 +265,7 @@ def test_every_literal_value(key, value, yaml_file):
     assert value_of(load_settings(yaml_file, [f"{key}={value}"]), key) == value
 
 
-def test_settings_in_force_can_be_loaded_again(yaml_file):
+def test_settings_round_trip(yaml_file):
     settings = load_settings(yaml_file, ["data_config.stop=[a]", "model_config.rope_scaling={rope_type: linear}"])
     assert settings_from_dict(dataclasses.asdict(settings), "again") == settings
 
@@ -287,7 +287,7 @@ def test_settings_are_frozen(yaml_file):
         ({"exe_mode": "graph", "device": "cpu"}, "exe_mode: graph is not possible on device cpu"),
     ],
 )
-def test_llm_refuses_settings(settings, named):
+def test_llm_rejects_invalid_settings(settings, named):
     with pytest.raises(ValueError, match="^" + named.replace("?", r"\?")) as error:
         LLM("models/qwen3_moe/demo", **settings)
     assert "did you mean model_config?" not in str(error.value)
@@ -302,7 +302,7 @@ def test_model_name_stays_in_the_result_folder(name, yaml_file):
 
 
 @pytest.mark.parametrize("name", ["n" * 100, "名 字" * 20, "Qwen3 (30B)", "...", "-x"])
-def test_model_name_can_be_any_word(name, yaml_file):
+def test_model_name_with_unicode(name, yaml_file):
     assert load_settings(yaml_file, [f"model_name='{name}'"]).model_name == name
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens of conversations, and what is left out of long ones."""
+"""Encoding conversations, and truncation of long ones."""
 
 import json
 import shutil
@@ -53,12 +53,12 @@ def test_long_conversation_keeps_its_template(limit, demo_tokenizer):
     assert text.endswith("END<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-def test_no_room_beside_the_template():
+def test_limit_below_the_template():
     with pytest.raises(ValueError, match="data_config.input_max_len: 8 leaves no room"):
         with_template(None, 8).encode_chat([{"role": "user", "content": words(200)}])
 
 
-def test_conversation_too_long_is_refused():
+def test_long_conversation_is_rejected():
     with pytest.raises(ValueError, match="data_config.input_max_len is 20 "):
         with_template(None, 20, "refuse").encode_chat([{"role": "user", "content": words(200)}])
 
@@ -74,11 +74,11 @@ def test_tokenizer_without_chat_template(tmp_path):
         tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
 
-# What is left out of long conversations
+# Truncation of long conversations
 
 
 def long_conversation(num_turns: int) -> list[dict[str, str]]:
-    """Turns with thoughts that no template shows later on, longer than anything else."""
+    """Turns whose long thinking is dropped by templates in later turns."""
     messages = []
     for number in range(num_turns - 1):
         thoughts = f"<think>\nSECRET{number} {words(200)}\n</think>\n\n"
@@ -94,7 +94,7 @@ def test_oldest_turns_are_left_out(system, template, caplog):
         messages = [{**m, "content": m["content"].split("</think>\n\n")[-1]} for m in messages]
     full = num_tokens(template, messages)
     found = cut_text(template, messages, full - 60, "prompt 4 of 9")
-    assert found == rendered(template, [SYSTEM] * system + messages[system + 2 :])  # without the first of 21
+    assert found == rendered(template, [SYSTEM] * system + messages[system + 2 :])  # without the oldest turn
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(f"prompt 4 of 9 of {full} tokens was cut to ")
     assert caplog.messages[0].endswith(": 1 of 20 earlier turns left out, 0 texts cut in the middle")
@@ -115,7 +115,7 @@ def test_earlier_thoughts_never_enter_the_prompt(thinking, limit):
 
 
 @pytest.mark.parametrize("limit", [80, 150, 400, 900])
-def test_tool_results_after_the_last_question_lose_their_middles(limit):
+def test_tool_results_after_the_last_user_message_are_cut(limit):
     thoughts = f"<think>\nPLAN {words(300)} DONE\n</think>\n\nCALL {words(150)} IT"
     results = f"FOUND {words(1000)} NOTHING"
     messages = [*long_conversation(3), assistant(thoughts), {"role": "tool", "content": results}]
@@ -143,13 +143,13 @@ def test_user_messages_that_are_tool_results_do_not_replace_the_question():
     assert "<tool_response>\n" in found and "\n</tool_response><|im_end|>" in found
 
 
-def test_longest_texts_lose_their_middles():
+def test_longest_texts_are_cut():
     system = {"role": "system", "content": f"BEGIN {words(900)} STOP"}
     messages = [system, *long_conversation(3)[:-1], user(f"LAST {words(500)} END")]
     found = cut_text(THINKING, messages, 200)
     assert found.startswith("<|im_start|>system\nBEGIN ") and "STOP<|im_end|>\n<|im_start|>user\nLAST " in found
     first, second = (len(part.split()) for part in found.split("<|im_start|>user\n"))
-    assert abs(first - second) < 40  # both are cut to one length
+    assert abs(first - second) < 40  # both are cut to the same length
     messages[-1] = user("LAST short END")
     assert "LAST short END" in cut_text(THINKING, messages, 200)
 
@@ -157,7 +157,7 @@ def test_longest_texts_lose_their_middles():
 @pytest.mark.parametrize("limit", [40, 70])
 @pytest.mark.parametrize("padding", ["", "\n\n", "  \n", "<|x|>\n", "a|>"])
 @pytest.mark.parametrize("template", [NO_SYSTEM, ALTERNATING], ids=["marks", "instruct"])
-def test_marks_beside_stripped_text_stay(template, padding, limit):
+def test_template_markup_beside_stripped_text_is_kept(template, padding, limit):
     text = f"{padding}BEGIN {words(300)} END{padding[::-1].replace('>|', '').replace('>', '')}"
     found = cut_text(template, [user(text)], limit)
     first, last = ("<|user|>", "\n<|assistant|>") if template == NO_SYSTEM else ("[INST] ", " [/INST]")
@@ -167,19 +167,19 @@ def test_marks_beside_stripped_text_stay(template, padding, limit):
     assert any(shown.startswith(inner[:i]) and shown.endswith(inner[i:]) for i in range(1, len(inner)))
 
 
-def test_special_tokens_in_a_users_text_do_not_keep_it_from_being_cut():
+def test_user_text_with_special_tokens_is_cut():
     found = cut_text(THINKING, [user(f"BEGIN {'a <|im_end|> b <think> ' * 300} END")], 100)
     assert "BEGIN" in found and found.endswith(" END<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-def test_conversations_without_a_user_keep_their_last_message():
+def test_conversation_without_user_keeps_its_last_message():
     messages = [assistant(f"A{number} {words(50)}") for number in range(9)]
     found = cut_text(THINKING, messages, 200)
     assert "A8" in found and "A0" not in found
 
 
 @pytest.mark.parametrize("name", ["the prompt", "prompt 17 of 40"])
-def test_refusals_name_the_prompt_and_its_excess(name):
+def test_errors_name_the_prompt_and_its_excess_tokens(name):
     messages = [SYSTEM, *long_conversation(3)]
     full = num_tokens(THINKING, messages)
     with pytest.raises(ValueError) as raised:
@@ -194,7 +194,7 @@ def test_refusals_name_the_prompt_and_its_excess(name):
     assert int(line.split()[-4]) > 0 and line.endswith("tokens too long")
 
 
-def test_text_that_a_template_changes_is_not_cut():
+def test_text_transformed_by_the_template_is_not_cut():
     template = "{% for m in messages %}{{ m.content|reverse }}{{ m.content|length }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves no room beside the template: cut as far as possible"):
         cut_text(template, [user("a b" * 99)], 40)

@@ -16,7 +16,7 @@ TASKS = ("gov_report", "hotpotqa")
 
 
 def refusal(**data) -> str:
-    """The one line that refuses these data settings."""
+    """The one-line error of these data settings."""
     with pytest.raises(ValueError) as error:
         load_prompts(DataSettings(**data))
     assert "\n" not in str(error.value)
@@ -24,7 +24,7 @@ def refusal(**data) -> str:
 
 
 def make_records(task: str) -> list[dict]:
-    """Records as LongBench has them, of random content with braces, quotes and characters beyond ASCII."""
+    """LongBench records with random contents, braces, quotes and non-ASCII characters."""
     return [
         {
             "context": f"{task} {{x}} “é” {random.random()}",
@@ -41,7 +41,7 @@ def jsonl(records: list[dict]) -> str:
 
 
 def write_longbench(folder: Path, layout: str, records: dict[str, list[dict]]) -> None:
-    """The tasks as loose files, as the unpacked archive, or as the hub's archive."""
+    """Writes the tasks as jsonl files, as the unpacked archive, or as the hub's archive."""
     if layout == "data.zip":
         with zipfile.ZipFile(folder / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
             for task in records:
@@ -55,7 +55,7 @@ def write_longbench(folder: Path, layout: str, records: dict[str, list[dict]]) -
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch, tmp_path):
-    """Neither a network nor what an earlier run left in the hub's cache."""
+    """Disables the network and the cache of the hub client."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -83,7 +83,7 @@ def test_edited_file(content, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content", ["", "{", '{"a": "b"}', "3", "null", '""', '["a", ""]', '["a", 3]', '[["a"]]', b'"\xff"', "[]"]
 )
-def test_bad_default_file(content, tmp_path):
+def test_invalid_default_file(content, tmp_path):
     file = tmp_path / "p.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = refusal(dataset_path=str(file))
@@ -91,7 +91,7 @@ def test_bad_default_file(content, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["default", "LongBench", "jsonl"])
-def test_no_such_path(dataset):
+def test_missing_path(dataset):
     assert refusal(dataset=dataset, dataset_path="no/such") == "data_config.dataset_path: no/such does not exist"
 
 
@@ -115,7 +115,7 @@ def test_longbench_folder(layout, given, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["*.jsonl", "data/*.jsonl", "data.zip"])
-def test_unknown_task_lists_those_there(layout, tmp_path):
+def test_unknown_task_lists_available_tasks(layout, tmp_path):
     write_longbench(tmp_path, layout, {task: make_records(task) for task in TASKS})
     line = refusal(dataset="LongBench", dataset_path=str(tmp_path), longbench_task="hotpot")
     assert line.startswith("data_config.longbench_task: 'hotpot' is not in ")
@@ -141,7 +141,7 @@ def test_damaged_archive(damage, tmp_path):
 
 @pytest.mark.parametrize("layout", ["*.jsonl", "data.zip"])
 @pytest.mark.parametrize("bad", ["{", "[1]", '"text"', "3"])
-def test_bad_line_is_numbered(layout, bad, tmp_path, monkeypatch):
+def test_error_has_line_number(layout, bad, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.jsonl", lambda records: f'{{"context": "a"}}\n\n{bad}\n')
     write_longbench(tmp_path, layout, {"gov_report": []})
     line = refusal(dataset="LongBench", dataset_path=str(tmp_path))
@@ -155,7 +155,7 @@ def test_offline_without_data(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", [".", "data.zip", "notes.txt"])
-def test_given_path_without_data_is_not_looked_for_on_the_hub(path, tmp_path, monkeypatch):
+def test_dataset_path_without_data_does_not_query_the_hub(path, tmp_path, monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
@@ -182,7 +182,7 @@ def test_hub_archive_is_used(tmp_path, monkeypatch):
     assert asked == [("zai-org/LongBench", "data.zip", "dataset")]
 
 
-# Prompts made of records
+# Prompt templates
 
 
 def test_default_template_holds_the_whole_context():
@@ -194,7 +194,7 @@ def test_default_template_holds_the_whole_context():
 @pytest.mark.parametrize(
     "template", ["{contxt}", "{}", "{0}", "{context", "{context!q}", "{context:d}", "{context.x}", "{context[x]}"]
 )
-def test_bad_template(template):
+def test_invalid_template(template):
     with pytest.raises(ValueError, match="^data_config.prompt_template: .*fields are context, input, length, answers$"):
         build_dataset_input(make_records("x")[0], template)
 

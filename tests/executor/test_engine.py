@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling, the paged cache and the end of texts: tokens equal transformers' whatever else runs."""
+"""Scheduling, paged KV cache and stop conditions: tokens equal transformers' in every batch."""
 
 import json
 import random
@@ -24,7 +24,7 @@ def random_prompt(num_tokens: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder and its model, whose attention is sharp, so that every cached token matters for the next one."""
+    """Checkpoint folder and model; peaked attention makes the output depend on every cached token."""
     folder = tmp_path_factory.mktemp("sharp")
     model = make_model()
     with torch.no_grad():
@@ -47,12 +47,12 @@ def with_tokenizer(tmp_path_factory) -> Path:
 
 def build(checkpoint, runs_ahead: bool = False, **settings) -> LLM:
     llm = LLM(checkpoint[0], device="cpu", dtype="float32", **settings)
-    llm.engine.runs_ahead = runs_ahead  # as where the device works by itself
+    llm.engine.runs_ahead = runs_ahead  # as on devices that run asynchronously
     return llm
 
 
 def generated(model, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """Greedy tokens of transformers."""
+    """Greedy tokens by transformers."""
     token_ids = torch.tensor([prompt])
     mask = torch.ones_like(token_ids)
     return model.generate(token_ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)[
@@ -70,7 +70,7 @@ def assert_all_free(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
-def test_tokens_equal_transformers_across_block_borders(batch_size, checkpoint):
+def test_tokens_equal_transformers_across_block_boundaries(batch_size, checkpoint):
     prompts = [random_prompt(length) for length in random.sample(BORDERS, len(BORDERS))]
     llm = build(checkpoint, batch_size=batch_size)
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=10))
@@ -81,7 +81,7 @@ def test_tokens_equal_transformers_across_block_borders(batch_size, checkpoint):
     assert_all_free(llm)
 
 
-def test_decode_goes_over_several_blocks(checkpoint):
+def test_decode_spans_several_blocks(checkpoint):
     prompt = random_prompt(120)
     [output] = build(checkpoint).generate([prompt], SamplingParams(max_new_tokens=270))
     assert output.token_ids == generated(checkpoint[1], prompt, 270)
@@ -93,7 +93,7 @@ def test_long_prompt(checkpoint):
     assert output.token_ids == generated(checkpoint[1], prompt, 32)
 
 
-def test_cache_too_small_for_all_at_once(checkpoint):
+def test_cache_too_small_for_all_sequences(checkpoint):
     lengths = [250, 3, 130, 250, 1, 128]
     prompts = [random_prompt(length) for length in lengths]
     llm = build(checkpoint, batch_size=len(prompts), cache_tokens=3 * BLOCK_SIZE)
@@ -114,7 +114,7 @@ def test_cache_too_small_for_all_at_once(checkpoint):
     assert_all_free(llm)
 
 
-def test_stale_cache_does_not_matter(checkpoint):
+def test_stale_cache_is_ignored(checkpoint):
     prompt = random_prompt(200)
     llm = build(checkpoint)
     for keys, values in llm.kv_caches:
@@ -134,7 +134,7 @@ def test_packed_prefill_is_bounded(checkpoint, monkeypatch):
     assert packed == [[60, 40], [1], [150], [50]]
 
 
-# What can never run, and what ends early
+# Rejected requests and early termination
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_packed_prefill_is_bounded(checkpoint, monkeypatch):
         (0, 1, "token ids must be at least one, each from 0 to 210"),
     ],
 )
-def test_refused_requests(num_tokens, max_new_tokens, named, checkpoint):
+def test_rejected_requests(num_tokens, max_new_tokens, named, checkpoint):
     llm = build(checkpoint, cache_tokens=256)
     with pytest.raises(ValueError, match=named):
         llm.generate([random_prompt(5), random_prompt(num_tokens)], SamplingParams(max_new_tokens=max_new_tokens))
@@ -155,7 +155,7 @@ def test_refused_requests(num_tokens, max_new_tokens, named, checkpoint):
 
 
 @pytest.mark.parametrize("token_id", [-1, 211])
-def test_token_ids_the_model_lacks(token_id, checkpoint):
+def test_token_ids_out_of_vocabulary(token_id, checkpoint):
     with pytest.raises(ValueError, match="each from 0 to 210"):
         build(checkpoint).generate([[1, token_id]])
     with pytest.raises(ValueError, match="each from 0 to 210"):
@@ -163,7 +163,7 @@ def test_token_ids_the_model_lacks(token_id, checkpoint):
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_abandoned_run_leaves_nothing_behind(runs_ahead, checkpoint):
+def test_abandoned_run_frees_blocks(runs_ahead, checkpoint):
     llm = build(checkpoint, runs_ahead, batch_size=2)
     short, long = (SamplingParams(max_new_tokens=n) for n in (2, 9))
     prompts = [("", random_prompt(n)) for n in (130, 5)]
@@ -178,7 +178,7 @@ def test_abandoned_run_leaves_nothing_behind(runs_ahead, checkpoint):
 
 @pytest.mark.parametrize("failing", ["prefill", "decode"])
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_failed_step_leaves_nothing_behind(runs_ahead, failing, checkpoint, monkeypatch):
+def test_failed_step_frees_blocks(runs_ahead, failing, checkpoint, monkeypatch):
     prompt = random_prompt(130)
     llm = build(checkpoint, runs_ahead, batch_size=2)
 
@@ -193,8 +193,8 @@ def test_failed_step_leaves_nothing_behind(runs_ahead, failing, checkpoint, monk
     assert output.token_ids == generated(checkpoint[1], prompt, 5)
 
 
-def test_runs_do_not_mix(checkpoint):
-    """A second run while one is under way is refused; it would get the first one's outputs."""
+def test_concurrent_runs_are_rejected(checkpoint):
+    """A second run during another one is rejected: it would receive the first one's outputs."""
     llm = build(checkpoint, batch_size=2)
     short, long = (llm.requests([("", [1, 2])], SamplingParams(max_new_tokens=n)) for n in (2, 5))
     stream = llm.stream(short + long)
@@ -206,13 +206,13 @@ def test_runs_do_not_mix(checkpoint):
     assert_all_free(llm)
 
 
-def test_logits_leave_nothing_behind(checkpoint):
+def test_logits_frees_blocks(checkpoint):
     llm = build(checkpoint)
     llm.logits(random_prompt(300))
     assert_all_free(llm)
 
 
-def test_cache_hands_out_each_block_once():
+def test_allocator_allocates_each_block_once():
     cache = BlockAllocator(9)
     held: list[list[int]] = []
     for _ in range(200):
@@ -229,7 +229,7 @@ def test_cache_hands_out_each_block_once():
     assert all(keys.shape == (10, BLOCK_SIZE, 1, 4) == values.shape for keys, values in layers)
 
 
-# The end of a text
+# Stop conditions
 
 
 def set_eos(checkpoint, folder: Path, eos_token_id) -> LLM:
@@ -238,7 +238,7 @@ def set_eos(checkpoint, folder: Path, eos_token_id) -> LLM:
     return build((folder,))
 
 
-def test_stops_at_every_eos_id(checkpoint, tmp_path):
+def test_every_eos_id_stops(checkpoint, tmp_path):
     prompt = random_prompt(20)
     token_ids = generated(checkpoint[1], prompt, 30)
     unused = next(i for i in range(211) if i not in token_ids)
@@ -254,7 +254,7 @@ def test_stops_at_every_eos_id(checkpoint, tmp_path):
         assert output.token_ids == token_ids and output.finish_reason == "length"
 
 
-def test_sequences_of_a_batch_end_on_their_own(checkpoint, tmp_path):
+def test_sequences_of_a_batch_finish_independently(checkpoint, tmp_path):
     prompts = [random_prompt(length) for length in (3, 130, 20, 64)]
     expected = [generated(checkpoint[1], prompt, 12) for prompt in prompts]
     eos = expected[1][3]
@@ -269,8 +269,8 @@ def test_sequences_of_a_batch_end_on_their_own(checkpoint, tmp_path):
     "sampling", [{}, {"temperature": 1.5, "seed": 5}, {"repetition_penalty": 1.3}], ids=["greedy", "random", "penalty"]
 )
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_step_started_before_the_last_tokens_are_read_changes_nothing(batch_size, sampling, checkpoint, tmp_path):
-    """End tokens, limits, waiting sequences and block borders, with as many steps ahead as the host can be: one."""
+def test_asynchronous_scheduling_equals_synchronous(batch_size, sampling, checkpoint, tmp_path):
+    """EOS, length limits, waiting sequences and block boundaries, with the host one step ahead."""
     prompts = [random_prompt(length) for length in (126, 3, 128, 20, 255)]
     params = [SamplingParams(max_new_tokens=n, ignore_eos=n == 9, **sampling) for n in (25, 9, 12, 1, 2)]
     found = {}
@@ -304,7 +304,7 @@ def test_a_step_started_before_the_last_tokens_are_read_changes_nothing(batch_si
     assert found[True] == found[False]
 
 
-def test_tokenizers_eos_counts_too(with_tokenizer):
+def test_eos_of_the_tokenizer_stops(with_tokenizer):
     llm = build((with_tokenizer,))
     assert llm.tokenizer.eos_token_ids == {llm.tokenizer.tokenizer.eos_token_id}
     (with_tokenizer / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
@@ -313,7 +313,7 @@ def test_tokenizers_eos_counts_too(with_tokenizer):
 
 @pytest.mark.parametrize("length", [1, 2, 5, 15, 40])
 def test_stop_strings(length, with_tokenizer):
-    """The first of them ends the text where it begins, as soon as its last token has come."""
+    """Generation ends at the first match; the text ends before it."""
     llm = build((with_tokenizer,))
     prompt = random_prompt(30)
     sampling = {"max_new_tokens": 60, "temperature": 2.0, "seed": random.randrange(2**32), "ignore_eos": True}
@@ -330,7 +330,7 @@ def test_stop_strings(length, with_tokenizer):
         assert output.finish_reason == "stop"
 
 
-def test_stop_string_that_does_not_come(with_tokenizer):
+def test_stop_string_without_match(with_tokenizer):
     llm = build((with_tokenizer,))
     [output] = llm.generate([random_prompt(5)], SamplingParams(max_new_tokens=9, stop=("never seen",)))
     assert output.finish_reason == "length" and output.text == llm.tokenizer.decode(output.token_ids)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a fused dispatch would carry, and options of NPUs where they cannot be honoured."""
+"""Sizes of a fused dispatch, and validation of NPU options."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def test_dispatch_sizes(tmp_path):
     config = load_config(tmp_path, None)
     data = {"batch_size": 9}
     found = dispatch_sizes(settings_of(8, data_config=data, parallel_config={"attn_tp_size": 2}), config)
-    # five groups' sequences at most three, shared by two ranks
+    # at most three sequences per group, split over two ranks
     assert found == ExchangeSizes(ranks=8, tokens=2, experts=10, top_k=3, hidden_size=48)
     assert dispatch_sizes(settings_of(8, parallel_config={"attn_tp_size": 8}), config) is None
     assert dispatch_sizes(settings_of(8, parallel_config={"moe_tp_size": 2}), config) is None
@@ -48,12 +48,12 @@ class SomeNpuOps(ReferenceOps):
         ({"parallel_config": {"npu_mm_all_reduce_base": True, "attn_tp_size": 2}}, "a plan", "dispatch and combine"),
     ],
 )
-def test_options_that_cannot_be_honoured(sections, plan, named):
+def test_unsupported_npu_options(sections, plan, named):
     with pytest.raises(ValueError, match=named):
         check_npu_options(settings_of(2, **sections), SomeNpuOps(), plan)
 
 
-def test_options_that_can():
+def test_supported_npu_options():
     sections = {"model_config": {"npu_prefetch": True}}
     sections["parallel_config"] = {"npu_mm_all_reduce_base": True, "attn_tp_size": 2}
     check_npu_options(settings_of(2, **sections), SomeNpuOps(), None)
@@ -62,7 +62,7 @@ def test_options_that_can():
 @pytest.mark.parametrize(
     ("option", "section"), [("npu_prefetch", "model_config"), ("npu_mm_all_reduce_base", "parallel_config")]
 )
-def test_options_on_another_device(option, section, tmp_path):
+def test_npu_options_on_another_device(option, section, tmp_path):
     make_checkpoint(tmp_path)
     with pytest.raises(ValueError, match=rf"^{section}\.{option}: only possible on device npu; leave it out$"):
         LLM(tmp_path, device="cpu", **{option: True})

@@ -59,7 +59,7 @@ def test_launcher_takes_its_ranks_along(tmp_path: Path, sent: str, code: int) ->
     with Job(tmp_path / "terminal", *settings, TMPDIR=str(tmp_path / "temporary")) as job:
         job.wait_until_decoding()
         assert sorted(job.ranks()) == [0, 1]
-        assert set(job.listening_at()) == {"127.0.0.1"}  # launcher and ranks: nothing is open to the network
+        assert set(job.listening_at()) == {"127.0.0.1"}  # launcher and ranks listen on loopback only
         job.process.send_signal(getattr(signal, sent))
         assert job.end() == code
         if code == 1:
@@ -74,7 +74,7 @@ def scratch_folders(temporary: Path) -> list[Path]:
 
 @pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("moment", ["environment:", "ranks 0 to 1", "a rank"])
-def test_signal_before_decoding(tmp_path: Path, moment: str, sent: str) -> None:
+def test_signal_during_startup(tmp_path: Path, moment: str, sent: str) -> None:
     (tmp_path / "temporary").mkdir()
     settings = (*TWO_RANKS, f"output_dir={tmp_path / 'results'}", "model_name=test_signal")
     with Job(tmp_path / "terminal", *settings, TMPDIR=str(tmp_path / "temporary")) as job:
@@ -86,7 +86,7 @@ def test_signal_before_decoding(tmp_path: Path, moment: str, sent: str) -> None:
     wait_for(lambda: not scratch_folders(tmp_path / "temporary"), 5)
 
 
-def test_refused_by_a_rank_leaves_nothing(tmp_path: Path) -> None:
+def test_rejection_by_a_rank_leaves_no_files(tmp_path: Path) -> None:
     output = str(tmp_path / "missing" / "out.jsonl")
     with Job(
         tmp_path / "terminal", *TWO_RANKS, f"output_dir={tmp_path / 'results'}", options=("--output", output)
@@ -97,7 +97,7 @@ def test_refused_by_a_rank_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # as Python 3.10, which does not know the variable
+    python = tmp_path / "python"  # like Python 3.10, which ignores the variable
     python.write_text(f'#!/bin/sh\nunset PYTHONSAFEPATH\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
     for name in ("random", "re", "runpy", "executor"):
@@ -116,7 +116,7 @@ def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
         ([*TWO_RANKS, "data_config.max_new_tokens=0"], "data_config.max_new_tokens: 0 is impossible"),
     ],
 )
-def test_wrong_input_ends_before_any_rank(tmp_path: Path, settings: list[str], named: str) -> None:
+def test_invalid_input_is_rejected_before_ranks_start(tmp_path: Path, settings: list[str], named: str) -> None:
     with Job(tmp_path / "terminal", *settings) as job:
         assert job.end(STARTS_WITHIN_S) == 2
         assert named in job.last_line and job.text.count("\n") == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of results are found writable before they are needed, and are always whole."""
+"""Output files: early checks for writability, atomic replacement."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from executor.utils.files import check_output, replace
 
 
-def test_a_check_leaves_a_file_as_it_is(tmp_path):
+def test_check_does_not_change_the_file(tmp_path):
     kept, new = tmp_path / "kept", tmp_path / "new"
     kept.write_text("results")
     for file in (kept, new):
@@ -21,21 +21,21 @@ def test_a_check_does_not_end_what_reads_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(ValueError, match="cannot be written"):
-        check_output("--output", pipe)  # nobody reads
+        check_output("--output", pipe)  # no reader
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     check_output("--output", pipe)
-    with pytest.raises(BlockingIOError):  # "" would be the end of the file
+    with pytest.raises(BlockingIOError):  # b"" would be EOF
         os.read(reader, 1)
 
 
 @pytest.mark.parametrize("name", [".", "no/such/folder/file", "/proc/file"])
-def test_what_cannot_be_written_is_refused(name, tmp_path, monkeypatch):
+def test_unwritable_output_is_rejected(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"^--output: {name} cannot be written: "):
         check_output("--output", Path(name))
 
 
-def test_a_file_is_replaced_where_it_lies(tmp_path):
+def test_replacement_follows_symbolic_links(tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
     link.symlink_to(file)
     for text in ("first", "second"):
@@ -44,7 +44,7 @@ def test_a_file_is_replaced_where_it_lies(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
-def test_a_file_is_whole_if_writing_ends_early(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "file"
     replace(file, "whole")
     write_text = Path.write_text
@@ -59,8 +59,8 @@ def test_a_file_is_whole_if_writing_ends_early(tmp_path, monkeypatch):
     assert file.read_text() == "whole" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_file_that_nothing_can_stand_beside_is_written_too(tmp_path):
-    file = tmp_path / ("n" * 253)  # a longer name is impossible
+def test_write_without_room_for_a_temporary_file(tmp_path):
+    file = tmp_path / ("n" * 253)  # no longer name is possible
     replace(file, "text")
     assert file.read_text() == "text"
     replace(Path("/dev/null"), "text")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt files, LongBench folders, archives and templates that are damaged, huge or odd on purpose."""
+"""Hostile prompt files, LongBench folders, archives and templates: damaged, huge or malformed."""
 
 import json
 import os
@@ -20,14 +20,14 @@ DIGITS = "9" * 5_000
 
 
 def refusal(**data) -> str:
-    """The one line that refuses these data settings."""
+    """The one-line error of these data settings."""
     with pytest.raises(ValueError) as error:
         load_prompts(DataSettings(**data))
     assert len(str(error.value)) <= 400 and str(error.value).isprintable(), error.value
     return str(error.value)
 
 
-# Files with prompts
+# Prompt files
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,13 @@ def test_line_of_a_jsonl_file(layout, line, named, tmp_path):
     assert named.replace("the fields", "does not fit, the record's fields") in found, found
 
 
-def test_number_in_place_of_a_text(tmp_path):
+def test_number_instead_of_text(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"text": NaN}')
     line = refusal(dataset="jsonl", dataset_path=str(tmp_path / "p.jsonl"))
     assert "line 1: data_config.text_field 'text' is no text there" in line
 
 
-def test_what_comes_after_the_last_prompt_is_not_read(tmp_path):
+def test_lines_after_max_prompts_are_not_read(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\nnothing\n')
     data = {"dataset": "jsonl", "dataset_path": str(file)}
@@ -105,7 +105,7 @@ def test_what_comes_after_the_last_prompt_is_not_read(tmp_path):
     assert "line 3: not valid JSON" in refusal(max_prompts=3, **data)
 
 
-def test_a_byte_order_mark_and_numbers_that_json_lacks_are_read(tmp_path):
+def test_byte_order_mark_and_non_finite_numbers(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('\ufeff{"text": "a", "score": NaN, "id": 1e999}\r\n', encoding="utf-8")
     assert load_prompts(DataSettings(dataset="jsonl", dataset_path=str(file))) == ["a"]
@@ -113,7 +113,7 @@ def test_a_byte_order_mark_and_numbers_that_json_lacks_are_read(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["default", "jsonl", "LongBench"])
 @pytest.mark.parametrize("kind", ["fifo", "loop", "dangling", "device", "long name", "deep name", "null", "home"])
-def test_path_that_is_no_file(kind, dataset, tmp_path):
+def test_path_is_not_a_file(kind, dataset, tmp_path):
     file = tmp_path / "p"
     given = {"long name": "n" * 300, "deep name": "a/" * 5000, "null": "a\0b", "home": "~nobody_of_that_name/x"}
     if kind == "fifo":
@@ -125,7 +125,7 @@ def test_path_that_is_no_file(kind, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "loop", "dangling", "device", "folder"])
-def test_task_that_is_no_file(kind, tmp_path):
+def test_task_is_not_a_file(kind, tmp_path):
     file = tmp_path / "x.jsonl"
     if kind == "fifo":
         os.mkfifo(file)
@@ -142,7 +142,7 @@ ODD_TASKS = ["../x", "*", "", ".", "/etc/passwd", "a\0", "n" * 300, "x.jsonl", "
 
 @pytest.mark.parametrize("task", ODD_TASKS)
 @pytest.mark.parametrize("layout", ["folder", "archive"])
-def test_task_that_is_no_name(task, layout, tmp_path):
+def test_invalid_task_name(task, layout, tmp_path):
     folder = tmp_path / "bench"
     folder.mkdir()
     (tmp_path / "x.jsonl").write_text(json.dumps(RECORD))
@@ -155,7 +155,7 @@ def test_task_that_is_no_name(task, layout, tmp_path):
     assert line.startswith("data_config.longbench_task: ") and line.endswith("which has y"), line
 
 
-def test_many_tasks_are_listed_in_one_line(tmp_path):
+def test_task_list_is_bounded(tmp_path):
     for number in range(500):
         (tmp_path / f"task_{number}.jsonl").touch()
     (tmp_path / "\x1b[31m.jsonl").touch()
@@ -166,7 +166,7 @@ def test_many_tasks_are_listed_in_one_line(tmp_path):
 
 
 def write_archive(folder: Path, content: bytes = json.dumps(RECORD).encode(), **changed: int) -> None:
-    """data.zip with the task x; `changed` replaces fields of both of its headers."""
+    """Writes data.zip with the task x; `changed` overwrites fields of both headers."""
     with zipfile.ZipFile(folder / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("data/x.jsonl", content)
     data = bytearray((folder / "data.zip").read_bytes())
@@ -190,13 +190,13 @@ def write_archive(folder: Path, content: bytes = json.dumps(RECORD).encode(), **
         ({"size": 0xFFFFFFF0}, "larger than 512 MiB when unpacked"),
     ],
 )
-def test_archive_with_odd_headers(changed, named, tmp_path):
+def test_archive_with_invalid_headers(changed, named, tmp_path):
     write_archive(tmp_path, **changed)
     line = refusal(dataset="LongBench", dataset_path=str(tmp_path), longbench_task="x")
     assert line.startswith(f"{tmp_path / 'data.zip'}: data/x.jsonl: ") and named in line, line
 
 
-def test_archive_of_a_bomb(tmp_path):
+def test_zip_bomb(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("x.jsonl", "w", force_zip64=True) as member,
@@ -208,17 +208,17 @@ def test_archive_of_a_bomb(tmp_path):
 
 
 @pytest.mark.parametrize("member", ["../../x.jsonl", "/x.jsonl", "x.jsonl\0.txt", "data/\x1b[31m/x.jsonl"])
-def test_archive_with_odd_names(member, tmp_path):
+def test_archive_with_unsafe_names(member, tmp_path):
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.writestr(member.replace("\0", "#"), json.dumps(RECORD))
     file = tmp_path / "data.zip"
     file.write_bytes(file.read_bytes().replace(b"#", b"\0"))
     data = DataSettings(dataset="LongBench", dataset_path=str(tmp_path), longbench_task="x", prompt_template="{input}")
-    assert load_prompts(data) == ["why?"]  # read in place, never unpacked to a path
+    assert load_prompts(data) == ["why?"]  # read in place, never extracted
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 40, 80, 120, -1, -10, -22])
-def test_archive_that_is_cut_off(cut, tmp_path):
+def test_truncated_archive(cut, tmp_path):
     write_archive(tmp_path, json.dumps({"context": "a" * 100}).encode())
     file = tmp_path / "data.zip"
     file.write_bytes(file.read_bytes()[:cut])
@@ -255,7 +255,7 @@ def test_archive_that_is_cut_off(cut, tmp_path):
     ],
     ids=range(20),
 )
-def test_template_that_is_refused_before_a_file_is_read(template):
+def test_invalid_template_is_rejected_before_reading_files(template):
     line = refusal(dataset="jsonl", dataset_path="no/such", prompt_template=template)
     assert line.startswith("data_config.prompt_template: "), line
     with pytest.raises(ValueError, match="the record's fields are context, input, length, answers$"):
@@ -275,22 +275,22 @@ def test_template_that_is_refused_before_a_file_is_read(template):
         ("no field", "no field"),
     ],
 )
-def test_template_that_is_filled(template, expected):
+def test_valid_templates(template, expected):
     assert build_dataset_input(RECORD, template) == expected
 
 
-def test_template_with_odd_names_of_fields():
+def test_template_with_unusual_field_names():
     assert build_dataset_input({"my field": 1, "é": 2, "a-b": 3}, "{my field}{é}{a-b}") == "123"
 
 
 @pytest.mark.parametrize("template", ["{context}" * 1000, "{length:.9999999f}" * 1000, "a" * (17 << 20) + "{context}"])
-def test_template_that_makes_a_huge_prompt(template):
+def test_template_with_huge_result(template):
     record = RECORD | {"context": "a" * (1 << 20)}
     with pytest.raises(ValueError, match="a prompt of more than 16777216 characters does not fit"):
         build_dataset_input(record, template)
 
 
-def test_fault_in_a_template_names_the_line(tmp_path):
+def test_template_error_names_the_line(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text(f'{json.dumps(RECORD)}\n{{"other": 1}}\n')
     line = refusal(dataset="jsonl", dataset_path=str(file), prompt_template="{context}")
@@ -298,7 +298,7 @@ def test_fault_in_a_template_names_the_line(tmp_path):
     assert line == f"{file}: line 2: data_config.prompt_template: {problem}"
 
 
-# Which files are read
+# Source files
 
 
 def test_source_files(tmp_path, monkeypatch):

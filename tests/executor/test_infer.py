@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command: results and logs on disk, exit codes, and what stands on the terminal."""
+"""The infer command: result files, logs, exit codes, terminal output."""
 
 import dataclasses
 import datetime
@@ -41,7 +41,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def yaml_file(checkpoint, tmp_path) -> Path:
-    """Settings that run it on three prompts."""
+    """YAML for that model with three prompts."""
     prompts = [f"{word} {random.random()}" for word in ("To be", "Friends, Romans", "é 東京 🎭")]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     file = tmp_path / "tiny.yaml"
@@ -75,7 +75,7 @@ def run(yaml_file, tmp_path, monkeypatch, capsys):
 
 
 def result_folder(tmp_path: Path) -> Path:
-    """Of the only run, or of the latest."""
+    """Folder of the only or latest run."""
     runs = tmp_path / "res" / TODAY / "small_tiny"
     return runs / "latest" if (runs / "latest").exists() else next(runs.iterdir())
 
@@ -85,7 +85,7 @@ def records(file: Path) -> list[dict]:
 
 
 def assert_refused(code: int, out: str, err: str) -> str:
-    """Exit code 2, nothing on stdout, one line besides the log; returns that line."""
+    """Asserts exit code 2, empty stdout and one error line, which it returns."""
     assert code == 2 and out == "" and "Traceback" not in err, err
     lines = [line for line in err.splitlines() if not LOG_LINE.match(line)]
     assert len(lines) == 1 and lines[0].startswith("error: "), err
@@ -128,7 +128,7 @@ def test_results(run, yaml_file, tmp_path):
 
 
 def test_each_result_is_written_when_it_finishes(run, yaml_file, tmp_path, monkeypatch):
-    """The first prompt's text is long: the others are on disk long before it ends."""
+    """The first prompt generates longest: the others are on disk before it finishes."""
     stream, seen = LLM.stream, []
 
     def watched(self, sequences):
@@ -148,7 +148,7 @@ def test_each_result_is_written_when_it_finishes(run, yaml_file, tmp_path, monke
 
 
 def shorter(stream):
-    """Only the first sequence gets all its new tokens, the others 3."""
+    """The first sequence generates all its tokens, the others 3."""
 
     def call(self, sequences):
         for sequence in sequences[1:]:
@@ -210,7 +210,7 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
         (["--output", "/proc/out.jsonl"], "--output: /proc/out.jsonl cannot be written"),
     ],
 )
-def test_bad_input(options, named, run, tmp_path):
+def test_invalid_input(options, named, run, tmp_path):
     assert named in assert_refused(*run(*options))
     assert not (tmp_path / "res").exists()
 
@@ -221,14 +221,14 @@ def test_empty_prompt_is_named(run, tmp_path):
     assert "empty" in assert_refused(*run(*(part for option in options for part in ("--set", option))))
 
 
-def test_bad_yaml(run, tmp_path):
+def test_invalid_yaml(run, tmp_path):
     assert "none.yaml: no such YAML file" in assert_refused(*run(yaml=tmp_path / "none.yaml"))
     (tmp_path / "bad.yaml").write_text("model_name: [")
     assert "bad.yaml: not valid YAML" in assert_refused(*run(yaml=tmp_path / "bad.yaml"))
 
 
 @pytest.mark.parametrize(("variable", "value"), [("LOG_LEVEL", "LOUD"), ("RANK", "first")])
-def test_bad_environment(variable, value, run, monkeypatch):
+def test_invalid_environment(variable, value, run, monkeypatch):
     monkeypatch.setenv(variable, value)
     assert f"error: {variable}: " in assert_refused(*run())
 
@@ -273,7 +273,7 @@ def test_finished_prompts_survive_a_failure(run, tmp_path, monkeypatch):
 
 
 def after_the_first_result(monkeypatch, action) -> None:
-    """Does something between the first result and the second."""
+    """Runs an action between the first and second result."""
     stream = LLM.stream
 
     def watched(self, sequences):
@@ -293,7 +293,7 @@ def test_a_folder_that_is_removed_during_a_run_is_restored(run, tmp_path, monkey
 
 
 def test_results_that_cannot_all_be_written(run, tmp_path):
-    """The other file gets them all, and the exit code says that something went wrong."""
+    """The other file is complete; exit code 1."""
     code, out, err = run("--output", "/dev/full")
     assert code == 1 and len(records(result_folder(tmp_path) / "result.jsonl")) == 4
     assert err.splitlines()[-1] == "error: /dev/full cannot be written: No space left on device"
@@ -316,7 +316,7 @@ def no_space(descriptor: int, data: bytes) -> int:
 
 
 def test_what_finished_in_the_last_step_is_written(run, tmp_path, monkeypatch):
-    """Two sequences finish in one step; the run ends before the second was handed on."""
+    """Two sequences finish in one step; the run is interrupted before the second is returned."""
     stream = LLM.stream
 
     def interrupted(self, sequences):
@@ -376,8 +376,8 @@ def test_text_cannot_steer_the_terminal(run, tmp_path):
     assert records(result_folder(tmp_path) / "result.jsonl")[0]["prompt"] == "a\x1b]0;title\x07b\x9b31m"
 
 
-def test_a_prompt_that_fails(run, tmp_path, monkeypatch):
-    """Its line has the reason, the summary counts it, the others are there, and the exit code is 1."""
+def test_failed_prompt(run, tmp_path, monkeypatch):
+    """Its line has the error, the summary counts it, the others are complete; exit code 1."""
     output_of = LLM._output
 
     def failing(self, sequence):
@@ -425,7 +425,7 @@ def start(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_as_a_command(yaml_file, tmp_path):
-    """In a copy of the rooms, as results go where the code lies."""
+    """In a copy of the packages, as results go into the repository."""
     for room in ("executor", "models", "ops", "dataset"):
         shutil.copytree(REPOSITORY / room, tmp_path / room, ignore=shutil.ignore_patterns("demo", "LongBench", "*.pyc"))
     done = start(tmp_path, "--yaml_file_path", str(yaml_file), "--set", "data_config.max_prompts=1")
@@ -439,7 +439,7 @@ def test_as_a_command(yaml_file, tmp_path):
 
 
 def time_covered_us(events: list[dict]) -> float:
-    """Of events of a trace that lie side by side or within each other."""
+    """Time covered by trace events, adjacent or nested."""
     covered, end = 0.0, 0.0
     for start_us, duration_us in sorted((event["ts"], event["dur"]) for event in events):
         covered += max(0.0, start_us + duration_us - max(end, start_us))
@@ -448,7 +448,7 @@ def time_covered_us(events: list[dict]) -> float:
 
 
 def test_profiler(run, tmp_path):
-    """A trace of each rank that a browser can open, the kernels on the terminal, and the same tokens as without."""
+    """A valid Chrome trace per rank, a kernel table on the terminal, and unchanged tokens."""
     assert run()[0] == 0
     file = result_folder(tmp_path) / "result.jsonl"
     without = {record.get("index"): record.get("token_ids") for record in records(file)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs use: which checkpoints an LLM takes, how it makes tokens of texts, what it returns."""
+"""The Python API: supported checkpoints, prompts, outputs."""
 
 import json
 import random
@@ -23,7 +23,7 @@ LONGROPE = {**YARN, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_fa
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A folder and the model in it."""
+    """Checkpoint folder and its model."""
     folder = tmp_path_factory.mktemp("checkpoint")
     return folder, make_checkpoint(folder)
 
@@ -44,7 +44,7 @@ def with_tokenizer(tmp_path_factory) -> Path:
 
 
 def edited(folder: Path, copy: Path, **config) -> Path:
-    """A copy of a checkpoint with other values in its config.json; None removes a key."""
+    """Copy of a checkpoint with changes to its config.json; None removes a key."""
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     raw = json.loads((folder / "config.json").read_text()) | config
     (copy / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
@@ -66,7 +66,7 @@ def random_tokens(num_tokens: int) -> list[int]:
     return random.choices(range(211), k=num_tokens)
 
 
-# Checkpoints that are refused
+# Rejected checkpoints
 
 
 @pytest.mark.parametrize(
@@ -110,39 +110,39 @@ def random_tokens(num_tokens: int) -> list[int]:
         ({"moe_intermediate_size": 41}, "tensors do not fit the config"),
     ],
 )
-def test_config_it_cannot_honour(config, named, checkpoint, tmp_path):
+def test_unsupported_config(config, named, checkpoint, tmp_path):
     folder = edited(checkpoint[0], tmp_path, **config)
     line = refusal(folder)
     assert line.startswith(str(folder)) and named in line, line
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", b"\xff\xfe"])
-def test_config_that_is_not_json(content, checkpoint, tmp_path):
+def test_config_is_not_json(content, checkpoint, tmp_path):
     folder = edited(checkpoint[0], tmp_path)
     (folder / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert refusal(folder).startswith(f"{folder / 'config.json'}: ")
 
 
-def test_folders_that_are_no_checkpoint(checkpoint, tmp_path):
+def test_folders_without_a_checkpoint(checkpoint, tmp_path):
     assert refusal(tmp_path / "none") == f"model_path: {tmp_path / 'none'} does not exist"
     assert refusal(tmp_path) == f"model_path: {tmp_path} has no config.json"
     shutil.copy(checkpoint[0] / "config.json", tmp_path)
     assert refusal(tmp_path).startswith(f"model_path: {tmp_path} has neither model.safetensors.index.json nor")
 
 
-def test_quantised_checkpoint_of_another_tool(checkpoint, tmp_path):
+def test_quantised_checkpoint_is_rejected(checkpoint, tmp_path):
     folder = edited(checkpoint[0], tmp_path)
     (folder / "quant_model_description.json").write_text("{}")
     assert "quantised checkpoints are not supported" in refusal(folder)
 
 
-def test_broken_tokenizer(with_tokenizer, tmp_path):
+def test_invalid_tokenizer(with_tokenizer, tmp_path):
     folder = edited(with_tokenizer, tmp_path)
     (folder / "tokenizer.json").write_text("{")
     assert refusal(folder).startswith(f"model_path: no tokenizer could be read from {folder}: ")
 
 
-# Spellings of one config
+# Equivalent configs
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_rope_override_equals_a_checkpoint_that_has_it(theta_in_override, old_sp
     ("override", "named"),
     [
         ({}, "rope_type"),
-        ({"factor": 4.0}, "rope_type"),  # would change nothing
+        ({"factor": 4.0}, "rope_type"),  # would have no effect
         ({"rope_type": "spiral"}, "spiral"),
         ({"rope_type": 3}, "3"),
         ({"rope_type": "yarn"}, "factor"),
@@ -240,7 +240,7 @@ def test_random_weights_need_only_a_config(checkpoint, tmp_path):
 # generate, chat, logits
 
 
-def test_prompts_in_every_form(with_tokenizer, demo_tokenizer):
+def test_prompt_types(with_tokenizer, demo_tokenizer):
     llm = LLM(with_tokenizer, device="cpu", dtype="float32", batch_size=2, max_new_tokens=4)
     texts = ["Good morrow", "What news?"]
     token_ids = [demo_tokenizer.encode(text) for text in texts]
@@ -278,7 +278,7 @@ def test_checkpoint_without_tokenizer_takes_token_ids(checkpoint):
         llm.chat([{"role": "user", "content": "a text"}])
     [output] = llm.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
     assert output.text == "" and len(output.token_ids) == 3
-    with pytest.raises(ValueError, match="stop"):  # it could never be found
+    with pytest.raises(ValueError, match="stop"):  # it could never match
         llm.generate([[1, 2, 3]], SamplingParams(stop=("a",)))
 
 
@@ -302,13 +302,13 @@ def test_logits(dtype, checkpoint):
     assert error < {"float32": 1e-6, "bfloat16": 1e-1, "float16": 2e-2}[dtype]
 
 
-def test_cache_that_does_not_fit(checkpoint):
+def test_cache_larger_than_memory(checkpoint):
     line = refusal(checkpoint[0], cache_tokens=10**9)
     assert line.startswith("model_config.cache_tokens: 1000000000 tokens need ")
     assert "cache_memory_fraction" in refusal(checkpoint[0], cache_memory_fraction=1e-9)
 
 
-def test_lengths_no_machine_can_hold(checkpoint):
+def test_lengths_beyond_memory(checkpoint):
     assert "input_max_len" in refusal(checkpoint[0], input_max_len=10**12)
 
 
@@ -317,3 +317,20 @@ def test_logits_reach_the_last_position(checkpoint):
     assert llm.logits(random_tokens(601)).shape == (601, 211)
     with pytest.raises(ValueError, match="602 tokens"):
         llm.logits(random_tokens(602))
+
+
+def test_attention_that_is_not_plain_beyond_a_length_is_refused_there(tmp_path):
+    """From Python a prompt may be longer than the settings planned for, but not longer than that."""
+    make_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dual_chunk_attention_config"] = {"chunk_size": 64, "local_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, device="cpu", dtype="float32", input_max_len=30, max_new_tokens=4)
+    [output] = llm.generate([list(range(60))], SamplingParams(max_new_tokens=4, ignore_eos=True))
+    assert len(output.token_ids) == 4
+    with pytest.raises(
+        ValueError, match="config.json's dual_chunk_attention_config.chunk_size is not supported beyond it"
+    ):
+        llm.generate([list(range(62))], SamplingParams(max_new_tokens=4))
+    with pytest.raises(TypeError, match="token_ids: "):
+        llm.logits(b"abc")

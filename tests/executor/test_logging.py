@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One log format, rank 0 on the terminal, every rank in its file."""
+"""Logging set-up: rank 0 on the terminal, every rank in its file."""
 
 import logging
 import re
@@ -30,7 +30,7 @@ def say_everything() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_terminal_is_rank_0_and_every_rank_has_its_file(rank, tmp_path, capsys):
+def test_rank_0_logs_to_the_terminal_and_all_ranks_to_files(rank, tmp_path, capsys):
     file = tmp_path / "log.log"
     setup_logging("INFO", rank, file)
     say_everything()
@@ -44,7 +44,7 @@ def test_terminal_is_rank_0_and_every_rank_has_its_file(rank, tmp_path, capsys):
     ("setting", "variable", "lines"),
     [("DEBUG", None, 4), ("ERROR", None, 1), ("INFO", "WARNING", 2), ("ERROR", "debug", 4)],
 )
-def test_variable_wins_over_setting(setting, variable, lines, tmp_path, monkeypatch):
+def test_environment_variable_overrides_setting(setting, variable, lines, tmp_path, monkeypatch):
     if variable:
         monkeypatch.setenv("LOG_LEVEL", variable)
     setup_logging(setting, 1, tmp_path / "log")
@@ -67,7 +67,7 @@ def test_new_run_replaces_handlers_and_file(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
-def test_libraries_are_quieter(tmp_path):
+def test_library_log_levels(tmp_path):
     setup_logging("DEBUG", 1, tmp_path / "log")
     logging.getLogger("urllib3.x").info("chatter")
     logging.getLogger("urllib3.x").warning("matters")

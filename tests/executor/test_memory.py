@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a CPU is said to have, whatever limits it, and how much of it the cache takes."""
+"""Free CPU memory under control group and process limits, and cache sizing."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ SHORT = "To be, or not to be"
 
 
 def made(root: Path, cgroup: str, mountinfo: str, **groups: dict[str, object]) -> Path:
-    """A folder with the files of /proc and /sys in it; groups: folder -> file name -> content."""
+    """Fake /proc and /sys; groups: folder -> file name -> content."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(cgroup)
     (root / "proc/self/mountinfo").write_text("22 1 8:1 / / rw,relatime - ext4 /dev/root rw\n" + mountinfo)
@@ -49,7 +49,7 @@ def v1(limit: object, usage: object = 0, stat: str = "") -> dict[str, object]:
     return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": usage, "memory.stat": stat}
 
 
-# What control groups allow
+# Control group limits
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def v1(limit: object, usage: object = 0, stat: str = "") -> dict[str, object]:
         ({"cgroup.procs": 1}, None),
     ],
 )
-def test_cgroup_of_version_2(files, left, tmp_path):
+def test_cgroup_v2(files, left, tmp_path):
     root = made(tmp_path, "0::/user.slice/job\n", V2_MOUNT.format("/"), **{f"{V2}/user.slice/job": files})
     assert memory_left_bytes(root) == left
 
@@ -83,13 +83,13 @@ def test_cgroup_of_version_2(files, left, tmp_path):
         (v1(-1), None),
     ],
 )
-def test_cgroup_of_version_1(files, left, tmp_path):
+def test_cgroup_v1(files, left, tmp_path):
     lines = "9:name=systemd:/\n5:memory:/docker/ab:c\n4:cpu,cpuacct:/limited\n0::/\n"
     root = made(tmp_path, lines, CPU_MOUNT.format("/") + V1_MOUNT.format("/"), **{f"{V1}/docker/ab:c": files})
     assert memory_left_bytes(root) == left
 
 
-def test_unlimited_cgroup_of_version_1_changes_nothing(tmp_path, monkeypatch):
+def test_unlimited_cgroup_v1(tmp_path, monkeypatch):
     root = made(tmp_path, "5:memory:/\n", V1_MOUNT.format("/"), **{V1: v1(UNLIMITED_V1, 10**9)})
     unlimited = free_memory_bytes(CPU)
     monkeypatch.setattr(device, "memory_left_bytes", lambda: memory_left_bytes(root))
@@ -98,7 +98,7 @@ def test_unlimited_cgroup_of_version_1_changes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("limited", ["a/b/c", "a/b", "a", ""])
 @pytest.mark.parametrize(("top", "files", "unlimited"), [(V2, v2, "max"), (V1, v1, UNLIMITED_V1)])
-def test_groups_above_limit_too(limited, top, files, unlimited, tmp_path):
+def test_parent_groups_limit(limited, top, files, unlimited, tmp_path):
     groups = {f"{top}/{folder}".rstrip("/"): files(unlimited, 5) for folder in ("", "a", "a/b", "a/b/c")}
     groups[f"{top}/{limited}".rstrip("/")] = files(1000, 400)
     line, mount = ("0::/a/b/c\n", V2_MOUNT) if top == V2 else ("7:memory:/a/b/c\n", V1_MOUNT)
@@ -108,11 +108,11 @@ def test_groups_above_limit_too(limited, top, files, unlimited, tmp_path):
 @pytest.mark.parametrize(
     ("path", "mounted", "visible"),
     [
-        ("/", "/", ""),  # with a name space of control groups
+        ("/", "/", ""),  # with a cgroup namespace
         ("/docker/ab", "/docker/ab", ""),  # without one
         ("/docker/ab/inner/job", "/docker/ab", "inner/job"),
         ("/docker/ab", "/", ""),  # its own group is mounted under another name
-        ("/../../other", "/", ""),  # it was moved out of the name space's group
+        ("/../../other", "/", ""),  # it was moved out of the root of the namespace
         ("/", "/../..", ""),
         ("/docker/ab (deleted)", "/", ""),
     ],
@@ -131,12 +131,12 @@ def test_both_versions_at_once(tmp_path):
     assert memory_left_bytes(made(tmp_path, "7:memory:/slurm/job\n0::/slurm\n", mounts, **groups)) == 600
 
 
-def test_mounted_at_a_path_with_blanks(tmp_path):
+def test_mount_point_with_spaces(tmp_path):
     mounts = V2_MOUNT.format("/").replace("/sys/fs/cgroup", r"/my\040groups")
     assert memory_left_bytes(made(tmp_path, "0::/a b\n", mounts, **{"my groups/a b": v2(1000, 400)})) == 600
 
 
-def test_nothing_to_read_is_no_limit(tmp_path):
+def test_unreadable_files_mean_no_limit(tmp_path):
     assert memory_left_bytes(tmp_path) is None
     assert memory_left_bytes(made(tmp_path, "0::/a\n", "")) is None
     (tmp_path / "proc/self/cgroup").unlink()
@@ -144,7 +144,7 @@ def test_nothing_to_read_is_no_limit(tmp_path):
     assert memory_left_bytes(tmp_path) is None
 
 
-# What this process is said to have
+# Process limits
 
 
 def test_ranks_of_a_node_share_a_group_s_limit(tmp_path, monkeypatch):
@@ -200,7 +200,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def child():
-    """What a process finds that limits its own memory, and how much a cache takes in it."""
+    """Free memory and cache sizes measured in a process with limited memory."""
     result = subprocess.run(
         [sys.executable, "-c", f"PROMPT = {SHORT!r}\n{CHILD}"],
         cwd=REPOSITORY,
@@ -233,7 +233,7 @@ def test_cache_stays_within_the_limit_of_the_process(child):
     assert text == child["known"][2]
 
 
-# How large the cache is
+# Cache size
 
 
 def demo_settings(batch_size: int = 1, cache_tokens: int | None = None, **data):
@@ -280,7 +280,7 @@ def test_blocks_in_use(lens, batch_size, blocks):
 
 
 @pytest.mark.parametrize(("cache_tokens", "num_blocks"), [(10**5, 2), (256, 2), (128, 1), (None, 2)])
-def test_stated_cache_is_cut_to_what_known_prompts_can_use(cache_tokens, num_blocks, caplog):
+def test_cache_tokens_are_capped_for_known_prompts(cache_tokens, num_blocks, caplog):
     caplog.set_level(logging.INFO)
     llm = LLM.from_settings(demo_settings(batch_size=2, cache_tokens=cache_tokens), [SHORT, SHORT, SHORT])
     assert llm.num_blocks == num_blocks
@@ -289,11 +289,11 @@ def test_stated_cache_is_cut_to_what_known_prompts_can_use(cache_tokens, num_blo
     assert line.endswith("the maximum that the known prompts can use") == (num_blocks == 2)
 
 
-def test_stated_cache_without_known_prompts_stays():
+def test_cache_tokens_without_known_prompts():
     assert LLM.from_settings(demo_settings(cache_tokens=10**4)).num_blocks == blocks_for(10**4)
 
 
-def test_stated_cache_that_does_not_fit_is_refused_all_the_same():
+def test_cache_tokens_beyond_memory_are_rejected():
     with pytest.raises(ValueError, match=r"^model_config\.cache_tokens: 1000000000 tokens need "):
         LLM.from_settings(demo_settings(cache_tokens=10**9), [SHORT])
 
@@ -307,9 +307,9 @@ def test_a_group_of_ranks_has_a_cache_for_its_share_of_the_batch():
         assert allocate_cache(settings, config, 512, parallel, torch.float32, CPU, known)[0] == expected
 
 
-def test_a_known_prompt_is_refused_before_weights_are_read(tmp_path):
+def test_known_prompt_is_rejected_before_loading_weights(tmp_path):
     for file in (*DEMO.glob("*.json"), DEMO / "model.safetensors"):
-        (tmp_path / file.name).write_bytes(file.read_bytes()[:200_000])  # the weights are cut off
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:200_000])  # truncated weights
     raw = {"model_name": "demo", "model_path": str(tmp_path), "device": "cpu"}
     data = {"data_config": {"input_max_len": 8, "long_prompt": "refuse"}}
     with pytest.raises(ValueError, match="tokens, data_config.input_max_len is 8"):

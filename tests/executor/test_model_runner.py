@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step's inputs: rows of padding, as captured steps have them, change nothing for the others; which have some."""
+"""Inputs of a decode step: padding rows of captured steps do not affect the other rows; graph batch sizes."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.checkpoints import make_checkpoint
 
 
 @torch.inference_mode()
-def test_padding_rows_change_nothing(tmp_path):
+def test_padding_rows_do_not_affect_other_rows(tmp_path):
     make_checkpoint(tmp_path)
     llm = LLM(tmp_path, device="cpu", dtype="float32", batch_size=3)
     [scheduler] = llm.engine.schedulers
@@ -38,11 +38,11 @@ def test_padding_rows_change_nothing(tmp_path):
     assert inputs.step.slot_mapping[3:].tolist() == [NULL_BLOCK * BLOCK_SIZE, NULL_BLOCK * BLOCK_SIZE + 1]
     assert inputs.step.seq_lens.tolist() == [131, 8, 129, 131, 131]
     repeated = expected[:1].expand(5, -1)
-    torch.testing.assert_close(logits[3:], repeated[3:], atol=1e-5, rtol=0)  # so padding chooses no other experts
+    torch.testing.assert_close(logits[3:], repeated[3:], atol=1e-5, rtol=0)  # padding activates no additional experts
 
-    inputs.fill(sequences[1:2])  # fewer rows the next time: none of the old ones is left
+    inputs.fill(sequences[1:2])  # fewer rows: the previous ones are overwritten
     assert inputs.step.block_table.tolist() == [[*sequences[1].blocks[:1], 0, 0, 0]] * 5
-    inputs.fill(sequences[:1], torch.tensor([3]))  # a token that the host has not read: the sequence lacks it
+    inputs.fill(sequences[:1], torch.tensor([3]))  # a token still on the device
     assert inputs.token_ids.tolist() == [3] * 5 and inputs.step.seq_lens_list == [132] * 5
     sequences[0].token_ids.pop()
     inputs.fill(sequences[:1], torch.tensor([3]))

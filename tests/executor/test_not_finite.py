@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits that are not finite end their request with an error; the others, and later ones, go on as if alone.
+"""Non-finite logits end their request with an error; concurrent and later requests are unaffected.
 
-The embedding of one token is not finite, so that only a sequence that holds it fails.
+One token has a non-finite embedding, so that only sequences that contain it fail.
 """
 
 import random
@@ -44,11 +44,11 @@ def damaged_prompt(num_tokens: int) -> list[int]:
 
 
 def save(folder: Path, change: Callable[[Any], Any] | None = None, **config: Any) -> Path:
-    """A model of which `change` changed something; token DAMAGED is never chosen while all is finite."""
+    """Saves a model modified by `change`; token DAMAGED is never generated while all logits are finite."""
     model = make_model(**config)
     with torch.no_grad():
         model.lm_head.weight[DAMAGED] = 0
-        for layer in model.model.layers:  # sharp attention: every cached token matters
+        for layer in model.model.layers:  # peaked attention: every cached token matters
             layer.self_attn.q_norm.weight *= 4
         if change is not None:
             change(model)
@@ -57,7 +57,7 @@ def save(folder: Path, change: Callable[[Any], Any] | None = None, **config: Any
 
 
 def embed(token_id: int, value: float) -> Callable[[Any], Any]:
-    """A change that sets a token's embedding."""
+    """Returns a `change` that sets a token's embedding."""
     return lambda model: model.model.embed_tokens.weight[token_id].fill_(value)
 
 
@@ -88,14 +88,14 @@ def assert_failed(output: RequestOutput, num_tokens: int, cause: str = DAMAGE) -
 
 
 def assert_sound_cache(llm: LLM) -> None:
-    """Nothing is left in the cache that a later run could be poisoned by."""
+    """Asserts that the cache has no non-finite values left."""
     llm.generate([[1, 2]], SamplingParams(max_new_tokens=1))
     assert all(cache.isfinite().all() for caches in llm.kv_caches for cache in caches)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_others_get_the_tokens_they_get_alone(sampling, damaged):
-    """In the same prefill, and waiting for the failed one's place and blocks."""
+    """In the same prefill, and waiting for the failed sequence's slot and blocks."""
     params = SamplingParams(max_new_tokens=6, ignore_eos=True, **SAMPLINGS[sampling])
     prompts = [sound_prompt(length) for length in (130, 5, 126, 3)]
     llm = build(damaged, batch_size=3, cache_tokens=6 * BLOCK_SIZE)
@@ -113,7 +113,7 @@ def test_the_others_get_the_tokens_they_get_alone(sampling, damaged):
     assert_sound_cache(llm)
 
 
-def test_all_may_fail(damaged):
+def test_all_prompts_fail(damaged):
     llm = build(damaged, runs_ahead=True, batch_size=2)
     for output in llm.generate([damaged_prompt(n) for n in (1, 5, 130, 7, 2)], SamplingParams(max_new_tokens=3)):
         assert_failed(output, 0)
@@ -122,7 +122,7 @@ def test_all_may_fail(damaged):
 
 @pytest.fixture(scope="module")
 def text(sound) -> tuple[list[int], list[int], int]:
-    """A prompt, the tokens that follow, and the place of one among them that comes up there for the first time."""
+    """A prompt, its generated tokens, and the index of one that occurs there for the first time."""
     llm = build(sound)
     for _ in range(50):
         prompt = sound_prompt(126)
@@ -135,7 +135,7 @@ def text(sound) -> tuple[list[int], list[int], int]:
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
 def test_tokens_before_the_failure_are_kept(runs_ahead, text, tmp_path):
-    """A chosen token is the damaged one: the limit comes before the failure, with it, or later."""
+    """A generated token is the damaged one: the length limit is before, at, or after the failure."""
     prompt, token_ids, place = text
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead, batch_size=2)
     company = sound_prompt(40, token_ids[place])
@@ -153,8 +153,8 @@ def test_tokens_before_the_failure_are_kept(runs_ahead, text, tmp_path):
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_a_step_after_the_end_of_a_text_poisons_nothing(runs_ahead, text, tmp_path):
-    """The end token itself is damaged: only a step that was started before it was read computes with it."""
+def test_step_after_eos_leaves_a_finite_cache(runs_ahead, text, tmp_path):
+    """The EOS token is damaged: only a step launched before it was read computes with it."""
     prompt, token_ids, place = text
     eos = token_ids[place]
     llm = build(save(tmp_path, embed(eos, float("nan"))), runs_ahead, cache_tokens=2 * BLOCK_SIZE)
@@ -185,7 +185,7 @@ def test_an_abandoned_run_poisons_nothing(runs_ahead, text, tmp_path):
 # Logits
 
 
-def test_one_damaged_logit_is_enough(tmp_path):
+def test_one_non_finite_logit_is_enough(tmp_path):
     llm = build(save(tmp_path, lambda model: model.lm_head.weight[DAMAGED].fill_(float("nan"))), batch_size=2)
     for sampling in SAMPLINGS.values():
         for output in llm.generate([[1, 2], [3]], SamplingParams(max_new_tokens=3, **sampling)):
@@ -206,7 +206,7 @@ def test_logits_name_the_first_position(length, damaged):
 
 
 def test_overflow_in_float16(tmp_path):
-    """The same weights are good in bfloat16 and float32."""
+    """The same weights work in bfloat16 and float32."""
     save(tmp_path, lambda model: model.model.layers[1].self_attn.v_proj.weight.mul_(1e5))
     params = SamplingParams(max_new_tokens=3, ignore_eos=True)
     for dtype in ("float32", "bfloat16"):
@@ -220,7 +220,7 @@ def test_overflow_in_float16(tmp_path):
         llm.logits([1, 2])
 
 
-def test_an_infinity_that_leaves_no_trace_is_no_error(tmp_path):
+def test_intermediate_infinity_is_no_error(tmp_path):
     """The square of a large number is infinite, RMSNorm divides by it."""
     llm = build(save(tmp_path, embed(DAMAGED, 1e25)))
     [output] = llm.generate([[1, DAMAGED]], SamplingParams(max_new_tokens=3, ignore_eos=True))
@@ -242,7 +242,7 @@ def test_a_failed_prompt_is_not_measured(run, tmp_path):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_report_has_finite_numbers_only(value, tmp_path):
+def test_report_rejects_non_finite_numbers(value, tmp_path):
     with Report(tmp_path / "report.json", 1, lambda report: "table") as report:
         report.begin()
         with pytest.raises(RuntimeError, match="not a finite number"):
@@ -254,7 +254,7 @@ def test_a_report_has_finite_numbers_only(value, tmp_path):
 
 
 class Rerun:
-    """Stands in for a recorder of graphs where there is none: a replay runs the step again, into the same tensor."""
+    """Substitute for a graph recorder on the CPU: a replay reruns the step into the same tensor."""
 
     def warm_up(self, work: Callable[[], Any]) -> None:
         work()
@@ -264,8 +264,8 @@ class Rerun:
         return logits, lambda seq_lens: logits.local.copy_(work().local)
 
 
-def test_rows_of_padding_poison_nobody(text, tmp_path, monkeypatch):
-    """They repeat the first sequence, which fails, and write where the others' unused table entries point."""
+def test_padding_rows_do_not_corrupt_the_cache(text, tmp_path, monkeypatch):
+    """They repeat the first sequence, which fails, and write to the reserved padding block."""
     prompt, token_ids, place = text
     ops = ReferenceOps(grouped_mm=True)
     ops.graph_recorder = Rerun
@@ -288,7 +288,7 @@ SPLIT = {"vocab_size": 208, "num_attention_heads": 4}
 
 
 def results_of(folders: list[str], prompts: list[list[int]], all_settings: list[dict[str, Any]]) -> list[Any]:
-    """Of each layout: what became of the prompts, and of those of the second folder's model, where all fail."""
+    """Outputs for each layout, of both models; all prompts fail with the second."""
     results = []
     for settings in all_settings:
         llm, no_logits = (build(folder, True, batch_size=3, cache_tokens=2048, **settings) for folder in folders)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole model on a GPU, or split over two: logits beside transformers', the same tokens eager and from graphs."""
+"""The whole model on one or two GPUs: logits close to transformers', equal tokens in eager and graph mode."""
 
 import itertools
 
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
 SHAPE_30B = REPOSITORY / "models" / "qwen3_moe" / "shapes" / "qwen3_30b_a3b"
 TEXT_LENGTHS = [5, 40, 130, 300]
-MORE_THAN_TRANSFORMERS = 1.5  # allowed of our error, both in bfloat16 against float32
+MORE_THAN_TRANSFORMERS = 1.5  # maximum ratio of the errors, both bfloat16 against float32
 MODES = ("eager", "graph")
 # attn_tp, moe_tp, embed_tp, lmhead_tp of two ranks
 LAYOUTS = {"2tp": (2, 2, 2, 2), "2ep": (2, 1, 2, 2), "2dp_2ep": (1, 1, 1, 1), "2dp_2tp": (1, 2, 2, 2)}
 
 
 def texts(llm: LLM) -> list[list[int]]:
-    """Parts of the held-out text, as long as TEXT_LENGTHS says."""
+    """Slices of the held-out text with TEXT_LENGTHS tokens."""
     text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
     return [llm.tokenizer.encode(text[1200 * i :][:1200])[:length] for i, length in enumerate(TEXT_LENGTHS)]
 
@@ -38,7 +38,7 @@ def transformers_logits(dtype: torch.dtype, sequences: list[list[int]]) -> list[
 
 
 def exact_logits(sequences: list[list[int]]) -> tuple[list[torch.Tensor], float]:
-    """In float32, and how far transformers is from them in bfloat16."""
+    """float32 logits, and the error of transformers' bfloat16 logits."""
     exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
     return exact, relative_error(torch.cat(theirs), torch.cat(exact))
 
@@ -63,7 +63,7 @@ def test_logits_of_the_demo(exe_mode):
 
 
 def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], list[torch.Tensor]]]:
-    """Of each layout, batch size and mode: all sequences, and the logits of this rank's in decode."""
+    """For each layout, batch size and mode: all sequences, and the decode logits of those on this rank."""
     results = {}
     for layout, sizes in LAYOUTS.items():
         for exe_mode in MODES:
@@ -77,7 +77,7 @@ def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], li
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
 def test_layouts_of_two_gpus(tmp_path):
-    """With one prompt a group of attention ranks of its own has none."""
+    """With one prompt, one of two attention DP groups is idle."""
     new_tokens = 24
     ranks = run_ranks(2, results_of_layouts, tmp_path, new_tokens)
     for layout, count in itertools.product(LAYOUTS, (1, len(TEXT_LENGTHS))):
@@ -125,4 +125,4 @@ def test_eager_and_graph_choose_the_same_tokens(model_path, prompt_tokens):
                 outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
                 tokens.append([output.token_ids for output in outputs])
             assert tokens[0] == tokens[1], (length, batch_size)
-            assert len({tuple(row) for row in tokens[0]}) == batch_size  # else sequences mix
+            assert len({tuple(row) for row in tokens[0]}) == batch_size  # distinct prompts, so distinct outputs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overrides (`--set section.key=value`): how they are read, and that the one at fault is blamed."""
+"""Overrides (`--set section.key=value`): parsing, and errors that name the override."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def yaml_file(tmp_path: Path) -> Path:
 
 
 def refusal(file: Path, *overrides: str) -> str:
-    """The one line that refuses a file or its overrides."""
+    """The one-line error of a file or its overrides."""
     with pytest.raises(ValueError) as error:
         load_settings(file, overrides)
     assert str(error.value) and "\n" not in str(error.value)
@@ -45,7 +45,7 @@ def refusal(file: Path, *overrides: str) -> str:
         ("model_name.seed=3", "model_name is not a section"),
     ],
 )
-def test_bad_override(override, named, yaml_file):
+def test_invalid_override(override, named, yaml_file):
     line = refusal(yaml_file, override)
     assert line.startswith(f"--set {override}: ") and named in line, line
 
@@ -69,18 +69,18 @@ def test_bad_override(override, named, yaml_file):
         (["x" * 10**5], "--set xxx"),
     ],
 )
-def test_the_override_at_fault_is_blamed(overrides, blamed, yaml_file):
+def test_error_names_the_override(overrides, blamed, yaml_file):
     line = refusal(yaml_file, *overrides)
     assert line.startswith(blamed) and str(yaml_file) not in line and len(line) <= 400, line
 
 
-def test_the_file_is_blamed_for_what_no_override_set(yaml_file):
+def test_error_names_the_file_for_its_own_values(yaml_file):
     yaml_file.write_text(GOOD.replace("batch_size: 2", "batch_size: 0"))
     for override in ("data_config.seed=1", "model_config={dtype: float32}"):
         assert refusal(yaml_file, override).startswith(f"{yaml_file}: data_config.batch_size: 0 is impossible")
 
 
-def test_overrides_that_are_no_list(yaml_file):
+def test_overrides_must_be_a_list(yaml_file):
     for overrides in ("data_config.seed=1", [1], [b"data_config.seed=1"]):
         with pytest.raises(TypeError, match="overrides: expected a list of texts"):
             load_settings(yaml_file, overrides)

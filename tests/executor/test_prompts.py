@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What generate and chat take as prompts, what they refuse, and that an error says which prompt it is about."""
+"""Prompt types of generate and chat, and errors that name the prompt."""
 
 import array
 import collections
@@ -43,13 +43,13 @@ def test_token_ids_of_one_prompt(one):
     assert prompt_list(["a", one, "b"]) == ["a", expected, "b"]
 
 
-def test_rows_are_prompts():
+def test_rows_of_an_array_are_prompts():
     rows = [[3, 1], [2, 0]]
     assert prompt_list(np.array(rows)) == prompt_list(torch.tensor(rows)) == prompt_list(rows) == rows
     assert prompt_list(list(torch.tensor(rows))) == prompt_list(tuple(np.array(rows))) == rows
 
 
-def test_nothing_and_empty_prompts(llm):
+def test_no_prompts_and_empty_prompts(llm):
     for nothing in ([], (), np.zeros((0, 3), int), torch.zeros((0, 3), dtype=torch.int64)):
         assert prompt_list(nothing) == [] == llm.generate(nothing)
     assert llm.chat([]) == [] == llm.chat(())
@@ -98,8 +98,8 @@ def encoding() -> BatchEncoding:
         (np.array([]), "a ndarray of float64"),
     ],
 )
-def test_what_is_no_prompt(prompts, named, llm):
-    """Neither alone nor in a list; nothing of the list has run then."""
+def test_invalid_prompt_types(prompts, named, llm):
+    """TypeError alone and in a list, before any prompt runs."""
     with pytest.raises(TypeError) as raised:
         llm.generate(prompts)
     assert str(raised.value).startswith("prompts: expected a text, token ids (") and named in str(raised.value)
@@ -122,34 +122,34 @@ def test_mixed_token_ids(mixed, llm):
 
 
 @pytest.mark.parametrize("inner", [[["a"]], [[1.5]], [[None]], [[True]], [[[1]]], [["a", 2]], [{}], [torch.zeros(2)]])
-def test_lists_of_what_is_no_prompt(inner, llm):
+def test_lists_of_invalid_prompts(inner, llm):
     with pytest.raises(TypeError, match="^the prompt: expected a text, token ids"):
         llm.generate(inner)
 
 
 @pytest.mark.parametrize("token_id", [-1, 2048, 2**63, 10**400])
-def test_ids_the_model_lacks(token_id, llm):
+def test_token_ids_out_of_vocabulary(token_id, llm):
     with pytest.raises(ValueError, match="^prompt 2 of 2: token ids must be at least one, each from 0 to 2047$"):
         llm.generate([[1], [2, token_id]])
     with pytest.raises(ValueError, match="each from 0 to 2047"):
         llm.generate(np.array([np.iinfo(np.uint64).max], np.uint64))
 
 
-def test_outputs_are_plain(llm):
+def test_outputs_have_plain_python_types(llm):
     [output] = llm.generate(np.array(IDS))
     json.dumps([output.prompt_token_ids, output.token_ids])
     [text] = llm.generate([np.str_("Good morrow")])
     assert type(text.prompt) is str
 
 
-def test_half_characters_run_nothing(llm):
+def test_lone_surrogates_are_rejected_before_running(llm):
     with pytest.raises(ValueError, match="^prompt 2 of 3: character 3 is "):
         llm.generate(["a", "ab\ud83d", "c"])
     with pytest.raises(ValueError, match="^messages: prompt 2 of 2: message 3: content: character 1 is "):
         llm.chat([[user("a")], [user("a"), assistant("b"), user("\ude00")]])
 
 
-def test_cut_and_refused_prompts_are_named(llm, caplog):
+def test_warnings_and_errors_name_the_prompt(llm, caplog):
     llm.generate(["a", "Good morrow " * 99])
     assert "prompt 2 of 2 of " in caplog.text and "was cut in the middle to 64" in caplog.text
     llm.chat([[user("a")], [user("b")], [user("Good morrow " * 99)]])
@@ -161,7 +161,7 @@ def test_cut_and_refused_prompts_are_named(llm, caplog):
 # Conversations
 
 
-def test_conversations_in_every_form():
+def test_conversation_types():
     one = [user("a"), assistant("b") | {"tool_calls": [1]}, user("c")]
     assert conversation_list(one) == [one] and conversation_list([one, one]) == [one, one]
     assert conversation_list(tuple(one)) == [tuple(one)] and conversation_list((tuple(one),)) == [tuple(one)]
@@ -189,7 +189,7 @@ def test_conversations_in_every_form():
         ([collections.UserDict(user("a"))], "message 1: expected"),
     ],
 )
-def test_what_is_no_conversation(messages, named, llm):
+def test_invalid_conversation_types(messages, named, llm):
     with pytest.raises(TypeError) as raised:
         llm.chat(messages)
     assert named in str(raised.value) and len(str(raised.value)) < 300
@@ -202,7 +202,7 @@ def test_empty_conversations(messages, llm):
 
 
 @pytest.mark.parametrize("given", [{"max_new_tokens": 3}, 3, [SamplingParams()], "greedy", SamplingParams])
-def test_what_is_no_sampling_params(given, llm):
+def test_invalid_sampling_params_type(given, llm):
     for call in (llm.generate, llm.chat):
         with pytest.raises(TypeError, match="^sampling_params: expected one SamplingParams for all prompts, got a "):
             call([[user("a")]] if call == llm.chat else "a", given)
@@ -214,14 +214,14 @@ def test_what_is_no_sampling_params(given, llm):
 @pytest.mark.parametrize(
     "path", [None, 3, "", b"models", True, ["a"], "~nobody/x", "x" * 300, "a\0b", "\ud83d", "a\nb"]
 )
-def test_paths_that_are_none(path):
+def test_invalid_model_paths(path):
     with pytest.raises(ValueError) as raised:
         LLM(path, device="cpu")
     line = str(raised.value)
     assert line.startswith("model_path: ") and len(line) < 500 and line.isprintable()
 
 
-def test_a_file_is_no_checkpoint(tmp_path):
+def test_model_path_is_a_file(tmp_path):
     file = Path(shutil.copy(DEMO / "config.json", tmp_path / "model.safetensors"))
     for path in (file, file / "x"):
         with pytest.raises(ValueError) as raised:
@@ -230,7 +230,7 @@ def test_a_file_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "a\nb", "東京" * 20])
-def test_folders_of_odd_names_can_be_loaded(name, tmp_path):
+def test_unusual_folder_names(name, tmp_path):
     make_checkpoint(tmp_path / name)
     assert LLM(tmp_path / name, device="cpu").logits([1]).shape == (1, 211)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boundary to the user's files, and text that is safe to show."""
+"""Reading user files, and sanitizing text for display."""
 
 import random
 
@@ -45,7 +45,7 @@ def test_quoted_values_are_short():
         (b"[]", "expected a JSON object"),
     ],
 )
-def test_bad_json_names_the_file(content, problem, tmp_path):
+def test_invalid_json_names_the_file(content, problem, tmp_path):
     file = tmp_path / "a.json"
     file.write_bytes(content)
     with pytest.raises(ValueError) as raised:
@@ -63,7 +63,7 @@ def test_unreadable_files(name, tmp_path):
     assert read_json(tmp_path / "large") == 11111111111
 
 
-def test_refusing_names_the_place_whatever_was_raised():
+def test_refusing_converts_every_exception():
     errors = (KeyError("k"), MemoryError(), RecursionError("deep"), OSError(13, "Permission denied"), OverflowError())
     for error in errors:
         with pytest.raises(ValueError, match="^place: problem: ."), refusing("place", "problem"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs as real processes: whatever ends one, what has finished is on disk; two at once do not meet."""
+"""Runs as real processes: finished results survive any termination; concurrent runs are independent."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def test_what_has_finished_survives_a_signal(number, yaml_file, tmp_path):
 
 
 def test_two_runs_at_once_and_terminals_that_fail(yaml_file, tmp_path):
-    """One prints to a pipe that nobody reads, one to a terminal that lacks most of the characters."""
+    """One writes to a pipe without reader, one to a terminal with an ASCII encoding."""
     reader, writer = os.pipe()
     os.close(reader)
     output = tmp_path / "copy.jsonl"
@@ -91,8 +91,8 @@ def test_two_runs_at_once_and_terminals_that_fail(yaml_file, tmp_path):
     assert (files[0].parent.parent / "latest").resolve() in [file.parent for file in files]
 
 
-def test_an_early_interrupt_shows_no_traceback(yaml_file, tmp_path):
-    """At whatever moment it comes after the first tenth of a second: while importing, loading, or running."""
+def test_early_interrupt_prints_no_traceback(yaml_file, tmp_path):
+    """At a random time after 0.1 s: while importing, loading, or running."""
     for delay_s in (0.15, 0.6, 2.5):
         process = start(yaml_file, "--set", "data_config.max_new_tokens=4000")
         time.sleep(delay_s)

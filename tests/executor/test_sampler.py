@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The next token: the same distribution as transformers', and repeatable draws from it."""
+"""Sampling: the same distribution as transformers', and reproducible draws."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def sample_rows(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 def processors(
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, repetition_penalty: float = 1.0
 ) -> LogitsProcessorList:
-    """What transformers' generate puts together for these settings."""
+    """transformers' logits processors for these settings."""
     chosen = [RepetitionPenaltyLogitsProcessor(repetition_penalty), TemperatureLogitsWarper(temperature)]
     chosen += [TopKLogitsWarper(top_k)] if top_k else []
     return LogitsProcessorList([*chosen, TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)])
@@ -72,7 +72,7 @@ def processors(
 
 @pytest.fixture
 def drawn_from(monkeypatch) -> list[torch.Tensor]:
-    """The probabilities of every draw."""
+    """Records the probabilities of every draw."""
     seen = []
     multinomial = torch.multinomial
     monkeypatch.setattr(sampler.torch, "multinomial", lambda p, *a, **k: seen.append(p) or multinomial(p, *a, **k))
@@ -80,7 +80,7 @@ def drawn_from(monkeypatch) -> list[torch.Tensor]:
 
 
 def assert_same_distribution(drawn: torch.Tensor, expected: torch.Tensor) -> None:
-    """Where there is a top_k, draws are among candidates in the order of their logits."""
+    """With top_k, draws are over candidates sorted by logit."""
     drawn, expected = (part.sort(descending=True).values for part in (drawn, expected))
     torch.testing.assert_close(drawn, expected[: len(drawn)], atol=1e-5, rtol=0)
     assert not expected[len(drawn) :].any()
@@ -112,7 +112,7 @@ def test_order_of_the_filters_is_that_of_generate(tmp_path, drawn_from):
 def test_greedy(penalty):
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(random.randrange(2**32)))
     histories = [random.choices(range(VOCAB), k=10) for _ in logits]
-    # Filters drop nothing that greedy could take.
+    # No filter drops the most likely token.
     filters = {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": penalty}
     sequences = [make_sequence(history[:6], history[6:], **filters) for history in histories]
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(histories), logits.clone()).argmax(dim=-1)
@@ -128,7 +128,7 @@ def test_greedy_and_sampled_requests_share_a_step():
 
 
 NAN, INF = math.nan, math.inf
-ROWS = [  # numbers among the logits, whether the row can still be chosen from
+ROWS = [  # special values in the logits, whether the row can still be sampled
     ((NAN,), False),
     ((INF,), False),
     ((NAN, INF, -INF), False),
@@ -142,8 +142,8 @@ ROWS = [  # numbers among the logits, whether the row can still be chosen from
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.01}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_rows_that_are_not_finite(penalty, sampling):
-    """They are told, their tokens exist, and the others' are those that they get without them."""
+def test_non_finite_rows(penalty, sampling):
+    """They are reported with a valid token; other rows are unaffected."""
     logits = torch.randn(len(ROWS), VOCAB)
     for row, (values, _) in zip(logits, ROWS, strict=True):
         row[torch.randperm(VOCAB)[: len(values)]] = torch.tensor(values)
@@ -212,7 +212,7 @@ def test_unseeded_sampling_differs(llm):
         ("stop", ["text", [""], ("a", "")]),
     ],
 )
-def test_impossible_values(key, values):
+def test_values_out_of_range(key, values):
     for value in values:
         with pytest.raises(ValueError, match=f"^{key}: "):
             SamplingParams(**{key: value})
@@ -237,7 +237,7 @@ def test_wrong_types(key, values):
 
 
 def defaults(checkpoint: Path, folder: Path, generation: dict | str | None, **settings) -> SamplingParams:
-    """The sampling of an LLM whose checkpoint has this generation_config.json."""
+    """Default sampling of an LLM with this generation_config.json."""
     shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
     file = folder / "generation_config.json"
     file.unlink(missing_ok=True)
@@ -275,7 +275,7 @@ def test_sampling_from_checkpoint(generation, expected, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
-def test_sampling_set_twice(key, checkpoint, tmp_path):
+def test_sampling_from_settings_and_checkpoint(key, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=f"^data_config.{key}: .*sampling_from_checkpoint"):
         defaults(checkpoint, tmp_path, {}, sampling_from_checkpoint=True, **{key: STATED[key]})
 
@@ -290,12 +290,12 @@ def test_sampling_set_twice(key, checkpoint, tmp_path):
         ({"do_sample": True, "top_k": 2.5}, "top_k"),
     ],
 )
-def test_bad_generation_config(generation, named, checkpoint, tmp_path):
+def test_invalid_generation_config(generation, named, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=named):
         defaults(checkpoint, tmp_path, generation, sampling_from_checkpoint=True)
 
 
 @pytest.mark.parametrize(("key", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_k", -3), ("seed", -1)])
-def test_impossible_settings_name_their_key(key, value, checkpoint, tmp_path):
+def test_error_names_the_setting(key, value, checkpoint, tmp_path):
     with pytest.raises(ValueError, match=f"data_config.{key}: {value} is impossible"):
         defaults(checkpoint, tmp_path, None, **{key: value})

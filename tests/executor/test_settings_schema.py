@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The schema that editors read says what the settings classes say."""
+"""The JSON schema for editors matches the settings classes."""
 
 import json
 import typing
@@ -14,11 +14,11 @@ FILE = CONFIG / "settings.schema.json"
 YAMLS = sorted(CONFIG.glob("*.yaml"))
 
 
-def test_the_file_is_what_the_command_writes():
+def test_committed_schema_is_current():
     assert FILE.read_text(encoding="utf-8") == settings_schema.text()
 
 
-def test_it_knows_every_key():
+def test_schema_has_every_key():
     properties = json.loads(FILE.read_text(encoding="utf-8"))["properties"]
     assert set(properties) == set(typing.get_type_hints(Settings))
     for name, kind in SECTIONS.items():
@@ -32,6 +32,6 @@ def test_it_knows_every_key():
 
 
 @pytest.mark.parametrize("yaml", YAMLS, ids=lambda file: file.stem)
-def test_every_yaml_names_it(yaml):
+def test_every_yaml_refers_to_the_schema(yaml):
     assert yaml.read_text(encoding="utf-8").splitlines()[0] == f"# yaml-language-server: $schema={FILE.name}"
     load_settings(yaml)

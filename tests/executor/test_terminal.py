@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing that is printed can end a program or hold it up. Each program is a process with a terminal of its own."""
+"""Terminal output never ends or blocks a program. Each program runs as a process with its own streams."""
 
 import os
 import signal
@@ -60,14 +60,14 @@ def test_a_closed_pipe(closed, tmp_path):
 
 @pytest.mark.parametrize("closing", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_descriptors_that_are_not_there(closing, tmp_path):
-    """A file that is opened later must not get the number of a standard stream, and what is printed there."""
+    """A file opened later must not reuse a standard descriptor and receive the output."""
     command = f'exec "$@" {closing}'
     done = subprocess.run(["sh", "-c", command, "sh", *program(3), tmp_path / "file"], capture_output=True)
     assert done.returncode == 0 and (tmp_path / "file").read_text() == "all done"
 
 
 def test_a_reader_that_pauses_holds_nothing_up(tmp_path):
-    """Far more than a pipe holds is printed while nobody reads; the work behind it is done all the same."""
+    """Printing far more than the pipe buffer without a reader does not block the program."""
     process = subprocess.Popen([*program(6000), tmp_path / "file"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     deadline_s = time.monotonic() + 30
     while not (tmp_path / "file").exists() and time.monotonic() < deadline_s:
@@ -76,7 +76,7 @@ def test_a_reader_that_pauses_holds_nothing_up(tmp_path):
     assert len(process.stdout.read().splitlines()) == 6000 and process.wait() == 0
 
 
-def test_output_that_is_dropped_is_counted(monkeypatch):
+def test_dropped_output_is_counted(monkeypatch):
     monkeypatch.setattr(terminal, "MAX_QUEUED", 10)
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as stream, os.fdopen(reader) as read:
@@ -103,7 +103,7 @@ with resilient_terminal():
 """
 
 
-def test_an_error_is_a_line_of_its_own():
+def test_error_starts_on_a_new_line():
     done = subprocess.run([sys.executable, "-c", BAR], capture_output=True, text=True)
     [line] = [line for line in done.stderr.splitlines() if "error" in line]
     assert line.startswith("error: a b \\x1b[31mxxx") and len(line) < 500
@@ -119,15 +119,15 @@ LIBRARY = "import signal, executor; assert signal.getsignal(signal.SIGINT) is si
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_while_a_command_is_imported_shows_no_traceback(name):
+def test_signal_during_import_prints_no_traceback(name):
     code = EARLY.replace("NAME", repr(name))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: interrupted by {name}\n"
     assert subprocess.run([sys.executable, "-c", LIBRARY]).returncode == 0
 
 
-def test_a_program_run_as_a_module_keeps_its_signals(tmp_path):
-    """Its package is imported while sys.argv[0] is "-m", as that of a command of this package is."""
+def test_other_programs_keep_their_signal_handlers(tmp_path):
+    """sys.argv[0] is "-m" during the import, as for commands of this package."""
     (tmp_path / "program").mkdir()
     (tmp_path / "program" / "__init__.py").write_text("from executor import SamplingParams")
     (tmp_path / "program" / "__main__.py").write_text(LIBRARY)
@@ -147,7 +147,7 @@ sys.exit(run_command(body))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_command_says_what_ended_it(number):
+def test_command_names_the_signal(number):
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -166,7 +166,7 @@ def test_a_signal_does_not_wait_for_a_reader_that_pauses(tmp_path: Path):
     assert process.wait(timeout=30) == 1
 
 
-def test_nohup_stays(tmp_path: Path):
+def test_nohup_is_respected(tmp_path: Path):
     command = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", COMMAND]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens of texts and back: what is cut, which tokens end a text, which tokenizer files are refused."""
+"""Encoding, truncation, decoding, end tokens, and invalid tokenizer files."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def make_tokenizer(input_max_len: int = 4080, long_prompt: str = "cut", enable_t
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 @pytest.mark.parametrize("limit", [16, 17, 33, 100])
-def test_long_prompt_loses_its_middle(limit, text, demo_tokenizer, caplog):
+def test_long_prompt_is_cut_in_the_middle(limit, text, demo_tokenizer, caplog):
     full = demo_tokenizer.encode(text)
     cut = make_tokenizer(limit).encode(text, "prompt 3 of 4")
     assert limit // 2 < len(cut) <= limit < len(full)
     kept = demo_tokenizer.decode(cut)
     splits = [i for i in range(1, len(kept)) if text.startswith(kept[:i]) and text.endswith(kept[i:])]
-    assert splits, kept  # it is a beginning and an end of the text, whole characters only
+    assert splits, kept  # the beginning and the end of the text, in whole characters
     assert f"prompt 3 of 4 of {len(full)} tokens was cut in the middle to {len(cut)}" in caplog.text
 
 
@@ -64,7 +64,7 @@ def test_tiny_limits(limit):
 
 @pytest.mark.parametrize("extra", [0, 1])
 @pytest.mark.parametrize("long_prompt", ["cut", "refuse"])
-def test_limit_is_the_last_length_that_fits(extra, long_prompt, demo_tokenizer, caplog):
+def test_limit_is_inclusive(extra, long_prompt, demo_tokenizer, caplog):
     full = demo_tokenizer.encode(TEXTS[0])
     tokenizer = make_tokenizer(len(full) - extra, long_prompt)
     if extra and long_prompt == "refuse":
@@ -80,29 +80,29 @@ def test_empty_prompt():
         make_tokenizer().encode("")
 
 
-def test_decode_leaves_out_special_and_spare_tokens(demo_tokenizer):
+def test_decode_skips_special_and_out_of_vocabulary_tokens(demo_tokenizer):
     token_ids = demo_tokenizer.encode("Good morrow<|im_end|>, é 🎭") + [len(demo_tokenizer), len(demo_tokenizer) + 7]
     assert make_tokenizer().decode(token_ids) == "Good morrow, é 🎭"
 
 
-def test_decode_of_ids_that_are_no_tokens():
+def test_decode_of_out_of_vocabulary_ids():
     assert make_tokenizer().decode([-1, 10**30, 2**32]) == ""
 
 
 @pytest.mark.parametrize(
     ("text", "place"), [("\ud83d", 1), ("a\ude00b", 2), ("ok " * 300 + "\udfff", 901), ("\ud83d🎭", 1), ("🎭\ude00", 2)]
 )
-def test_half_characters_are_refused(text, place):
+def test_lone_surrogates_are_rejected(text, place):
     half = ascii(text[place - 1]).replace("\\", r"\\")
     with pytest.raises(ValueError, match=f"^prompt 2 of 3: character {place} is {half}, half of a surrogate pair"):
         make_tokenizer(16).encode(text, "prompt 2 of 3")
 
 
-# Which tokens end a text
+# End tokens
 
 
 def transformers_eos(folder: Path) -> set[int]:
-    """As from_pretrained of a model fills its generation config."""
+    """End tokens of transformers: from_pretrained's generation config."""
     own = (folder / "generation_config.json").exists()
     source = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
     found = GenerationConfig.from_pretrained(folder, **source).eos_token_id
@@ -111,7 +111,7 @@ def transformers_eos(folder: Path) -> set[int]:
 
 @pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [8]}])
 @pytest.mark.parametrize("config", [{}, {"eos_token_id": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 6]}])
-def test_end_tokens_are_those_of_transformers(config, generation, tmp_path):
+def test_end_tokens_equal_transformers(config, generation, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(generation))
@@ -119,7 +119,7 @@ def test_end_tokens_are_those_of_transformers(config, generation, tmp_path):
     assert eos_token_ids(tmp_path, load_tokenizer(DEMO)) == transformers_eos(tmp_path) | {2045}
 
 
-def test_text_ends_where_that_of_transformers_does(tmp_path):
+def test_generation_ends_as_in_transformers(tmp_path):
     model = make_checkpoint(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     [free] = LLM(tmp_path, device="cpu", dtype="float32").generate([[1, 2, 3]], SamplingParams(max_new_tokens=20))
@@ -137,7 +137,7 @@ def test_text_ends_where_that_of_transformers_does(tmp_path):
 
 @pytest.mark.parametrize("value", [True, 5.0, "5", [5, None], [[5]], {"a": 1}, [1.5], ["x" * 10**6]])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_end_tokens_that_are_none(name, value, tmp_path):
+def test_invalid_end_tokens(name, value, tmp_path):
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ValueError) as raised:
         eos_token_ids(tmp_path, None)
@@ -146,12 +146,12 @@ def test_end_tokens_that_are_none(name, value, tmp_path):
 
 
 @pytest.mark.parametrize("value", [-1, 10**6, 10**300])
-def test_end_tokens_that_never_come_are_harmless(value, tmp_path):
+def test_out_of_vocabulary_end_tokens_are_ignored(value, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [value, 3]}))
     assert eos_token_ids(tmp_path, None) == {value, 3}
 
 
-# Sampling of the checkpoint
+# Sampling defaults of the checkpoint
 
 
 def sampling(folder: Path) -> SamplingParams:
@@ -163,7 +163,7 @@ def test_sampling_in_config_json(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stated | {"min_p": None}))
     stated.pop("do_sample")
     assert sampling(tmp_path) == SamplingParams(**stated)
-    (tmp_path / "generation_config.json").write_text("{}")  # as in transformers, config.json then says nothing
+    (tmp_path / "generation_config.json").write_text("{}")  # as in transformers, config.json is then ignored
     assert sampling(tmp_path) == SamplingParams()
 
 
@@ -173,14 +173,14 @@ def test_sampling_in_config_json(tmp_path):
     + [("repetition_penalty", 10**400), ("top_k", 10**400), ("temperature", float("nan")), ("top_p", ["x" * 10**5])],
 )
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_sampling_of_the_checkpoint_that_is_impossible(name, key, value, tmp_path):
+def test_invalid_sampling_in_the_checkpoint(name, key, value, tmp_path):
     (tmp_path / name).write_text(json.dumps({"do_sample": True, "temperature": 0.5, key: value}))
     with pytest.raises(ValueError) as raised:
         sampling(tmp_path)
     assert str(raised.value).startswith(f"{tmp_path / name}: {key}: ") and len(str(raised.value)) < 500
 
 
-# Files that are refused
+# Invalid files
 
 STEMS = ("tokenizer", "tokenizer_config", "added_tokens", "special_tokens_map")
 
@@ -201,10 +201,10 @@ def folder(tmp_path) -> Path:
     "content",
     [b"", b"{", b"[]", b"3", b'"a"', b"\xff\xfe", b"\x00", deep(10**5), b"9" * 10**4, b'{"model": {"type": 3}}'],
 )
-def test_broken_tokenizer_files(name, content, folder):
+def test_invalid_tokenizer_files(name, content, folder):
     (folder / name).write_bytes(content)
     if name == "tokenizer_config.json" and content.startswith(b'{"model"'):
-        assert load_tokenizer(folder).chat_template is None  # a key that means nothing there
+        assert load_tokenizer(folder).chat_template is None  # an ignored key
         return
     with pytest.raises(ValueError) as raised:
         load_tokenizer(folder)
@@ -214,7 +214,7 @@ def test_broken_tokenizer_files(name, content, folder):
 
 @pytest.mark.parametrize("name", [f"{stem}.json" for stem in STEMS] + ["chat_template.jinja"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling", "not UTF-8"])
-def test_what_stands_in_the_place_of_tokenizer_files(kind, name, folder):
+def test_tokenizer_paths_that_are_not_files(kind, name, folder):
     file = folder / name
     file.unlink(missing_ok=True)
     if kind == "folder":
@@ -251,7 +251,7 @@ def test_tokenizer_config_of_wrong_types(change, folder):
 
 
 def test_code_in_a_checkpoint_is_never_run(folder, monkeypatch):
-    """transformers would ask on the terminal whether to run it."""
+    """transformers would prompt on the terminal for permission."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass\n")
     file = folder / "tokenizer_config.json"

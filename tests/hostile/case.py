@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One input that nobody should give: the files of a folder and a command line, and what a run of it must look like."""
+"""A hostile input: files and a command line, and the checks of its outcome."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "qwen3_moe" / "demo"
 LIMIT_S = 30
 MAX_ERROR = 500  # characters of an error line
-MAX_LOG = 2000  # of a line of the log
+MAX_LOG = 2000  # characters of a log line
 YAML = """\
 model_name: hostile
 model_path: checkpoint
@@ -36,7 +36,7 @@ LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """files: path in the case's folder -> bytes; None removes one of the base's files; a function makes what it wants.
+    """files: path in the case's folder -> content; None removes a file of the base; a function creates the path.
 
     arguments: after `--yaml_file_path run.yaml`. yaml: the argument of that option.
     """
@@ -51,7 +51,7 @@ class Case:
         return ["--yaml_file_path", self.yaml, *self.arguments, *([] if given else ["--set", "output_dir=out"])]
 
     def write(self, folder: Path, base: Path) -> None:
-        """Lays the case's folder out; the files of `base`, a good checkpoint, are linked."""
+        """Writes the case's folder; the files of `base`, a valid checkpoint, are linked."""
         (folder / "checkpoint").mkdir(parents=True)
         for file in base.iterdir():
             if f"checkpoint/{file.name}" not in self.files:
@@ -65,7 +65,7 @@ class Case:
                 file.write_bytes(content)
 
     def reproduction(self, folder: Path) -> str:
-        """What a failing case prints: the command and the files that are not those of a good run."""
+        """Text to reproduce a failing case: the command and the modified files."""
         lines = [f"cd {folder}", f"PYTHONPATH={ROOT} python -m executor.infer {' '.join(map(shortened, self.argv()))}"]
         for name, content in self.files.items():
             lines.append(f"    {name}: {'made by the case' if callable(content) else shortened(content)}")
@@ -78,7 +78,7 @@ def shortened(value: object) -> str:
 
 
 def make_base(folder: Path) -> Path:
-    """A tiny checkpoint with the demo's tokenizer, in two files with an index."""
+    """Creates a tiny sharded checkpoint with the demo's tokenizer."""
     demo = json.loads((DEMO / "config.json").read_text())
     small = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16}
     few = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": demo["vocab_size"]}
@@ -91,7 +91,7 @@ def make_base(folder: Path) -> Path:
 
 
 def limit_s() -> float:
-    """How long a case may run: LIMIT_S, and longer where other processes than two a core wait for the cores."""
+    """Time limit of a case: LIMIT_S, scaled up if the load exceeds two processes per core."""
     return LIMIT_S * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)) / 2)
 
 
@@ -101,7 +101,7 @@ def listing(folder: Path) -> set[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a case's process ended. code: None if it was killed after `limit_s`."""
+    """Result of a case's process. code: exit code, None if it was killed after `limit_s`."""
 
     code: int | None
     stdout: str
@@ -109,7 +109,7 @@ class Outcome:
     created: list[str]
 
     def faults(self, folder: Path) -> list[str]:
-        """What is wrong with it; empty if it ended as it has to."""
+        """Violations of the expected behaviour; empty if there are none."""
         if self.code is None:
             return [f"still ran after {LIMIT_S} s and more"]
         if self.code not in (0, 2):
@@ -133,7 +133,7 @@ class Outcome:
 
 
 def faults_of_results(folder: Path, created: list[str]) -> list[str]:
-    """What is wrong with the results of a run that ended with 0."""
+    """Violations in the results of a run with exit code 0."""
     results = [name for name in created if name.endswith("/result.jsonl") and "/latest/" not in name]
     if len(results) != 1:
         return [f"exit code 0 and {len(results)} files of results"]
@@ -141,9 +141,9 @@ def faults_of_results(folder: Path, created: list[str]) -> list[str]:
     try:
         *lines, last = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     except ValueError as error:
-        return [f"results that are no JSON lines: {error}"]
+        return [f"results are not JSON lines: {error}"]
     whole = text.endswith("\n") and "summary" in last and lines and all("token_ids" in line for line in lines)
-    return [] if whole else ["results that are not whole"]
+    return [] if whole else ["incomplete results"]
 
 
 def refuse(name: str) -> None:

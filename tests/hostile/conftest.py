@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The good checkpoint that cases damage."""
+"""Fixture: the valid checkpoint that cases modify."""
 
 from pathlib import Path
 

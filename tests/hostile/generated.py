@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs made by chance: case N of a family depends on the seed, the family and N alone."""
+"""Fuzzed inputs: case N of a family depends only on the seed, the family and N."""
 
 import json
 import random
@@ -29,7 +29,7 @@ PIECES = [b"", b"\0", b"\xff", b"[", b"]", b"{", b"}", b'"', b":", b",", b"\n", 
 
 
 def value(rng: Random, depth: int = 0) -> Any:
-    """A value as JSON and YAML have them."""
+    """A random JSON or YAML value."""
     kind = rng.randrange(10 if depth < 3 else 8)
     if kind < 4:
         return rng.choice(NUMBERS)
@@ -44,7 +44,7 @@ def value(rng: Random, depth: int = 0) -> Any:
 
 
 def as_yaml(found: Any) -> str:
-    """A value as it can stand behind `key=` or `key: `; JSON is nearly YAML."""
+    """Formats a value for `key=` or `key: `, as JSON, which YAML can read mostly."""
     text = json.dumps(found, ensure_ascii=True)
     for name, written in (("NaN", ".nan"), ("-Infinity", "-.inf"), ("Infinity", ".inf")):
         text = written if text == name else text
@@ -52,7 +52,7 @@ def as_yaml(found: Any) -> str:
 
 
 def damaged(rng: Random, data: bytes) -> bytes:
-    """A few bytes changed, removed, doubled or put in, or the end cut off."""
+    """Mutates a few bytes (change, delete, duplicate, insert), or truncates."""
     for _ in range(rng.randrange(1, 4)):
         at, end = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         end = min(end, at + rng.choice([1, 2, 8, 100]))
@@ -64,7 +64,7 @@ def damaged(rng: Random, data: bytes) -> bytes:
 
 
 def changed(rng: Random, tree: Any) -> Any:
-    """A JSON tree with one value, wherever it stands, replaced or removed, or a key renamed."""
+    """Mutates a JSON tree: replaces or removes one value at any depth, or renames a key."""
     tree = json.loads(json.dumps(tree))
     place = tree
     while True:
@@ -86,7 +86,7 @@ def changed(rng: Random, tree: Any) -> Any:
 
 
 def as_json(rng: Random, tree: Any) -> bytes:
-    """A changed tree, one in five with damage to its text, one in thirty deep."""
+    """A mutated tree as text; one in five with mutated bytes, one in thirty deeply nested."""
     if rng.random() < 1 / 30:
         return json.dumps(tree).encode()[:-1] + b', "deep": ' + DEEP.encode()
     data = json.dumps(changed(rng, tree)).encode()
@@ -195,7 +195,7 @@ FAMILIES: dict[str, tuple[int, Callable[[Random, Path], Case]]] = {
 
 
 def generated_cases(seed: int, base: Path) -> list[Case]:
-    """All families' cases; base: the good checkpoint they damage."""
+    """Cases of all families. base: the valid checkpoint to modify."""
     cases = []
     for family, (count, make) in FAMILIES.items():
         for number in range(count):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs that once ended in a traceback, a hang or gigabytes, and others of their kinds."""
+"""Named inputs: past causes of tracebacks, hangs and memory exhaustion, and similar ones."""
 
 import functools
 import io
@@ -22,7 +22,7 @@ BOMB = "l0: &l0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def with_yaml(line: str) -> dict[str, Any]:
-    """The good YAML with a line that replaces the one of the same key."""
+    """The valid YAML with one line replaced."""
     key = line.partition(":")[0] + ":"
     lines = [old for old in YAML.splitlines() if not old.startswith(key)]
     return {"run.yaml": "\n".join([*lines, line]).encode()}
@@ -33,13 +33,13 @@ def sets(*settings: str) -> tuple[str, ...]:
 
 
 def with_json(name: str, **changed: Any) -> dict[str, Any]:
-    """A JSON file of the checkpoint with some of its keys replaced."""
+    """A JSON file of the checkpoint with some keys replaced."""
     source = base_config() if name == "config.json" else json.loads((DEMO / name).read_text())
     return {f"checkpoint/{name}": json.dumps(source | changed).encode()}
 
 
 def base_config() -> dict[str, Any]:
-    """config.json as `make_base` has it."""
+    """config.json as written by `make_base`."""
     small = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "head_dim": 16}
     few = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -98,7 +98,7 @@ READERS = (
 
 
 def safetensors_file(header: str | bytes, length: int | None = None, data: bytes = b"") -> dict[str, Any]:
-    """A checkpoint of one file with a given header."""
+    """A single-file checkpoint with a given header."""
     header = header if isinstance(header, bytes) else header.encode()
     content = struct.pack("<Q", len(header) if length is None else length) + header + data
     return {"checkpoint/model.safetensors.index.json": None, "checkpoint/model.safetensors": content}
@@ -111,7 +111,7 @@ def tensor(**changed: Any) -> str:
 def zipped(content: bytes, name: str = "data/gov_report.jsonl") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # no time of day in it
+        archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)  # fixed time stamp
     return stream.getvalue()
 
 
@@ -120,7 +120,7 @@ JSONL = sets("data_config.dataset=jsonl", "data_config.dataset_path=p.jsonl")
 
 
 def every_reader() -> list[Case]:
-    """Each file that a run reads as something else, and each broken text in its place."""
+    """Each input file replaced by a non-file, or by invalid text."""
     cases = []
     for name in READERS:
         cases += [Case(f"{name} is {kind}", {name: make}) for kind, make in ODD_FILES.items()]

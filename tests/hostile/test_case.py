@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as a fault of a case: a check that notices none would let all of them pass."""
+"""The checks of outcomes detect every kind of violation."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ LINE = '{"index": 0, "token_ids": [1]}\n'
         (Outcome(0, "", "", []), "0 files of results"),
     ],
 )
-def test_fault_is_noticed(outcome, named, tmp_path):
+def test_violation_is_detected(outcome, named, tmp_path):
     assert named in "; ".join(outcome.faults(tmp_path))
 
 
@@ -41,30 +41,30 @@ def test_fault_is_noticed(outcome, named, tmp_path):
         (LINE, "not whole"),
         (SUMMARY, "not whole"),
         (LINE + SUMMARY[:-1], "not whole"),
-        (LINE + SUMMARY[:-4], "no JSON lines"),
-        ('{"token_ids": [], "x": NaN}\n' + SUMMARY, "no JSON lines"),
-        ("", "no JSON lines"),
+        (LINE + SUMMARY[:-4], "not JSON lines"),
+        ('{"token_ids": [], "x": NaN}\n' + SUMMARY, "not JSON lines"),
+        ("", "not JSON lines"),
         (LINE + SUMMARY, ""),
     ],
 )
-def test_fault_of_results_is_noticed(text, named, tmp_path):
+def test_violation_in_results_is_detected(text, named, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/result.jsonl").write_text(text)
     faults = Outcome(0, "", LOG, ["out/result.jsonl"]).faults(tmp_path)
     assert faults == [] if not named else named in faults[0]
 
 
-def test_a_refusal_behind_log_lines_is_none(tmp_path):
+def test_error_after_log_lines_is_valid(tmp_path):
     assert Outcome(2, "", LOG + "error: prompts.json: no such file\n", []).faults(tmp_path) == []
 
 
-def test_cases_depend_on_the_seed_alone(base: Path):
+def test_cases_are_determined_by_the_seed(base: Path):
     first, again, other = (generated_cases(seed, base) for seed in (1, 1, 2))
     assert first == again and first != other
     assert len(first) == sum(count for count, _ in FAMILIES.values()) >= 1000
 
 
-def test_reproduction_names_command_and_files(tmp_path):
+def test_reproduction_has_command_and_files(tmp_path):
     case = Case("x", {"run.yaml": b"a: " + b"b" * 1000}, ("--set", "device=gpu"))
     text = case.reproduction(tmp_path)
     assert f"cd {tmp_path}" in text and "'device=gpu'" in text and "run.yaml: b'a: bbb" in text and len(text) < 1000

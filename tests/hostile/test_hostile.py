@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever is wrong with the input ends in one line and exit code 2, and nothing is left behind.
+"""Hostile inputs end with a one-line error and exit code 2, and leave no files.
 
-HOSTILE_SEED=N generates other inputs; a failing one prints the seed and how to repeat it.
+HOSTILE_SEED=N generates other inputs; a failing one prints the seed and how to reproduce it.
 """
 
 import os
@@ -19,7 +19,7 @@ from tests.hostile.named import named_cases
 
 SEED = int(os.environ.get("HOSTILE_SEED", "12"))
 NAMED = named_cases()
-EARLY = ("run.yaml", "prompts", "--set: d", "a YAML", "jsonl", "an output")  # refused before torch is imported
+EARLY = ("run.yaml", "prompts", "--set: d", "a YAML", "jsonl", "an output")  # rejected before torch is imported
 LATE = ("a good run", "config.json: 10**9 layers", "chat template: r", "index: a file that leaves")
 REAL = [case for case in NAMED if case.name.startswith(EARLY + LATE)]
 SCRIPTED = ("a good run", "world_size of 10**12", "an alias bomb", "--set: NaN")
@@ -30,7 +30,7 @@ ENVIRONMENT |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture(scope="module")
 def outcomes(base: Path) -> dict[str, tuple[Case, Path, Outcome]]:
-    """Of all cases, in children of one process: the case, its folder and how it ended."""
+    """(case, folder, outcome) of all cases, run in forked children of one process."""
     cases = [*NAMED, *generated_cases(SEED, base)]
     assert len({case.name for case in cases}) == len(cases)
     (base.parent / "cases.pickle").write_bytes(pickle.dumps(cases))
@@ -40,7 +40,7 @@ def outcomes(base: Path) -> dict[str, tuple[Case, Path, Outcome]]:
 
 
 def report(case: Case, folder: Path, outcome: Outcome) -> str:
-    """What is wrong with a case and how to repeat it; empty if nothing is."""
+    """Violations of a case and how to reproduce it; empty if there are none."""
     faults = outcome.faults(folder)
     if not faults:
         return ""
@@ -59,13 +59,13 @@ def test_generated(family, outcomes):
     assert len([text for text in reports if text]) == 0, "".join(reports)
 
 
-def test_both_ends_are_reached(outcomes):
+def test_both_exit_codes_occur(outcomes):
     codes = [outcome.code for _, _, outcome in outcomes.values()]
     assert len(codes) >= 1000 and codes.count(0) > 20 and codes.count(2) > 500
 
 
 def run(case: Case, folder: Path, base: Path, command: list[str]) -> str:
-    """Runs a case as a process of its own; what is wrong with it."""
+    """Runs a case as a separate process; returns its violations."""
     case.write(folder, base)
     before = listing(folder)
     try:
@@ -94,6 +94,6 @@ def test_as_processes(base, tmp_path):
 
 @pytest.mark.parametrize("case", BY_SCRIPT, ids=lambda case: case.name)
 def test_by_script(case, base, tmp_path):
-    script = tmp_path / "infer.sh"  # the same options, but for the name of the YAML's
+    script = tmp_path / "infer.sh"  # the same options, except --yaml for --yaml_file_path
     script.write_text(f'shift 2; exec bash {ROOT}/models/qwen3_moe/infer.sh --yaml ./run.yaml "$@"\n')
     assert run(case, tmp_path / "case", base, ["bash", str(script)]) == ""

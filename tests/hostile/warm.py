@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs cases in forked children of one process that has imported everything: `python -m tests.hostile.warm FOLDER`.
 
-FOLDER/cases.pickle holds the cases, FOLDER/base the good checkpoint; FOLDER/outcomes.pickle gets {name: Outcome}. The
-folder of each case is FOLDER/NUMBER.
+FOLDER/cases.pickle holds the cases, FOLDER/base the valid checkpoint; writes {name: Outcome} to FOLDER/outcomes.pickle.
+The folder of each case is FOLDER/NUMBER.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests.hostile.case import Case, Outcome, limit_s, listing
 
-MEMORY_BYTES = 4 << 30  # address space that a child may take beyond that of the warm process
+MEMORY_BYTES = 4 << 30  # additional address space of a child over the parent
 
 
 def run_all(folder: Path, cases: list[Case], num_parallel: int) -> dict[str, Outcome]:
@@ -53,7 +53,7 @@ def outcome(place: Path, code: int | None, before: set[str]) -> Outcome:
 
 
 def start(case: Case, place: Path) -> int:
-    """Forks a child that runs the case; its process id, which is that of its group."""
+    """Forks a child that runs the case in its own process group; returns its process id."""
     sys.stdout.flush()
     process = os.fork()
     if process == 0:
@@ -85,7 +85,7 @@ def run_in_child(case: Case, place: Path) -> int:
 
 
 def import_all(folder: Path) -> None:
-    """Imports what a run imports, as the modules of a first run in a child tell."""
+    """Imports all modules that a run imports, as recorded by a first run in a child."""
     import torch
 
     import executor.infer
@@ -106,7 +106,7 @@ def import_all(folder: Path) -> None:
         if name not in sys.modules and name.partition(".")[0] in ("torch", "transformers", "tokenizers", "tqdm"):
             try:
                 __import__(name)
-            except ImportError:  # made while running
+            except ImportError:  # created at run time
                 continue
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What infer.sh is tried with: a repository of its own, and a Python without packages."""
+"""Fixtures for infer.sh: a repository with a stub executor, and a Python without packages."""
 
 import shutil
 import venv
@@ -12,7 +12,7 @@ from tests.scripts.launching import REPORTING_EXECUTOR, ROOT, SCRIPTS
 
 @pytest.fixture
 def repo(tmp_path: Path) -> Path:
-    """A repository, at a path with spaces, of the launch scripts, two YAMLs and the reporting executor."""
+    """A repository at a path with spaces: launch scripts, two YAMLs and a stub executor."""
     repo = tmp_path / "my repo"
     for name in [*SCRIPTS, "requirements.txt"]:
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,6 @@ def repo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bare_python(tmp_path: Path) -> Path:
-    """A Python that has no packages at all."""
+    """A Python without any packages."""
     venv.create(tmp_path / "bare", symlinks=True)
     return tmp_path / "bare/bin/python"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh and what it sources, run for real in a copy whose executor only reports how it was started."""
+"""Runs the real infer.sh in a copy of the repository with a stub executor that reports its arguments."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def started(result: subprocess.CompletedProcess[str]) -> dict:
 
 
 def refused(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line on stderr of a run that ended with exit code 2 before anything was started."""
+    """Asserts exit code 2 before anything was started; returns the one line on stderr."""
     assert result.returncode == 2 and not result.stdout, result
     assert result.stderr.startswith("infer.sh: ") and result.stderr.count("\n") == 1, result.stderr
     assert len(result.stderr) < 500 and result.stderr[:-1].isprintable(), result.stderr
@@ -46,7 +46,7 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
 
 
 def set_traps(folder: Path) -> Path:
-    """A folder in which every module that Python could import is one that leaves a file *.mark behind."""
+    """A folder that shadows every importable module with one that writes a *.mark file."""
     packages = {"executor", "torch", "pip", "venv"}
     modules = {"transformers", "yaml", "psutil", "tqdm", "numpy", "models", "ops", "sitecustomize", "usercustomize"}
     modules |= sys.stdlib_module_names

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh's options, the Python it takes, and the environment it sets."""
+"""infer.sh: options, selection of Python, environment, creation of .venv."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.scripts.launching import infer, refused, set_traps, sprung, started
 
 
 def add_package(python: Path, name: str, version: str = "1.0") -> None:
-    """Puts an empty package, with its version, where `python` finds it."""
+    """Installs an empty package with a version for `python`."""
     site_packages = next(python.parents[1].glob("lib/python*/site-packages"))
     (site_packages / name).mkdir()
     (site_packages / name / "__init__.py").touch()
@@ -61,7 +61,7 @@ def test_paths_are_relative_to_the_caller(repo: Path, tmp_path: Path) -> None:
     assert argv == ["--yaml_file_path", "./a b.yaml", "--output", "out dir/x.jsonl"]
 
 
-def test_set_values_arrive_as_typed(repo: Path) -> None:
+def test_set_values_are_passed_verbatim(repo: Path) -> None:
     values = ["a.b=two words", "a.c=[1, 'x', \"y\"]", "a.d=$HOME `id` \\n *", "a.e=", "a.f={k: -1}"]
     flags = [argument for value in values for argument in ("--set", value)]
     assert started(infer(repo, *flags))["argv"][2:] == flags
@@ -86,7 +86,7 @@ def test_set_values_arrive_as_typed(repo: Path) -> None:
         ([os.fsdecode(b"--\xff\xc3")], "unknown option '--"),
     ],
 )
-def test_wrong_options(repo: Path, arguments: list[str], named: str) -> None:
+def test_invalid_options(repo: Path, arguments: list[str], named: str) -> None:
     assert named in refused(infer(repo, *arguments))
 
 
@@ -111,7 +111,7 @@ def test_nodes_of_set_env(repo: Path) -> None:
     assert started(infer(repo, JOB_SECRET="another"))["nodes"][3] == "another"
 
 
-# The Python that is used
+# Selection of Python
 
 
 def test_active_python(repo: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_active_python(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 127\n")
     (tmp_path / "bin/python").chmod(0o755)
-    # Not a symbolic link: that would not be this environment's Python.
+    # Not a symbolic link: that would lose this environment's packages.
     (tmp_path / "bin/python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     (tmp_path / "bin/python3").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -141,7 +141,7 @@ def test_npu_machine_never_installs(repo: Path, bare_python: Path, tmp_path: Pat
 def test_npu_machine_gets_cann_environment(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "davinci0").touch()
     (tmp_path / "cann").mkdir()
-    # Like CANN's own, it reads unset variables.
+    # Like CANN's own script, it uses unset variables.
     (tmp_path / "cann/set_env.sh").write_text('export STUB_EXIT_CODE="4$UNSET"\n')
     set_env = repo / "executor/scripts/set_env.sh"
     set_env.write_text(set_env.read_text() + f"cann_path='{tmp_path}/cann'\n")
@@ -153,7 +153,7 @@ def test_npu_machine_gets_cann_environment(repo: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["cann", "ascend-toolkit/latest"])
-def test_cann_is_found_where_its_installer_puts_it(repo: Path, tmp_path: Path, layout: str) -> None:
+def test_cann_is_found_at_its_default_path(repo: Path, tmp_path: Path, layout: str) -> None:
     (tmp_path / "davinci0").touch()
     folder = tmp_path / "Ascend" / layout
     folder.mkdir(parents=True)
@@ -198,7 +198,7 @@ def test_npu_machine_preloads_jemalloc(repo: Path, tmp_path: Path) -> None:
 def test_installed_torch_is_never_replaced(repo: Path, bare_python: Path) -> None:
     add_package(bare_python, "torch", "2.9.0a0+vendor")
     add_package(bare_python, "yaml")
-    (repo / "tqdm").mkdir()  # a folder of that name where the user stands is not the package
+    (repo / "tqdm").mkdir()  # a folder of that name in the current directory is not the package
     line = refused(infer(repo, PYTHON=str(bare_python)))
     assert (
         f"run: {bare_python} -m pip install 'transformers>=5.0,<6' 'safetensors' 'tokenizers' 'tqdm' 'psutil'" in line
@@ -216,7 +216,7 @@ def test_old_torch(repo: Path, bare_python: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Empty wheels of all that requirements.txt names, one torch of them too new, so that pip needs no network."""
+    """Empty wheels for requirements.txt, including a torch that is too new, so that pip needs no network."""
     folder = tmp_path_factory.mktemp("wheels")
     versions = [("torch", "2.9.1"), ("torch", "2.14.0"), ("transformers", "5.1.0"), ("tokenizers", "0.22.0")]
     versions += [(name, "1.0") for name in ("safetensors", "pyyaml", "tqdm", "psutil")]
@@ -231,14 +231,14 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_venv_is_made_once_and_not_used_half_made(repo: Path, bare_python: Path, wheels: Path, tmp_path: Path) -> None:
+def test_venv_is_created_once_and_completely(repo: Path, bare_python: Path, wheels: Path, tmp_path: Path) -> None:
     traps = set_traps(tmp_path / "shared")
 
     def run(python: Path, find_links: Path = tmp_path) -> subprocess.CompletedProcess[str]:
         pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(find_links)}
         return infer(repo, PYTHON=str(python), cwd=traps, **pip)
 
-    stopping = tmp_path / "python"  # dies while it makes the environment
+    stopping = tmp_path / "python"  # is killed while it creates the environment
     stopping.write_text(
         f'#!/bin/sh\n[ "$3" != venv ] || {{ touch "$4/half_made"; kill -KILL $$; }}\nexec "{bare_python}" "$@"\n'
     )
@@ -257,7 +257,7 @@ def test_venv_is_made_once_and_not_used_half_made(repo: Path, bare_python: Path,
     assert sprung(traps) == []
 
 
-def test_users_own_venv_is_left_alone(repo: Path, bare_python: Path) -> None:
+def test_foreign_venv_is_not_changed(repo: Path, bare_python: Path) -> None:
     venv.create(repo / ".venv", symlinks=True)
     assert "was not made by this script" in refused(infer(repo, PYTHON=str(bare_python)))
     for name in ["torch", "transformers", "safetensors", "yaml", "tokenizers", "tqdm", "psutil"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh wherever its repository lies, however it is called, and whatever lies in the current folder."""
+"""infer.sh at any repository path, called in any way, from any current directory."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from tests.scripts.launching import ROOT, infer, refused, set_traps, shell, sprung, started
 
-# Where the script lies and how it is called
+# Paths of the script and ways to call it
 
 
 DEFAULT = "models/qwen3_moe/config/demo.yaml"
@@ -22,7 +22,7 @@ DEFAULT = "models/qwen3_moe/config/demo.yaml"
 def test_links_to_the_script(repo: Path, tmp_path: Path, called: str, cdpath: str) -> None:
     script = "models/qwen3_moe/infer.sh"
     links = tmp_path / "x/my links"
-    for decoy in (tmp_path, tmp_path / "x"):  # what lies around a link is not the repository
+    for decoy in (tmp_path, tmp_path / "x"):  # the neighbours of a link are not the repository
         (decoy / "executor/scripts").mkdir(parents=True)
         for name in ("set_env.sh", "function.sh"):
             (decoy / "executor/scripts" / name).write_text("echo the wrong scripts; exit 3\n")
@@ -41,7 +41,7 @@ def test_links_to_the_script(repo: Path, tmp_path: Path, called: str, cdpath: st
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "end\n", "-dash", "a'\"$HOME*", "é 中文", "\x1b[31m"])
-def test_odd_paths_of_the_repository(repo: Path, tmp_path: Path, name: str) -> None:
+def test_unusual_repository_paths(repo: Path, tmp_path: Path, name: str) -> None:
     moved = repo.rename(tmp_path / name)
     report = started(shell("bash", "-c", 'exec bash "$0"', f"./{name}/models/qwen3_moe/infer.sh", cwd=tmp_path))
     assert report["argv"] == ["--yaml_file_path", str(moved / DEFAULT)]
@@ -49,7 +49,7 @@ def test_odd_paths_of_the_repository(repo: Path, tmp_path: Path, name: str) -> N
     assert "YAML file: 'nope'" in refused(infer(moved, "--yaml", "nope"))
 
 
-def test_colon_in_the_path_of_the_repository(repo: Path, tmp_path: Path) -> None:
+def test_colon_in_the_repository_path(repo: Path, tmp_path: Path) -> None:
     assert "has a colon" in refused(infer(repo.rename(tmp_path / "a:b")))
 
 
@@ -63,7 +63,7 @@ def test_script_found_by_path(repo: Path, tmp_path: Path) -> None:
         )
 
 
-def test_sourced_script_leaves_the_shell_as_it_is(repo: Path) -> None:
+def test_sourced_script_does_not_change_the_shell(repo: Path) -> None:
     script = "models/qwen3_moe/infer.sh"
     command = f'before="$-"; source {script} --yaml other; echo "$? $0 $-" | sed "s/$before/same/"'
     result = shell("bash", "-c", command, "me", cwd=repo, STUB_EXIT_CODE="7")
@@ -72,12 +72,12 @@ def test_sourced_script_leaves_the_shell_as_it_is(repo: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["dash", "busybox", "bash"])
-def test_another_shell_is_told_to_use_bash(repo: Path, tmp_path: Path, other: str) -> None:
+def test_other_shells_are_rejected(repo: Path, tmp_path: Path, other: str) -> None:
     (tmp_path / "bin").mkdir()
     sh = tmp_path / "bin/sh"
     sh.symlink_to(shutil.which(other) or shutil.which("bash"))
     script = repo / "models/qwen3_moe/infer.sh"
-    is_bash = sh.resolve().name == "bash"  # which then is to forget its name
+    is_bash = sh.resolve().name == "bash"  # then unset BASH_VERSION
     sourced = shell(sh, "-c", f"unset BASH_VERSION; . '{script}'; echo \"status $?\"", cwd=repo)
     assert sourced.stdout == "status 2\n" and "run: bash infer.sh" in sourced.stderr
     if not is_bash:
@@ -101,12 +101,12 @@ def test_script_without_its_repository(repo: Path, tmp_path: Path) -> None:
     assert "it is not inside its repository" in refused(piped)
 
 
-# The current folder
+# The current directory
 
 
 @pytest.fixture
 def old_python(tmp_path: Path) -> Path:
-    """This Python without what Python 3.10 does not know."""
+    """This Python with the features of Python 3.10 only."""
     script = tmp_path / "python3.10"
     script.write_text(f'#!/bin/sh\nunset PYTHONSAFEPATH\nexec "{sys.executable}" "$@"\n')
     script.chmod(0o755)
@@ -121,7 +121,7 @@ def old_python(tmp_path: Path) -> Path:
         (["-c", "pass"], ":", "sitecustomize.py.mark"),
     ],
 )
-def test_traps_work(tmp_path: Path, arguments: list[str], paths: str, mark: str) -> None:
+def test_traps_are_effective(tmp_path: Path, arguments: list[str], paths: str, mark: str) -> None:
     traps = set_traps(tmp_path / "shared")
     shell(sys.executable, *arguments, cwd=traps, PYTHONPATH=paths)
     assert mark in sprung(traps)
@@ -148,15 +148,15 @@ def test_nothing_of_the_current_folder_is_executed(
     assert argv == [str(repo / "executor/launch.py"), "--yaml_file_path", str(repo / DEFAULT)]
 
 
-def test_folders_of_the_user_stay_in_the_paths(repo: Path, tmp_path: Path) -> None:
+def test_user_folders_stay_in_pythonpath(repo: Path, tmp_path: Path) -> None:
     (repo / "executor/launch.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
     found = started(infer(repo, PYTHONPATH=":/a b::lib:", LD_LIBRARY_PATH="/x::/y"))
     assert found["PYTHONPATH"] == f"{repo}:/a b:lib" and found["LD_LIBRARY_PATH"] == "/x:/y"
     assert "LD_LIBRARY_PATH" not in started(infer(repo)) or os.environ.get("LD_LIBRARY_PATH")
 
 
-def test_job_of_ranks_in_a_folder_of_traps(tmp_path: Path) -> None:
-    """The real one: launcher, ranks, and all they import."""
+def test_multi_rank_job_in_a_folder_of_traps(tmp_path: Path) -> None:
+    """The real launcher and ranks, with all their imports."""
     traps = set_traps(tmp_path / "shared")
     sizes = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
     settings = [part for value in ("device=cpu", "data_config.max_new_tokens=2", *sizes) for part in ("--set", value)]
