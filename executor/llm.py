@@ -20,14 +20,14 @@ from executor.graph_runner import GraphRunner
 from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
 from executor.memory import allocate_cache, fill_parameters
 from executor.model_runner import ModelRunner
-from executor.prompts import Messages, Prompt, conversation_list, prompt_list, which
+from executor.prompts import Messages, Prompt, conversation_list, prompt_list, token_id_list, which
 from executor.sampler import make_generator
 from executor.sampling_params import SamplingParams
 from executor.scheduler import Scheduler, Sequence
 from executor.tokenizer import Tokenizer, has_tokenizer
 from models.layers.expert_exchange import ExpertExchange
 from models.layers.rotary import RotaryEmbedding
-from models.qwen3_moe.architecture import trained_len
+from models.qwen3_moe.architecture import attention_limit, trained_len
 from models.qwen3_moe.model import Building, Qwen3Moe
 from ops import load_ops
 from ops.comm import init_parallel, local_rank, rank_and_world_size
@@ -108,6 +108,9 @@ class LLM:
             (prompt, self.encode_prompt(prompt, which(index, len(prompts)))) for index, prompt in enumerate(prompts)
         ]
         self.max_len = max(self.config.max_position_embeddings, data.input_max_len + data.max_new_tokens)
+        limit = attention_limit(self.config)
+        if limit is not None:
+            self.max_len = min(self.max_len, limit[0])
         table_bytes = 2 * 4 * self.config.head_dim * self.max_len  # cos and sin of every position
         if 4 * table_bytes > free_memory_bytes(self.device):
             raise ValueError(
@@ -280,9 +283,11 @@ class LLM:
             raise ValueError(f"{name}: token ids must be at least one, each from 0 to {self.config.vocab_size - 1}")
         lengths = f"{name} of {len(token_ids)} tokens and {new_tokens} new ones"
         if sequence.max_len > self.max_len:
-            raise ValueError(
-                f"{lengths} is more than {self.max_len}: raise data_config.input_max_len or data_config.max_new_tokens"
-            )
+            limit = attention_limit(self.config)
+            remedy = "raise data_config.input_max_len or data_config.max_new_tokens"
+            if limit is not None and limit[0] == self.max_len:
+                remedy = f"config.json's {limit[1]} is not supported beyond it"
+            raise ValueError(f"{lengths} is more than {self.max_len}: {remedy}")
         if blocks_for(sequence.max_len) > self.num_blocks:
             raise ValueError(
                 f"{lengths} needs more than the cache's {self.num_blocks * BLOCK_SIZE} tokens: shorten it, or "
@@ -292,6 +297,7 @@ class LLM:
             logger.warning("%s go beyond the %d positions of the checkpoint", lengths, trained_len(self.config))
 
     def _output(self, sequence: Sequence) -> RequestOutput:
+        assert sequence.finish_reason is not None, "it has not finished"
         text = self.tokenizer.decode(sequence.token_ids)
         ends = [text.find(stop) for stop in sequence.sampling.stop if stop in text]
         times_s = sequence.token_times_s
@@ -323,6 +329,7 @@ class LLM:
 
         ValueError naming the first position whose logits are not finite.
         """
+        token_ids = token_id_list(token_ids)
         logits = self._prefill_logits(token_ids)
         if logits is None:
             # attention may have spread NaN to earlier positions, too: those of a shorter sequence are not touched
@@ -337,7 +344,7 @@ class LLM:
         batches = []
         try:
             for scheduler in self.engine.schedulers:  # every group of attention ranks runs the sequence
-                [sequence] = self.requests([("", list(token_ids))], SamplingParams(max_new_tokens=1))
+                [sequence] = self.requests([("", token_ids)], SamplingParams(max_new_tokens=1))
                 scheduler.add(sequence)
                 batches.append(scheduler.start_waiting())
             logits = self.runner.prefill(batches, all_positions=True).whole().cpu()
