@@ -56,7 +56,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
 
 
 def unstack(tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Replaces one tensor of stacked experts, `...experts.gate_up_proj` or `...experts.down_proj`, by one per expert."""
+    """Replaces a tensor of stacked experts, `...experts.gate_up_proj` or `...experts.down_proj`, by one per expert."""
     prefix, _, kind = name.rpartition(".")
     parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
     for expert, matrix in enumerate(tensors.pop(name)):

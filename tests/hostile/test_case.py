@@ -38,9 +38,9 @@ def test_violation_is_detected(outcome, named, tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (LINE, "not whole"),
-        (SUMMARY, "not whole"),
-        (LINE + SUMMARY[:-1], "not whole"),
+        (LINE, "incomplete"),
+        (SUMMARY, "incomplete"),
+        (LINE + SUMMARY[:-1], "incomplete"),
         (LINE + SUMMARY[:-4], "not JSON lines"),
         ('{"token_ids": [], "x": NaN}\n' + SUMMARY, "not JSON lines"),
         ("", "not JSON lines"),
