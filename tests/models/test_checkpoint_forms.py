@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form of a checkpoint that transformers loads gives the same logits here, or is refused in one line."""
+"""Every checkpoint form that transformers loads gives the same logits, or is refused with one line."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def base_model(folder: Path) -> None:
 
 
 def mixed(folder: Path) -> None:
-    """A layer of stacked experts, one of single ones, and one that has a matrix of either kind."""
+    """One layer of stacked experts, one of per-expert tensors, and one that mixes both."""
     make_checkpoint(folder, stacked=True)
     names = ("layers.1.mlp.experts.gate_up_proj", "layers.1.mlp.experts.down_proj", "layers.2.mlp.experts.down_proj")
     for name in names:
@@ -112,7 +112,7 @@ def test_logits_equal_what_transformers_loads(form, tmp_path):
     torch.testing.assert_close(ours, reference_logits(model, token_ids), atol=1e-4, rtol=0)
 
 
-def named(folder: Path) -> str:
+def refusal(folder: Path) -> str:
     with pytest.raises(ValueError) as error:
         LLM(folder, device="cpu", dtype="float32", input_max_len=50, max_new_tokens=2)
     line = str(error.value)
@@ -124,15 +124,15 @@ def test_pickle_files_are_never_read(tmp_path):
     make_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    assert "convert its pytorch_model.bin to safetensors" in named(tmp_path)
+    assert "convert its pytorch_model.bin to safetensors" in refusal(tmp_path)
 
 
-def test_base_model_without_its_head_is_incomplete(tmp_path):
+def test_base_model_without_lm_head_is_refused(tmp_path):
     make_model().model.save_pretrained(tmp_path)
-    assert f"1 missing: {HEAD}" in named(tmp_path)
+    assert f"1 missing: {HEAD}" in refusal(tmp_path)
 
 
-def test_experts_stacked_and_single_at_once(tmp_path):
+def test_stacked_and_per_expert_tensors_of_one_layer_are_refused(tmp_path):
     make_checkpoint(tmp_path, stacked=True)
     name = "model.layers.1.mlp.experts.down_proj"
 
@@ -142,7 +142,7 @@ def test_experts_stacked_and_single_at_once(tmp_path):
         tensors[name] = stacked
 
     rewrite(tmp_path, both)
-    assert "10 not expected: model.layers.1.mlp.experts.0.down_proj.weight" in named(tmp_path)
+    assert "10 not expected: model.layers.1.mlp.experts.0.down_proj.weight" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_experts_stacked_and_single_at_once(tmp_path):
         (lambda t: t.update({"norm.weight": torch.ones(48)}), "norm.weight is in the checkpoint under two names"),
     ],
 )
-def test_stacked_experts_that_do_not_fit(change, problem, tmp_path):
+def test_stacked_experts_of_wrong_names_or_shapes_are_refused(change, problem, tmp_path):
     make_checkpoint(tmp_path, stacked=True)
     rewrite(tmp_path, change)
-    line = named(tmp_path)
+    line = refusal(tmp_path)
     assert line.startswith(str(tmp_path)) and problem in line, line
 
 
-def test_what_is_skipped_is_logged(tmp_path, caplog):
+def test_skipped_tensors_are_logged(tmp_path, caplog):
     old_buffers(tmp_path)
     caplog.set_level("INFO")
     LLM(tmp_path, device="cpu", dtype="float32")

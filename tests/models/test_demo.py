@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bundled checkpoint: our text equals transformers', and its card tells the truth."""
+"""The demo checkpoint: generated tokens equal transformers', and the metrics in card.json are reproduced."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def transformers_model():
 
 @torch.no_grad()
 def generate(model, token_ids, new_tokens):
-    """transformers' greedy continuation, end tokens included."""
+    """Greedy tokens of transformers, end tokens included."""
     inputs = torch.tensor([token_ids])
     output = model.generate(
         inputs,
@@ -68,7 +68,7 @@ def test_long_prompt_equals_transformers(llm, transformers_model):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_rounding_is_no_worse_than_transformers(llm, dtype):
+def test_rounding_error_is_no_larger_than_transformers(llm, dtype):
     text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
     token_ids = llm.tokenizer.tokenizer.encode(text)[1000:1600]
     exact = llm.logits(token_ids)
@@ -80,7 +80,7 @@ def test_rounding_is_no_worse_than_transformers(llm, dtype):
 
 
 class CountingOps(ReferenceOps):
-    """Counts how many tokens each expert of each layer gets."""
+    """Records the expert ids of every routing."""
 
     def __init__(self):
         super().__init__()
@@ -111,8 +111,8 @@ def test_card_figures(monkeypatch):
         ids = torch.cat([one.flatten() for one in ops.ids[layer::num_layers]])
         shares = torch.bincount(ids, minlength=num_experts) / len(ids)
         torch.testing.assert_close(shares, torch.tensor(stated), atol=0.002, rtol=0)
-        assert shares.min() > 0.01, f"an expert of layer {layer} starves"
+        assert shares.min() > 0.01, f"an expert of layer {layer} gets hardly any tokens"
 
 
-def test_size_in_the_repository():
+def test_checkpoint_size():
     assert sum(file.stat().st_size for file in DEMO.iterdir() if file.is_file()) <= MAX_BYTES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the NPU backend has to choose where torch_npu lacks nothing."""
+"""Variants that the NPU backend has to select where torch_npu has all of them."""
 
 BEST = {
     "rotary": "npu_apply_rotary_pos_emb TND",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor on emulated operations, some of them broken; for processes that may be taken over."""
+"""Runs of the doctor on emulated operations, some of them broken; each needs a process of its own."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ SMALL = Shapes(
 
 
 def run_doctor(wheel: str, broken: list[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
-    """Exit code, output and report with each of the operations broken in turn: it gives "wrong" rows, or "raises"."""
+    """Exit code, output and report with each operation broken in turn: it returns "wrong" rows, or "raises"."""
     state = {"broken": ("", "")}
 
     def breakable(name: str, kernel: Kernel) -> Kernel:

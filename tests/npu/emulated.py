@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints run by the NPU backend on emulated operations; for processes that may be taken over."""
+"""Runs of the NPU backend on emulated operations; each needs a process of its own."""
 
 import os
 from collections import Counter
@@ -19,14 +19,14 @@ DEMO = REPOSITORY / "models" / "qwen3_moe" / "demo"
 PROMPTS = ["My lord, the queen would speak with you", "[Exeunt.]\n", "ROMEO.\nWhat light is this"]
 LONG_PROMPT = "Enter the King, and all his train of lords. " * 16  # crosses a cache block while decoding
 NEW_TOKENS = 24
-DECIDED = 0.01  # between the router logits of the last expert chosen and the next: far more than float16 rounds
-FREE = -1.0  # bytes of an exchange that is to be chosen whatever it sends
+DECIDED = 0.01  # gap between the K-th and the next router logit, far above float16 rounding
+FREE = -1.0  # cost in bytes that forces the choice of an exchange
 
 
 def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **settings: Any) -> dict[str, Any]:
-    """Greedy tokens of several prompts at once and of the last alone, how close the closest choice was, logits.
+    """Greedy tokens of a batch and of its last prompt alone, the smallest top-2 logit margin, logits, exchanges.
 
-    In float32 also at which tokens of the last prompt the choice of experts is no tie.
+    In float32 also `decided`: the tokens of the last prompt whose top-k experts are no near-tie.
     """
     llm = LLM(path, device="cpu", batch_size=4, cache_tokens=2048, **settings)
     if prompts is None:
@@ -34,7 +34,7 @@ def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **setti
         prompts = [*map(encode, PROMPTS), encode(LONG_PROMPT)[:250]]
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     tokens = [output.token_ids for output in llm.generate(prompts, sampling)]
-    alone = [output.token_ids for output in llm.generate(prompts[-1:], sampling)]  # one group of ranks is idle then
+    alone = [output.token_ids for output in llm.generate(prompts[-1:], sampling)]  # leaves one data-parallel group idle
     margins = []
     for prompt, new in zip(prompts, tokens, strict=True):
         best = llm.logits(prompt + new)[len(prompt) - 1 : -1].topk(2).values
@@ -46,12 +46,12 @@ def run_model(path: Path = DEMO, prompts: list[list[int]] | None = None, **setti
         "logits": llm.logits(prompts[-1]),
         "decided": decided_tokens(llm, prompts[-1]) if llm.dtype is torch.float32 else None,
         "exchanges": [type(llm.exchange(is_prefill)).__name__ for is_prefill in (True, False)],
-        "dispatch_shares_with": sharers_of_dispatch(llm.parallel),
+        "dispatch_shares_with": groups_sharing_dispatch(llm.parallel),
     }
 
 
 def decided_tokens(llm: LLM, token_ids: list[int]) -> torch.Tensor:
-    """[T] bool: at which tokens no layer's choice of experts is a tie, which rounding may turn one way or the other."""
+    """[T] bool: tokens at which no layer's top-k experts are a near-tie, which rounding may flip."""
     gaps = []
     route = llm.ops.route
 
@@ -69,8 +69,8 @@ def decided_tokens(llm: LLM, token_ids: list[int]) -> torch.Tensor:
     return torch.stack(gaps).amin(0) > DECIDED
 
 
-def sharers_of_dispatch(parallel: ParallelContext) -> list[str]:
-    """Groups over the communicator of dispatch and combine, which is to be theirs alone."""
+def groups_sharing_dispatch(parallel: ParallelContext) -> list[str]:
+    """Names of groups that share the communicator of dispatch and combine, which must be exclusive."""
     own = parallel.dispatch.process_group if parallel.dispatch else None
     groups = [getattr(parallel, name) for name in GROUP_NAMES]
     return [group.name for group in groups if own is not None and group.process_group is own]
@@ -79,9 +79,9 @@ def sharers_of_dispatch(parallel: ParallelContext) -> list[str]:
 def run_emulated(
     wheel: str, product: str, settings: dict[str, Any], all_to_all: bool = False, *model: Any
 ) -> dict[str, Any]:
-    """`run_model` through `NpuOps`, with the bindings it chose and how often each vendor operation was called.
+    """`run_model` on `NpuOps`, with its selected variants and the call count of each vendor operation.
 
-    all_to_all: a prefill takes that exchange however much it sends.
+    all_to_all: forces that exchange in prefill.
     """
     install(wheel, product)
     emulate_communicators()
@@ -101,7 +101,7 @@ def run_emulated(
 
 
 def exchange_where_one_rank_fails(wheel: str) -> str:
-    """The decode exchange of a rank of two, the second of which gets an error from what it combines."""
+    """Name of the decode exchange that two ranks select where combine raises on rank 1."""
     install(wheel, "A2")
     emulate_communicators()
     import executor.llm
@@ -122,7 +122,7 @@ def exchange_where_one_rank_fails(wheel: str) -> str:
 
 
 def emulate_communicators() -> None:
-    """Groups of the CPU answer the question for an NPU's communicator as torch_npu's do."""
+    """Makes CPU process groups return HCCL communicator names, as torch_npu's do."""
     torch.utils.rename_privateuse1_backend("npu")
     real = dist.ProcessGroup._get_backend
 
@@ -135,7 +135,7 @@ def emulate_communicators() -> None:
 
 
 class CalledOperations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts calls of the vendor's operations."""
+    """Counts calls of vendor operations."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo checkpoint in graph mode on emulated operations; for processes that may be taken over."""
+"""Runs of the demo checkpoint in graph mode on emulated operations; each needs a process of its own."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +21,7 @@ OTHER_NAMES = {"actual_seq_kvlen": "actual_seq_lengths_kv", "actual_seq_lengths_
 
 
 def run_graphs(wheel: str, batch_sizes: dict[str, list[int]], with_broken: bool) -> dict[str, Any]:
-    """The reference's tokens, those of graph mode by (attention's operation, batch size), those of broken replays."""
+    """Tokens of the reference, of graph mode by (attention variant, batch size), and of broken replays."""
     install(wheel)
     from ops.npu import ATTENTION, NpuOps
 
@@ -32,12 +32,12 @@ def run_graphs(wheel: str, batch_sizes: dict[str, list[int]], with_broken: bool)
             ops.attend = ATTENTION[name]
             found[name, size] = generate(ops, exe_mode="graph", batch_size=size)
     if with_broken:
-        found["broken"] = {name: outcome(NpuOps("cpu"), breaking) for name, breaking in broken_ways().items()}
+        found["broken"] = {name: outcome(NpuOps("cpu"), breaking) for name, breaking in faults().items()}
     return found
 
 
 def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One rank's tokens in eager and in graph mode, and how often the latter called each vendor operation."""
+    """One rank's tokens in eager and graph mode, and the call count of each vendor operation in the latter."""
     install(wheel, product)
     emulate_communicators()
     from ops.npu import NpuOps
@@ -49,7 +49,7 @@ def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, 
 
 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:
-    """Tokens of three prompts, so that a batch of four has a row of padding."""
+    """Tokens of three prompts, so that a batch of four has a padding row."""
     with (
         patch.object(executor.llm, "load_ops", lambda device_type: ops),
         patch.object(executor.graph_runner, "UNPADDED", 2),
@@ -70,8 +70,8 @@ def outcome(ops: Any, breaking: AbstractContextManager) -> list[list[int]] | str
             return str(error)
 
 
-def broken_ways() -> dict[str, AbstractContextManager]:
-    """Each but the first must change the tokens or be refused."""
+def faults() -> dict[str, AbstractContextManager]:
+    """Faults to inject; each but the first must change the tokens or raise."""
     graph = torch.npu.NPUGraph
     update, fill = graph.update, DecodeInputs.fill
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the model on the NPU backend with meta tensors under a wheel's schemas, and writes down every call.
+"""Runs the model on the NPU backend with meta tensors under a wheel's schemas, and records every call.
 
-For processes that may be taken over, as tests.npu.schemas.load does with torch.ops.npu.
+Needs a process of its own, as tests.npu.schemas.load replaces torch.ops.npu.
 """
 
 import traceback
@@ -33,11 +33,11 @@ LAYOUTS |= {"8tp_options": (8, 8, 8, "A2"), "8ep_gather": (8, 1, 1, None), "4tp_
 STEPS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9)), "idle": []}
 META = torch.device("meta")
 NUM_BLOCKS = 32
-EPS = 1e-5  # not the operations' default, so that one left out is seen
+EPS = 1e-5  # not the operations' default, so that an omitted epsilon is detected
 
 
 class MetaGroup(Group):
-    """Exchanges nothing, with the shapes of what would be exchanged."""
+    """Collectives on meta tensors: the shapes of the results without communication."""
 
     def all_reduce(self, tensor):
         return tensor
@@ -58,7 +58,7 @@ class MetaGroup(Group):
 
 
 class MetaAllToAll(AllToAllExchange):
-    """With numbers of rows that nobody counted: all to the first rank, three from each."""
+    """All-to-all with fixed row counts, which meta tensors lack: all rows to rank 0, three from each rank."""
 
     def read_counts(self, sent, received):
         return [self.rows] + [0] * (len(sent) - 1), [3] * len(received)
@@ -69,7 +69,7 @@ class MetaAllToAll(AllToAllExchange):
 
 
 class Recorder(TorchDispatchMode):
-    """Every dispatcher call: the vendor's with their arguments by name, the others by operation only."""
+    """Records every dispatcher call: vendor operations with named arguments, others by name only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
         schema = operation._schema
         call = {"name": schema.name, "launches": launches(schema)}
         if schema.name.startswith("npu::"):
-            named = {argument.name: argument.default_value for argument in schema.arguments}  # not passed on if equal
+            named = {argument.name: argument.default_value for argument in schema.arguments}  # dispatch omits defaults
             named |= dict(zip(named, args, strict=False)) | kwargs
             call["given"] = {name: described(value) for name, value in named.items()}
         self.calls.append(call)
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
 
 
 def launches(schema: torch.FunctionSchema) -> bool:
-    """Whether a call gives the device work: not if it only views or allocates."""
+    """Whether a call launches a kernel: not if it only creates a view or allocates."""
     views = any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
     return not views and schema.name not in ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::empty_like")
 
@@ -108,7 +108,7 @@ def parallel_context(layout: str) -> ParallelContext:
 
 
 def expert_exchanges(parallel: ParallelContext, config: Any, ops: Any) -> dict[str, Any]:
-    """As executor.exchanges chooses them, but all-to-all in prefill wherever ranks have tokens of their own."""
+    """As executor.exchanges selects them, but all-to-all in prefill wherever attn_dp_size > 1."""
     num_local_experts = config.num_experts // parallel.moe_ep.size
     gather = GatherExchange(parallel, num_local_experts)
     if parallel.attn_dp.size == 1:
@@ -149,7 +149,7 @@ def make_step(name: str, parallel: ParallelContext) -> StepMetadata:
 
 
 class Case:
-    """One rank's model of a shape in a layout, two layers of it, on meta tensors."""
+    """One rank's part of a two-layer model in a layout, on meta tensors."""
 
     def __init__(self, model: str, layout: str, ops: Any):
         self.ops = ops
@@ -176,7 +176,7 @@ class Case:
         self.caches = cache_tensors(2, NUM_BLOCKS, num_kv_heads, self.config.head_dim, torch.bfloat16, META)
 
     def run(self, name: str) -> list[dict[str, Any]]:
-        """A whole step, token ids to logits."""
+        """Calls of a whole step, from token ids to logits."""
         step = make_step(name, self.parallel)
         with Recorder() as recorder:
             hidden_states, residual = self.model.forward(torch.empty_like(step.positions), step, self.caches)
@@ -186,7 +186,7 @@ class Case:
         return recorder.calls
 
     def run_layer(self, name: str) -> list[dict[str, Any]]:
-        """One layer in the middle of a step."""
+        """Calls of one layer other than the first."""
         step = make_step(name, self.parallel)
         hidden_states = torch.empty(step.num_tokens, self.config.hidden_size, dtype=torch.bfloat16, device=META)
         cos_sin, step = self.ops.prepare_attention(self.model.rotary(step), step, hidden_states.dtype)
@@ -195,7 +195,7 @@ class Case:
         return recorder.calls[1:]  # without the clone
 
     def run_received(self) -> list[dict[str, Any]]:
-        """The experts of rows that came by expert already; none is no call."""
+        """Calls of the experts on rows already grouped by expert; no rows, no calls."""
         rows = torch.empty(37, self.config.hidden_size, dtype=torch.bfloat16, device=META)
         weights = [self.parameters[f"layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")]
         routing = GroupedRows(torch.empty(weights[0].data.shape[0], dtype=torch.int64, device=META))
@@ -207,13 +207,13 @@ class Case:
 
 
 def run_all(wheel: Path) -> dict[str, Any]:
-    """Case -> calls, or the error."""
+    """Case -> recorded calls, or the traceback."""
     load(wheel)
     from ops import npu
 
     ops = npu.NpuOps("meta")
     results: dict[str, Any] = {"bindings": ops.bindings}
-    with torch.no_grad():  # as inference mode would hide what composite operations are made of
+    with torch.no_grad():  # inference mode would hide the parts of composite operations
         for model in MODELS:
             for layout in LAYOUTS:
                 results |= run_case(f"{model}-{layout}", Case(model, layout, ops))
@@ -232,7 +232,7 @@ def run_all(wheel: Path) -> dict[str, Any]:
 
 
 def backend_of(sources: dict[str, str]) -> Any:
-    """The package ops.npu made of these sources, by the name of each module."""
+    """Builds the package ops.npu from the source of each of its modules."""
     package = module("ops.npu")
     for name in sorted(sources, key=lambda name: (name == "__init__", name)):  # which imports the others, in this order
         made = package if name == "__init__" else module(f"ops.npu.{name}")
@@ -241,7 +241,7 @@ def backend_of(sources: dict[str, str]) -> Any:
 
 
 def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """A few cases on each changed source of ops/npu, or the error where no backend can be built on it."""
+    """Calls of a few cases for each mutated source of ops/npu, or the traceback where no backend can be built."""
     load(wheel)
     results = []
     for changed in sources:
@@ -258,7 +258,7 @@ def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, An
 
 
 def without_first(variants: dict[str, Any]) -> dict[str, Any]:
-    """The same variants, the first that works but not the only one now failing as an unsupported operation does."""
+    """The variants with the first working one made to fail as an unsupported operation, unless it is the only one."""
 
     def fails(*_):
         raise RuntimeError("not supported")

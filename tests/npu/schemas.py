@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch_npu's schemas and meta functions from the wheel file alone: no CANN, no compiler, nothing installed.
 
-The schema strings stand as text in libtorch_npu.so; the meta functions are Python and run against a stand-in module.
-`load` takes over torch.ops.npu and sys.modules["torch_npu"], so it needs a process of its own.
+The schema strings are text in libtorch_npu.so; the meta functions are Python and run against a stand-in module.
+`load` replaces torch.ops.npu and sys.modules["torch_npu"], so it needs a process of its own.
 
     python tests/npu/schemas.py     writes the schemas of the operations ops/npu uses into tests/npu/schemas/
 """
@@ -23,7 +23,7 @@ FILES = Path(__file__).with_suffix("")
 LIBRARY = "torch_npu/lib/libtorch_npu.so"
 META_FILES = ("torch_npu/op_plugin/meta/_meta_registrations.py", "torch_npu/op_plugin/meta/_fake_registrations.py")
 SCHEMA = re.compile(rb"(?<=\0)([A-Za-z_]\w*(?:\.\w+)?\([^\0]{0,8000}?\) -> [^\0]{1,300})(?=\0)")
-DTYPES = {  # torch_npu's names for number formats torch has not, as the meta functions compare them
+DTYPES = {  # torch_npu's codes of number formats that torch lacks, as the meta functions compare them
     "int4": 285,
     "hifloat8": 290,
     "float8_e5m2": 291,
@@ -37,8 +37,8 @@ SOC_ASCEND910_9391 = 250  # Atlas A3
 ERRORS = (
     "PARAM TYPE VALUE PTR INTERNAL MEMORY NOT_SUPPORT NOT_FOUND UNAVAIL SYSCALL TIMEOUT PERMISSION ACL HCCL GE EXCEPT"
 )
-UNKNOWN_TYPES = re.compile(r"__torch__|Dimname")  # classes of libraries not here, and what torch no longer parses
-libraries = []  # torch forgets what a library defined once the library is gone
+UNKNOWN_TYPES = re.compile(r"__torch__|Dimname")  # classes of absent libraries, and types that torch no longer parses
+libraries = []  # definitions live as long as their library object
 
 
 def schema_strings(wheel: Path) -> list[str]:
@@ -48,7 +48,7 @@ def schema_strings(wheel: Path) -> list[str]:
 
 
 def committed_schemas(version: str) -> dict[str, str]:
-    """The schemas kept in the repository, by name."""
+    """The schemas committed to the repository, by name."""
     lines = (FILES / f"{version}.txt").read_text(encoding="utf-8").splitlines()
     return {line.partition("(")[0]: line for line in lines if line and not line.startswith("#")}
 
@@ -107,7 +107,7 @@ def load(wheel: Path) -> None:
             if file in archive.namelist():
                 source = compile(archive.read(file).decode(), file, "exec")
                 exec(source, module(file.removesuffix(".py").replace("/", "_")).__dict__)
-    # the one operation used here without a meta function: the logical shape stays
+    # the only operation used that has no meta function; it keeps the logical shape
     meta = torch.library.Library("npu", "IMPL", "Meta")
     libraries.append(meta)
     meta.impl("npu_format_cast", lambda tensor, acl_format, **_: torch.empty_like(tensor))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The real NPU backend generates a model's tokens on emulated operations: one rank, heads and experts split."""
+"""Token equality of the NPU backend on emulated operations with the reference, on one rank and in parallel layouts."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ LAYERS, PREFILLS = 5, 7  # of the demo; prefills of `run_model`
 DECODES = 2 * (NEW_TOKENS - 1)
 GATHER, ALL_TO_ALL, FUSED = "GatherExchange", "AllToAllExchange", "FusedExchange"
 OPTIONS = {"npu_prefetch": True, "npu_mm_all_reduce_base": True}
-# ranks, settings, whether prefill is to go all-to-all; the exchanges of prefill and decode; calls of some operations
+# world size, settings, whether to force all-to-all in prefill, expected exchanges of prefill and decode, call counts
 LAYOUTS = {
     "one": (1, {}, False, [GATHER, GATHER], {}),
     "tp": (
@@ -32,16 +32,16 @@ LAYOUTS = {
         {"attn_tp_size": 1, "moe_tp_size": 1},
         True,
         [ALL_TO_ALL, FUSED],
-        {  # and each once, at start
+        {  # and one probe call each
             "npu_moe_re_routing": LAYERS * PREFILLS + 1,
             "npu_moe_distribute_dispatch_v2": LAYERS * DECODES + 1,
             "npu_moe_distribute_combine_v2": LAYERS * DECODES + 1,
         },
     ),
 }
-CASES = [*((VERSIONS[0], layout) for layout in LAYOUTS), (VERSIONS[1], "dp_ep")]  # what calls the most operations
+CASES = [*((VERSIONS[0], layout) for layout in LAYOUTS), (VERSIONS[1], "dp_ep")]  # the layout with the most operations
 COUNTED = {name for *_, counts in LAYOUTS.values() for name in counts}
-WIDE = {  # A3 dispatches no rows shorter than 1024
+WIDE = {  # A3 dispatch requires a hidden size of at least 1024
     "hidden_size": 1024,
     "head_dim": 128,
     "num_attention_heads": 4,
@@ -71,8 +71,8 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
     world_size, sizes, all_to_all, exchanges, counts = LAYOUTS[layout]
     settings = {"dtype": "float16", "world_size": world_size, **sizes}
     exact, rounded = reference["float32"], reference["float16"]
-    assert exact["margin"] > 0.05, "a tie that rounding may turn is no test"
-    rows = exact["decided"]  # so it is with experts: a processor's order of adding may turn a tie
+    assert exact["margin"] > 0.05, "rounding may flip a near-tie"
+    rows = exact["decided"]  # likewise for experts: summation order may flip a near-tie
     assert rows.float().mean() > 0.7
     for found in run_ranks(world_size, run_emulated, tmp_path, str(path), "A2", settings, all_to_all):
         error = (found["logits"] - exact["logits"])[rows].norm()
@@ -82,14 +82,14 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
         assert found["dispatch_shares_with"] == []
         assert found["buffer"] == ("200" if exchanges[1] == FUSED else None)
         called = found["called"]
-        # beyond the trial: each rank's prefill step at least, or it would be another backend that computes
+        # more than the probe calls: at least each rank's prefill runs on this backend
         assert called["npu_swiglu"] > LAYERS and called["npu_grouped_matmul"] == 2 * called["npu_swiglu"]
         trials = {"npu_moe_re_routing": 1}
         assert {name: called.get(name, 0) for name in COUNTED} == dict.fromkeys(COUNTED, 0) | trials | counts
 
 
-def test_groups_of_ranks_share_their_tokens_out(reference, tmp_path):
-    """Heads and experts split, two groups of two: a rank of a group may have no token of a step to dispatch."""
+def test_attn_tp_groups_shard_their_tokens(reference, tmp_path):
+    """Two attn_tp groups of two ranks: a rank may have no token of a step to dispatch."""
     path = needed_wheel(VERSIONS[0])
     settings = {"dtype": "float16", "world_size": 4, "attn_tp_size": 2, "moe_tp_size": 1}
     for found in run_ranks(4, run_emulated, tmp_path, str(path), "A2", settings, True):
@@ -98,15 +98,15 @@ def test_groups_of_ranks_share_their_tokens_out(reference, tmp_path):
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
 
 
-def test_all_ranks_gather_where_one_cannot_dispatch(tmp_path):
+def test_all_ranks_fall_back_to_gather_if_one_cannot_dispatch(tmp_path):
     path = needed_wheel(VERSIONS[0])
     assert run_ranks(2, exchange_where_one_rank_fails, tmp_path, str(path)) == [GATHER] * 2
 
 
 def make_decisive_checkpoint(folder: Path) -> None:
-    """A random model whose choices of experts and tokens are no ties that rounding might turn.
+    """Saves a random model without near-ties between experts or tokens, which rounding may flip.
 
-    A token's own direction decides its two experts, and that the token numbered one higher comes next.
+    A token's embedding determines its two experts, and makes the token id one higher the next token.
     """
     model = make_model(**WIDE)
     experts, vocabulary = WIDE["num_experts"], model.config.vocab_size
@@ -141,6 +141,6 @@ def test_bfloat16(reference, tmp_path):
     path = needed_wheel(VERSIONS[0])
     [found] = run_ranks(1, run_emulated, tmp_path, str(path), "A2", {"dtype": "bfloat16"})
     exact, rounded = reference["float32"]["logits"], reference["bfloat16"]["logits"]
-    # the residual is in bfloat16, as the vendor's add_rms_norm wants it; the reference's is in float32
+    # the residual is in bfloat16, as the vendor's add_rms_norm requires; the reference's is in float32
     assert (found["logits"] - exact).norm() <= 3 * (rounded - exact).norm()
     assert torch.isfinite(found["logits"]).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doctor finds an emulated NPU healthy, names the operation that is broken, and says where there is no NPU."""
+"""The doctor passes an emulated NPU, reports a broken operation, and refuses a machine without an NPU."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ WRONG = {
     "npu_moe_init_routing_v2": "sort_by_expert",
     "npu_grouped_matmul": "grouped_linear",
     "npu_scatter_pa_kv_cache": "attention",
-    "npu_rotary_mul": "attention",  # this and the next are not in use where the best is there
+    "npu_rotary_mul": "attention",  # this and the next are fallbacks
     "npu_moe_token_unpermute": "experts",
     "npu_moe_re_routing": "regroup",
 }
@@ -46,17 +46,17 @@ def verdicts(run) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def test_healthy(runs):
+def test_healthy_npu_passes(runs):
     run = runs[HEALTHY]
     assert run["code"] == 0 and run["report"]["fine"], run["output"]
     found = verdicts(run)
-    assert found.pop(("attention", "npu_scatter_pa_kv_cache, slot -1")) == {"not usable"}  # its page knows no such slot
+    assert found.pop(("attention", "npu_scatter_pa_kv_cache, slot -1")) == {"not usable"}  # an undocumented slot
     assert set.union(*found.values()) == {"ok"}
     assert "all agree" in run["output"] and "npu_fused_infer_attention_score_v2" in run["output"]
     assert {"torch", "CANN", "product", "free memory", "environment"} <= run["report"]["machine"].keys()
 
 
-def test_every_variant_takes_part(runs):
+def test_every_variant_is_compared(runs):
     named = {variant for _, variant in verdicts(runs[HEALTHY])}
     in_use = set(runs[HEALTHY]["report"]["bindings"].values())
     assert in_use < named
@@ -64,14 +64,14 @@ def test_every_variant_takes_part(runs):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_broken_operation_is_named(runs, name):
+def test_a_broken_operation_is_reported(runs, name):
     run = runs[name, "wrong"]
     assert run["code"] == 1
     assert "DIFFERS" in verdicts(run)[WRONG[name], name]
     assert f"DIFFERS: {WRONG[name]}, {name}, small, " in run["output"]
 
 
-def test_what_is_replaced_is_no_fault(runs):
+def test_a_failing_variant_with_a_fallback_passes(runs):
     run = runs["npu_scatter_pa_kv_cache", "raises"]
     assert run["code"] == 0, run["output"]
     assert verdicts(run)["attention", "npu_scatter_pa_kv_cache"] == {"not usable"}
@@ -79,7 +79,7 @@ def test_what_is_replaced_is_no_fault(runs):
     assert "npu_scatter_pa_kv_cache is not supported here" in run["output"]
 
 
-def test_what_nothing_replaces_is(runs):
+def test_a_failing_operation_without_a_fallback_fails(runs):
     run = runs["npu_swiglu", "raises"]
     assert run["code"] == 1
     assert verdicts(run)["silu_and_mul", "npu_swiglu"] == {"FAILS"}
@@ -90,10 +90,10 @@ def test_what_nothing_replaces_is(runs):
     [
         (["npu"], "error: device: npu is not available"),
         (["tpu"], "invalid choice: 'tpu'"),
-        (["npu", "--json", "no/such/a.json"], "error: --json: the folder of no/such/a.json does not exist"),
+        (["npu", "--json", "no/such/a.json"], "error: --json: no/such/a.json cannot be written: No such file"),
     ],
 )
-def test_wrong_use(arguments, named):
+def test_invalid_arguments(arguments, named):
     command = [sys.executable, "-m", "executor.doctor", *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 2 and named in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

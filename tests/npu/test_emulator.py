@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the emulator's own checks in a process that it may take over, under the wheels that users have."""
+"""Runs the emulator's own checks in a separate process, under each supported wheel."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ CHECKS = sorted(Path(__file__).with_name("emulator_checks").glob("check_*.py"))
 
 
 def run_checks(wheel: str, output: Path) -> int:
-    """pytest's exit code; what it prints goes to `output`."""
+    """pytest's exit code; its output is written to `output`."""
     os.environ["NPU_WHEEL"] = wheel
     with output.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         return int(pytest.main(["-q", "-p", "no:cacheprovider", "--no-header", *map(str, CHECKS)]))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The unmodified product with `device: npu` on the real torch_npu: from the YAML to the last token, and its host time.
+"""End-to-end runs with `device: npu` on the real torch_npu over the fake runtime, and the host time of a decode step.
 
-Under it is the fake runtime, so that everything torch_npu checks is checked, and no number of the model means anything.
+All argument checks of torch_npu run; the values that the model computes are meaningless.
 """
 
 import json
@@ -18,25 +18,25 @@ from tests.npu.fake_runtime import Unavailable, fake_npu
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
-NO_CACHING = "PYTORCH_NO_NPU_MEMORY_CACHING"  # set to anything, torch_npu gives memory back at once
+NO_CACHING = "PYTORCH_NO_NPU_MEMORY_CACHING"  # if set, torch_npu frees memory immediately
 BINDINGS = "ops: npu, " + ", ".join(f"{what}: {name}" for what, name in BEST.items()) + "\n"
 BROKEN_CALLS = [
     ("(query, key, cos, sin, layout", "(query, key, cos, layout", "ops: npu lacks npu_apply_rotary_pos_emb"),
-    # the rest fits the schemas: it is the code behind them that refuses
+    # these fit the schemas and are rejected by torch_npu's C++ checks
     ("group_type=0,", "", "Requires manual passing group_type"),
     ("npu_swiglu(gate_up, -1)", "npu_swiglu(gate_up, 5)", "dim out of range"),
 ]
 
 
-LAUNCHES_A_LAYER = 16
-LAUNCHES_AROUND = (
+LAUNCHES_PER_LAYER = 16
+LAUNCHES_OUTSIDE_LAYERS = (
     12  # inputs, embedding, cos and sin and their casts, block table, last norm, head, float32, argmax, token
 )
 
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    """Of a machine with one NPU, whose memory reads as zeros until written, so that every token is number 0."""
+    """Environment of a machine with one NPU; unwritten memory reads as zeros, so that every token id is 0."""
     try:
         npu = fake_npu()
     except Unavailable as reason:
@@ -58,19 +58,19 @@ def infer(root: Path, output: Path, environment: dict[str, str], *options: str) 
 
 
 @pytest.mark.parametrize("yaml", ["demo", "qwen3_30b_1tp"])
-def test_from_the_yaml_to_the_last_token(yaml, environment, tmp_path):
+def test_end_to_end(yaml, environment, tmp_path):
     done = infer(ROOT, tmp_path / "result.jsonl", environment, "--yaml", yaml)
     assert done.returncode == 0, done.stderr
     assert "NPU environment" in done.stderr and "TASK_QUEUE_ENABLE=1" in done.stderr
     assert BINDINGS in done.stderr and "on npu:0, operations: npu" in done.stderr
-    assert "torch_npu.env" not in done.stderr  # which would also make every look at the environment slow
+    assert "torch_npu.env" not in done.stderr  # importing it would slow down every access to os.environ
     first, last = map(json.loads, (tmp_path / "result.jsonl").read_text(encoding="utf-8").splitlines())
     assert first["token_ids"] == [0] * NEW_TOKENS and first["finish_reason"] == "length"
     assert last["summary"]["settings"]["device"] == "npu"
 
 
-def test_a_buffer_too_small_to_dispatch_is_said_once(environment, tmp_path):
-    """Two ranks refuse it, before they would meet."""
+def test_too_small_hccl_buffer_is_reported_once(environment, tmp_path):
+    """Both ranks raise before the process groups are created."""
     options = ["--yaml", "qwen3_30b_1tp"]
     for setting in ("world_size=2", "data_config.batch_size=256"):
         options += ["--set", setting]
@@ -97,46 +97,46 @@ def host_time(root: Path, output: Path, environment: dict[str, str], yaml: str, 
 
 
 def test_host_time_of_a_decode_step(environment, tmp_path):
-    """What it counts; its times are for a machine that does nothing else."""
+    """Checks the counts; the times are only meaningful on an idle machine."""
     result = host_time(ROOT, tmp_path / "report.json", environment, "qwen3_30b_1tp", repeats=3)
     assert result["layers"] == 48 and result["TASK_QUEUE_ENABLE"] == "0" and result["repeats"] == 3
-    assert result["launches"] == 48 * LAUNCHES_A_LAYER + LAUNCHES_AROUND
+    assert result["launches"] == 48 * LAUNCHES_PER_LAYER + LAUNCHES_OUTSIDE_LAYERS
     assert result["read_backs"] == 1  # the sampled token
     assert result["step_over_bare"] == pytest.approx(result["step_ms"]["p50"] / result["bare_ms"]["p50"], abs=1e-3)
 
 
-def copy_of_the_product(folder: Path, old: str, new: str) -> Path:
-    """The product with one place of the NPU backend changed."""
-    for room in ("dataset", "executor", "models", "ops"):
-        shutil.copytree(ROOT / room, folder / room)
+def mutated_copy(folder: Path, old: str, new: str) -> Path:
+    """Copies the sources to `folder` with `old` replaced by `new` in the NPU backend."""
+    for package in ("dataset", "executor", "models", "ops"):
+        shutil.copytree(ROOT / package, folder / package)
     [broken] = [file for file in (folder / "ops/npu").glob("*.py") if old in file.read_text(encoding="utf-8")]
     broken.write_text(broken.read_text(encoding="utf-8").replace(old, new, 1), encoding="utf-8")
     return folder
 
 
-def test_lengths_read_from_the_device_are_noticed(environment, tmp_path):
-    root = copy_of_the_product(tmp_path, "lengths, paged = step.seq_lens_list,", "lengths, paged = step.seq_lens,")
+def test_device_lengths_count_as_host_syncs(environment, tmp_path):
+    root = mutated_copy(tmp_path, "lengths, paged = step.seq_lens_list,", "lengths, paged = step.seq_lens,")
     result = host_time(root, tmp_path / "report.json", environment, "demo", repeats=1)
     assert result["read_backs"] == 1 + result["layers"]
 
 
 @pytest.mark.parametrize(("old", "new", "said"), BROKEN_CALLS, ids=[said for _, _, said in BROKEN_CALLS])
-def test_a_broken_call_is_noticed(old, new, said, environment, tmp_path):
-    root = copy_of_the_product(tmp_path, old, new)
+def test_a_broken_call_is_detected(old, new, said, environment, tmp_path):
+    root = mutated_copy(tmp_path, old, new)
     done = infer(root, tmp_path / "result.jsonl", environment)
     assert said in done.stderr
     assert done.returncode == 1 or BINDINGS not in done.stderr
 
 
 def test_profiler(environment, tmp_path):
-    """torch_npu takes what it is called with, up to its profiler's library, which is not there; that is said."""
+    """torch_npu accepts the calls, and the missing profiler library is reported."""
     done = infer(ROOT, tmp_path / "result.jsonl", environment, "--set", "model_config.enable_profiler=True")
     assert "libmsprofiler.so: cannot open shared object file" in done.stdout + done.stderr
     assert done.returncode == 1 and "left no kernel_details.csv in" in done.stderr.splitlines()[-1]
 
 
 def test_doctor(environment):
-    """Its calls are taken, captures aside, and that nothing is computed is seen."""
+    """torch_npu accepts all calls but graph capture, and the doctor detects that nothing is computed."""
     small = "hidden_size=256, num_heads=4, num_kv_heads=2, num_experts=16, top_k=4, width=64, vocab_size=1000"
     program = f"""import sys
 from executor.doctor.__main__ import main
@@ -149,6 +149,6 @@ sys.exit(main(["npu"], shapes=[Shapes(name="small", {small})]))"""
     assert "DIFFERS: grouped_linear, npu_grouped_matmul, small, " in done.stdout
     failures = [line for line in done.stdout.splitlines() if line.startswith("FAILS: ")]
     assert [line.split(", small")[0] for line in failures] == [
-        "FAILS: sort_by_expert, npu_moe_init_routing_v2",  # the order it gives is checked first
+        "FAILS: sort_by_expert, npu_moe_init_routing_v2",  # the order of its rows is checked first
         "FAILS: attention, npu_fused_infer_attention_score_v2, graph",
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph mode of the NPU backend on emulated graphs: the reference's tokens, and only with the true lengths."""
+"""Graph mode of the NPU backend on emulated graphs: tokens equal the reference's, and wrong replays change them."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def wheel_or_skip(version):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """What ran under a wheel, on first use."""
+    """Results under each wheel, computed on first use."""
     found = {}
 
     def of(version):
@@ -40,19 +40,19 @@ def test_tokens_equal_the_reference(runs, version, attention, batch_size):
 
 
 @pytest.mark.parametrize("way", BROKEN)
-def test_a_broken_replay_is_noticed(runs, way):
+def test_a_broken_replay_changes_the_tokens(runs, way):
     found = runs(VERSIONS[0])
     assert found["broken"]["nothing"] == found["reference"]
     assert found["broken"][way] != found["reference"]
 
 
-def test_task_queue_that_refuses_graphs(runs):
+def test_task_queue_2_is_refused_in_graph_mode(runs):
     assert runs(VERSIONS[0])["broken"]["task queue"].startswith("TASK_QUEUE_ENABLE: 2 is not possible with exe_mode: ")
 
 
-@pytest.mark.parametrize(("product", "dispatches"), [("A3", False), ("A2", True)])  # A3 dispatches no rows so short
+@pytest.mark.parametrize(("product", "dispatches"), [("A3", False), ("A2", True)])  # hidden size too small for A3
 def test_two_ranks(product, dispatches, tmp_path):
-    """Different requests, experts and parts of the vocabulary: their exchanges are in the graph."""
+    """Attention data parallel, experts and vocabulary sharded: the collectives are captured in the graph."""
     sizes = {"attn_tp_size": 1, "moe_tp_size": 1, "embed_tp_size": 2, "lmhead_tp_size": 2}
     settings = {"world_size": 2, **sizes}
     for found in run_ranks(2, run_layout, tmp_path, wheel_or_skip(VERSIONS[0]), product, settings):

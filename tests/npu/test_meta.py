@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every call of the NPU backend at the real shapes, under the schemas and meta functions of real torch_npu wheels.
 
-The meta functions let much through that the vendor forbids, so `CONTRACTS` checks each recorded call again, after the
-operations' documentation; among them are the defaults that silently compute something else.
+The meta functions accept calls that the vendor forbids, so `CONTRACTS` also checks each recorded call against the
+operations' documentation, including defaults that silently compute something else.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.parallel.ranks import run_ranks
 MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
 TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
 LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
-FUSED = [f"{size}ep{product}" for size in EP for product in ("", "_a2")]  # where decode steps dispatch and combine
+FUSED = [f"{size}ep{product}" for size in EP for product in ("", "_a2")]  # layouts with fused dispatch in decode
 MORE_LAYOUTS = [*(f"{size}ep_a2" for size in EP), "8tp_options", "8ep_gather", "4tp_4dp_16ep"]
 SEQ_LENS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9))}
 RUNS = [*SEQ_LENS, "received"]
@@ -31,7 +31,7 @@ READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique
 
 
 def run_meta(version: str, function: Callable[..., Any], folder: Path, *arguments: Any) -> Any:
-    """What a function of meta_run.py writes down under a wheel, in a process of its own."""
+    """Result of a function of meta_run.py under a wheel, in a process of its own."""
     file = wheel(version)
     if file is None:
         pytest.skip(f"torch_npu {version}: no wheel in the cache and no package index")
@@ -103,7 +103,7 @@ def check_scatter_nd(given, run):
 
 
 def check_attention(given, run):
-    """Under the names of version 2."""
+    """Checks a call by the argument names of version 2."""
     query, key, value, mask = given["query"], given["key"], given["value"], given["atten_mask"]
     query_ends, kv_lengths = given["actual_seq_qlen"], given["actual_seq_kvlen"]
     (tokens, heads, head_dim), kv_heads = query["shape"], given["num_key_value_heads"]
@@ -112,7 +112,7 @@ def check_attention(given, run):
     assert given["num_query_heads"] == heads and kv_heads >= 1 and heads % kv_heads == 0 and heads // kv_heads <= 64
     assert given["sparse_mode"] == 3 and mask["shape"] == [2048, 2048] and mask["dtype"] in ("int8", "uint8", "bool")
     assert all(part["contiguous"] and part["dtype"] == query["dtype"] for part in (query, key, value))
-    assert all(type(length) is int for length in query_ends + kv_lengths)  # device tensors would be read back
+    assert all(type(length) is int for length in query_ends + kv_lengths)  # a device tensor would cost a host sync
     assert key == value and query["dtype"] in ("bfloat16", "float16")
     seq_lens = SEQ_LENS[run]
     if run == "prefill":
@@ -121,7 +121,7 @@ def check_attention(given, run):
         assert key["shape"] == [tokens, kv_heads, 128]
     else:
         assert query_ends == list(range(1, len(seq_lens) + 1)) and tokens == len(seq_lens)
-        assert kv_lengths == seq_lens  # of each sequence, not summed up, where there is a block table
+        assert kv_lengths == seq_lens  # per sequence, not cumulative, with a block table
         assert given["block_table"]["dtype"] == "int32" and given["block_table"]["shape"][0] == tokens
         assert key["shape"][1:] == [128, kv_heads * 128] and given["block_size"] == 128
 
@@ -153,7 +153,7 @@ def check_init_routing(given, run):
     assert given["active_expert_range"] == [0, given["expert_num"]]
     assert given["expert_tokens_num_type"] == 1 and given["expert_tokens_num_flag"] is True
     assert given["quant_mode"] == -1 and given["drop_pad_mode"] == 0
-    assert given["row_idx_type"] == 0  # what the combining operations read
+    assert given["row_idx_type"] == 0  # as the combine operations require
 
 
 def check_grouped_matmul(given, run):
@@ -161,7 +161,7 @@ def check_grouped_matmul(given, run):
     experts, inner, _ = weight["shape"]
     assert rows["shape"][1] == inner and rows["dtype"] == weight["dtype"] and rows["contiguous"]
     assert counts["shape"] == [experts] and counts["dtype"] == "int64" and counts["contiguous"]
-    assert given["group_list_type"] == (0 if experts == 1 else 1)  # the default is running sums; one count is not taken
+    assert given["group_list_type"] == (0 if experts == 1 else 1)  # default: cumulative; a single count is rejected
     assert given["group_type"] == 0 and given["split_item"] in (2, 3)
     assert max(weight["shape"][1:]) < 65536 and experts <= 1024
 
@@ -172,7 +172,7 @@ def check_swiglu(given, run):
 
 def check_finalize(given, run):
     rows, weights, index = (given[name] for name in ("expanded_permuted_rows", "scales", "expanded_src_to_dst_row"))
-    assert given["drop_pad_mode"] == 2  # the default reads the index choice by choice
+    assert given["drop_pad_mode"] == 2  # the default reads the index as k * T + t
     assert given["skip1"] is given["skip2"] is given["bias"] is given["export_for_source_row"] is None
     assert weights["dtype"] == rows["dtype"] and index["dtype"] == "int32"
     assert index["shape"] == rows["shape"][:1] == [weights["shape"][0] * weights["shape"][1]]
@@ -186,20 +186,20 @@ def check_unpermute(given, run):
 
 def check_re_routing(given, run):
     rows, counts = given["tokens"], given["expert_token_num_per_rank"]
-    assert len(counts["shape"]) == 2 and counts["dtype"] == "int64" and counts["contiguous"]  # then a group list
+    assert len(counts["shape"]) == 2 and counts["dtype"] == "int64" and counts["contiguous"]  # valid as a group list
     assert len(rows["shape"]) == 2 and rows["shape"][1] < 16384 and rows["dtype"] in ("bfloat16", "float16")
     assert given["expert_token_num_type"] == 1 and given["idx_type"] == 0 and given["per_token_scales"] is None
 
 
 def check_exchange(given, run, hidden, tokens):
-    """What dispatch and combine of a step have in common; the product follows from the algorithm."""
+    """Checks the arguments that dispatch and combine share; the algorithm determines the product."""
     ranks, experts, ids, weights = (
         given[name] for name in ("ep_world_size", "moe_expert_num", "expert_ids", "weights")
     )
     assert 0 <= given["ep_rank_id"] < ranks and experts % ranks == 0 and given["group_ep"] == "communicator of dispatch"
     assert ids["dtype"] == "int32" and ids["shape"][0] == tokens >= 1 and ids["shape"][1] == 8
-    assert given["global_bs"] == ranks * (3 if run == "idle" else tokens)  # by the rank that has most
-    assert given["x_active_mask"] is None  # which would want equal numbers of tokens on all ranks
+    assert given["global_bs"] == ranks * (3 if run == "idle" else tokens)  # of the rank with the most tokens
+    assert given["x_active_mask"] is None  # it requires equal token counts on all ranks
     assert given["tp_world_size"] in (0, 1) and given["shared_expert_rank_num"] == 0
     if given["comm_alg"] in ("fullmesh", "hierarchy"):  # A2
         assert ranks in ((16, 32, 64) if given["comm_alg"] == "hierarchy" else (*range(2, 9), 16, 32, 64, 128, 256))
@@ -217,7 +217,7 @@ def check_dispatch(given, run):
     assert given["expert_token_nums_type"] == 1  # counts
     assert given["comm_alg"] in ("fullmesh", "hierarchy", "fullmesh_v1", "fullmesh_v2")
     if given["comm_alg"].startswith("fullmesh_v"):
-        assert given["expert_scales"] is None  # A3 takes them with hierarchy only
+        assert given["expert_scales"] is None  # A3 accepts them with hierarchy only
     check_exchange(given | {"weights": given["expert_scales"]}, run, hidden, tokens)
 
 
@@ -295,8 +295,8 @@ def test_calls(results, case):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_reach_the_products_whole(results, layout, model):
-    """[K, N] of every grouped product: the experts and columns of one rank."""
+def test_grouped_matmul_weight_shapes(results, layout, model):
+    """[E, K, N] of every grouped matmul: the shard of one rank."""
     size = int(layout[:-2])
     hidden, width = MODELS[model], {"30b": 768, "235b": 1536}[model]
     experts = 128
@@ -317,7 +317,7 @@ LAYER = """add_rms_norm mm rms_norm rms_norm apply_rotary_pos_emb scatter_pa_kv_
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", [f"{size}tp" for size in TP])
 def test_launches_of_a_decode_layer(results, layout, model):
-    """The calls that give the device work, copies and casts included, collectives not."""
+    """Kernel launches of a layer, including copies and casts, without collectives."""
     for batch_size, extra in ((1, []), (8, ["clone"])):  # v is a strided view of the merged q, k, v
         calls = calls_of(results, f"{model}-{layout}-layer-decode{batch_size}")
         names = [call["name"].partition("::")[2].removeprefix("npu_") for call in calls if call["launches"]]
@@ -331,8 +331,8 @@ EXCHANGED = """_to_copy moe_distribute_dispatch_v2 grouped_matmul swiglu grouped
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", FUSED)
-def test_launches_of_a_decode_layer_that_dispatches(results, layout, model):
-    """The weights become float32; sorting and summing are in the two operations."""
+def test_launches_of_a_decode_layer_with_fused_dispatch(results, layout, model):
+    """top-k weights are cast to float32; sorting and summation are part of dispatch and combine."""
     for batch_size, extra in ((1, []), (8, ["clone"])):
         calls = calls_of(results, f"{model}-{layout}-layer-decode{batch_size}")
         names = [call["name"].partition("::")[2].removeprefix("npu_") for call in calls if call["launches"]]
@@ -341,8 +341,8 @@ def test_launches_of_a_decode_layer_that_dispatches(results, layout, model):
 
 
 @pytest.mark.parametrize("layout", FUSED)
-def test_algorithm(results, layout):
-    """Between nodes A2 goes through the hierarchy as far as it takes the ranks."""
+def test_dispatch_algorithm(results, layout):
+    """Between nodes A2 uses the hierarchy algorithm, for the numbers of ranks that it supports."""
     expected = {"8ep_a2": "fullmesh", "16ep_a2": "hierarchy", "128ep_a2": "fullmesh"}.get(layout, "fullmesh_v2")
     for name, algorithm in (("dispatch", expected), ("combine", expected if "a2" in layout else "")):
         calls = calls_of(results, f"30b-{layout}-decode8")
@@ -351,7 +351,7 @@ def test_algorithm(results, layout):
 
 
 def test_prefill_regroups(results):
-    """Two layers, each: rows sorted by expert, regrouped where they arrive, put back and summed."""
+    """Each of two layers sorts rows by expert, regroups those received, and sums the results per token."""
     names = [call["name"] for call in calls_of(results, "30b-8ep-prefill")]
     moe = ["init_routing_v2", "re_routing", "finalize_routing"]
     assert [name for name in names if name.startswith("npu::npu_moe_") and "gating" not in name] == [
@@ -359,8 +359,8 @@ def test_prefill_regroups(results):
     ]
 
 
-def test_options(results):
-    """o_proj with its all_reduce in prefill only; in decode, weights fetched beside attention and the exchange."""
+def test_fused_o_proj_and_prefetch(results):
+    """o_proj is fused with its all_reduce in prefill only; weights are prefetched in decode only."""
     for run, name in (("prefill", "mm_all_reduce_base"), ("decode8", "prefetch")):
         calls = [call for call in calls_of(results, f"30b-8tp_options-{run}") if call["name"] == f"npu::npu_{name}"]
         shapes = [(call["given"].get("x2") or call["given"]["input"])["shape"] for call in calls]
@@ -370,7 +370,7 @@ def test_options(results):
 
 
 def test_bindings(results):
-    """Nothing falls back where everything is there, and the next best is taken where something fails."""
+    """The preferred variants are selected, and the next best where one fails."""
     assert results["bindings"] == BEST
     second = {
         "rotary": "npu_apply_rotary_pos_emb BSND",
@@ -386,8 +386,8 @@ def test_bindings(results):
     assert results["bindings-fallback2"] == second | {"rotary": "npu_rotary_mul"}
 
 
-def test_weights_are_tiled(results):
-    """All that is multiplied, but for a vocabulary too long for the format."""
+def test_weights_are_fractal_nz(results):
+    """All matmul weights, except an lm_head whose vocabulary exceeds the format's limit."""
     matrices = {name: kind for name, kind in results["weights"].items() if kind.endswith("Weight")}
     assert [name for name, kind in matrices.items() if kind != "TransposedWeight"] == ["lm_head.weight"]
     assert len(matrices) == 2 * 4 + 1

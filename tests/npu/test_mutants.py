@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of the NPU backend broken one at a time: the checks of test_meta.py must notice each."""
+"""Mutation tests of the NPU backend: the checks of test_meta.py must detect each broken call."""
 
 import pytest
 
@@ -65,15 +65,15 @@ def mutants(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[old for old, _ in MUTANTS])
-def test_a_broken_call_is_noticed(mutants, index):
+def test_a_broken_call_is_detected(mutants, index):
     original, mutant = mutants[0], mutants[1 + index]
     cases = [case for case in CASES if case in original]
     for case in cases:
         check_case(original, case)
-    noticed = 0
+    detected = 0
     for case in cases:
         try:
             check_case(mutant, case)
         except (AssertionError, KeyError):
-            noticed += 1
-    assert noticed
+            detected += 1
+    assert detected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The NPU backend on emulated operations: a prompt whose logits are not finite fails alone."""
+"""A prompt with non-finite logits fails without changing other prompts, on the emulated NPU backend."""
 
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SPLIT = {"world_size": 2, "attn_tp_size": 1, "moe_tp_size": 1}  # requests and e
 
 
 def results_of(wheel_file: str, folder: Path, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[Any]:
-    """What became of each prompt, alone and with the others, under each of the settings."""
+    """(token_ids, error) of each prompt, alone and in a batch with the others, under each of the settings."""
     install(wheel_file, "A2")
     emulate_communicators()
     from ops.npu import NpuOps

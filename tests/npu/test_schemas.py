@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend's source against the schemas kept in the repository, and those against the wheels."""
+"""Calls in the backend's source fit the committed schemas, and those equal the schemas of the wheels."""
 
 import ast
 
@@ -15,7 +15,7 @@ CALLS = schemas.backend_calls()
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("call", CALLS, ids=[f"{call.func.attr}-{call.lineno}" for call in CALLS])
 def test_call_fits_schema(call, version):
-    """Name, number of positional arguments, and keywords; starred ones stand for four tensors."""
+    """Checks name, number of positional arguments, and keywords; a starred argument counts as four tensors."""
     schema = torch._C.parse_schema(f"npu::{schemas.committed_schemas(version)[call.func.attr]}")
     positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
     count = sum(4 if isinstance(argument, ast.Starred) else 1 for argument in call.args)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the vendor's operations compute something else than one expects: falling in, once each, must be noticed."""
+"""Pitfalls of the vendor's operations: a backend with any one of them must differ from the reference."""
 
 import types
 
@@ -15,35 +15,35 @@ from tests.parallel.ranks import run_ranks
 
 MASK = "self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).tril(-1)"
 ROTATION = "query, key = self.rotate(query, key, *cos_sin)"
-# numbered as people meet them, from routing to quantisation
+# numbered in order of the forward pass; quantisation last
 TRAPS = {
     "1 gating alone does not renormalise": ("renorm=int(renormalize)", "renorm=0"),
-    "2 the other kind of row index is the reverse one": ("row_idx_type=0,", "row_idx_type=1,"),
-    "3 finalize_routing reads the index choice by choice": ("None, drop_pad_mode=2)", "None)"),
-    "4 grouped_matmul takes running sums": ("group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,", ""),
-    "5 the range of experts freezes at the first": ("active_expert_range=[0, num_experts],", ""),
+    "2 row_idx_type 1 is the inverse permutation": ("row_idx_type=0,", "row_idx_type=1,"),
+    "3 finalize_routing reads the index as k * T + t": ("None, drop_pad_mode=2)", "None)"),
+    "4 grouped_matmul takes cumulative counts": ("group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,", ""),
+    "5 the default range of experts is fixed by the first call": ("active_expert_range=[0, num_experts],", ""),
     "6 attention does not scale": ("softmax_scale=query.shape[2] ** -0.5,", ""),
-    "6 True in a mask hides": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
-    "7 lengths of paged keys are not summed up": ("paged = step.seq_lens_list,", "paged = step.query_ends,"),
+    "6 True in a mask means masked": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
+    "7 lengths of paged keys are not cumulative": ("paged = step.seq_lens_list,", "paged = step.query_ends,"),
     "8 rotary embedding works in place": (ROTATION, f"{ROTATION.partition('= ')[2]}\n        {ROTATION}"),
-    # of quantised experts, which are not here: what calls it without a contract of its own is refused
+    # for quantised experts, which are not implemented: a call that CONTRACTS lacks fails
     "9 dequant_swiglu_quant wants a multiple of 64": (
         "npu.npu_swiglu(gate_up, -1)",
         "npu.npu_dequant_swiglu_quant(gate_up, activate_left=True)[0]",
     ),
 }
-MANY = ("MAX_EXPERT_TOKENS = 8192", "MAX_EXPERT_TOKENS = 7")  # so that long prompts are not needed
-PARTS = {
-    "tokens of a part": ("routing.topk_ids[part]", "routing.topk_ids[: part.stop - part.start]"),
-    "rows of a part": (".clamp(0, MAX_EXPERT_ROWS)", ""),
+MANY = ("MAX_EXPERT_TOKENS = 8192", "MAX_EXPERT_TOKENS = 7")  # avoids long prompts
+CHUNKING = {
+    "tokens of a chunk": ("routing.topk_ids[part]", "routing.topk_ids[: part.stop - part.start]"),
+    "rows of a chunk": (".clamp(0, MAX_EXPERT_ROWS)", ""),
 }
 BUFFERS = {
-    "10 a row on its way is longer than its numbers": (
+    "10 a row in the buffer is padded and has metadata": (
         "round_up(round_up(2 * sizes.hidden_size, 32) + 64, 512)",
         "2 * sizes.hidden_size",
     ),
-    "10 the buffer is there twice": ("return 2 * (received", "return (received"),
-    "10 A2 keeps 2 MB more": (" + 2 * MIB)", ")"),
+    "10 the buffer is doubled": ("return 2 * (received", "return (received"),
+    "10 A2 reserves another 2 MB": (" + 2 * MIB)", ")"),
 }
 
 
@@ -62,26 +62,26 @@ def replaced(sources: dict[str, str], old: str, new: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list[str]]:
     sources = {file.stem: file.read_text(encoding="utf-8") for file in BACKEND.glob("*.py")}
-    in_parts = replaced(sources, *MANY)
-    broken = {"": sources, "in parts": in_parts}
+    in_chunks = replaced(sources, *MANY)
+    broken = {"": sources, "in chunks": in_chunks}
     broken |= {trap: replaced(sources, *change) for trap, change in TRAPS.items()}
-    broken |= {part: replaced(in_parts, *change) for part, change in PARTS.items()}
+    broken |= {part: replaced(in_chunks, *change) for part, change in CHUNKING.items()}
     return run_ranks(1, run_sources, tmp_path_factory.mktemp("traps"), wheel_or_skip(), broken)[0]
 
 
 @pytest.mark.parametrize("trap", TRAPS)
-def test_a_trap_is_noticed(found, trap):
+def test_a_pitfall_is_detected(found, trap):
     assert not found[""], "the backend itself agrees with the reference"
     assert found[trap]
 
 
-def test_more_tokens_than_fit_at_once_go_in_parts(found):
-    assert not found["in parts"]
-    assert all(found[part] for part in PARTS)
+def test_long_prefills_run_the_experts_in_chunks(found):
+    assert not found["in chunks"]
+    assert all(found[part] for part in CHUNKING)
 
 
 def disagreements(rules: types.ModuleType) -> int:
-    """Sizes for which a table of products and the emulator's, made from the same pages, want different buffers."""
+    """Number of sizes for which `rules` and the emulator, written from the same pages, need different buffers."""
     count = 0
     for product, algorithms in rules.ALGORITHMS.items():
         set_product(product)
@@ -107,12 +107,12 @@ def disagreements(rules: types.ModuleType) -> int:
     return count
 
 
-def test_buffers_are_those_of_the_emulator():
+def test_buffer_sizes_equal_the_emulators():
     assert disagreements(ascend) == 0
 
 
 @pytest.mark.parametrize("trap", BUFFERS)
-def test_a_buffer_too_small_is_noticed(trap):
+def test_a_wrong_buffer_formula_is_detected(trap):
     old, new = BUFFERS[trap]
     source = (BACKEND.parent / "ascend.py").read_text(encoding="utf-8")
     assert source.count(old) == 1
@@ -133,7 +133,7 @@ def test_a_trap_of_fusing_o_proj_is_refused(refused):
     assert set(refused["A3"].values()) == {"only possible on Atlas A2, this is A3"}
 
 
-def test_a_buffer_of_the_user_is_too_small(refused):
+def test_a_too_small_buffer_of_the_user_is_refused(refused):
     """2 MB and room for 512 rows from each of the 2 ranks, of 128 numbers and 4 experts, all of it twice."""
     need = -(-2 * (2 * 256 * 4 * 128 * 2 + 2 * MIB) // MIB)
     said = refused["buffer"]

@@ -14,7 +14,7 @@ from tests.npu.emulator import install, set_product
 
 
 def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """What does not agree, of each backend: the doctor's comparisons of the operations in use."""
+    """Findings of the doctor's comparisons that fail, for each backend source."""
     install(wheel)
     from executor.doctor import experts, layers
     from executor.doctor.findings import Context
@@ -36,9 +36,9 @@ def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, lis
 
 
 def refusals(wheel: str, megabytes: str) -> dict[str, Any]:
-    """What an LLM of two ranks says to this HCCL_BUFFSIZE, before any rank meets another.
+    """Error of a two-rank LLM for this HCCL_BUFFSIZE, raised before the process groups are created.
 
-    And which numbers of ranks o_proj may be fused over, by product.
+    Also, by product, the reasons against fusing o_proj with its all-reduce for several numbers of ranks.
     """
     install(wheel, "A2")
     import executor.llm

@@ -11,7 +11,7 @@ from pathlib import Path
 
 VERSIONS = ("2.13.0", "2.8.0.post5")
 PLATFORM = ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:")
-PATIENCE = ("--retries", "1", "--timeout", "20")  # of each connection, where there is no network
+PATIENCE = ("--retries", "1", "--timeout", "20")  # per connection, for machines without a network
 TIMEOUT_S = 600
 
 
@@ -35,7 +35,7 @@ def wheel(version: str) -> Path | None:
 
 
 def download_into(folder: Path, version: str) -> None:
-    """Puts the wheel of a version there in one piece, or nothing where no index can be reached."""
+    """Downloads the wheel of a version into `folder` atomically; does nothing where no index can be reached."""
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         download = (sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, *PLATFORM, *PATIENCE)
         try:

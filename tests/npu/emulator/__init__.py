@@ -5,7 +5,7 @@
 An operation returns what its documentation says, raises where the documentation forbids the call, and fills what the
 documentation leaves undefined with NaN or large integers, so that code that reads it fails.
 A captured graph records calls and replays them on the same memory; what a device cannot capture is refused.
-It takes over the namespace `npu` and `sys.modules["torch_npu"]`: give it a process of its own.
+It replaces the namespace `npu` and `sys.modules["torch_npu"]`: give it a process of its own.
 """
 
 from tests.npu.emulator.communicators import comm_name

@@ -68,7 +68,7 @@ def _require_causal_mask(mask: torch.Tensor | None, sparse_mode: int) -> None:
 
 
 def _check(call: Call) -> None:
-    """What the documentation asks of the call as a whole."""
+    """Checks what the documentation requires of the call as a whole."""
     require(call.layout in LAYOUTS, f"input_layout '{call.layout}': allowed are {', '.join(LAYOUTS)}")
     require_dtype("query", call.query, HALVES)
     require_same_dtype(query=call.query, key=call.key, value=call.value)
@@ -77,7 +77,7 @@ def _check(call: Call) -> None:
     )
     require(0 < call.heads <= 256, f"{call.heads} query heads: 1 to 256")
     require(call.heads % call.kv_heads == 0, f"{call.heads} query heads are no multiple of {call.kv_heads} kv heads")
-    require(call.heads // call.kv_heads <= 64, f"{call.heads} / {call.kv_heads} heads: at most 64 to a kv head")
+    require(call.heads // call.kv_heads <= 64, f"{call.heads} / {call.kv_heads} heads: at most 64 per kv head")
     require(call.sparse_mode in (0, 1, 2, 3), f"sparse_mode {call.sparse_mode}: the emulator has 0, 1, 2 and 3")
     dims = 3 if call.layout in ("BSH", "TND") else 4
     require(call.query.dim() == dims, f"query {list(call.query.shape)}: {call.layout} has {dims} dimensions")

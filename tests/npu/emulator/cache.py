@@ -38,7 +38,7 @@ def npu_scatter_pa_kv_cache(
 ) -> None:
     """Writes key and value [T, G, D] at their slots; the default cache_mode takes NZ caches, None and "Norm" ND ones.
 
-    Slots must be unique and in [0, blocks * block_size): the documentation knows no slot to skip.
+    Slots must be unique and in [0, blocks * block_size): the documentation defines no slot that is skipped.
     """
     require(cache_mode in (None, "Norm", "PA_NZ"), f"cache_mode '{cache_mode}': None, Norm or PA_NZ")
     require(key.dim() == 3 and value.dim() == 3, f"key {list(key.shape)}, value {list(value.shape)}: [T, G, D] here")

@@ -5,8 +5,8 @@ Every call that reaches the dispatcher is recorded, collectives too. The kernels
 end the tensors they made are poisoned and those they changed hold their former values, as after a capture on a device,
 which computes nothing.
 
-Refused are the operations whose result's shape or value the host must know, decided by torch's tags, and those named
-below. Unseen stay copies between host and device, which are the same here, and inputs freed before a replay.
+Operations that need a host sync for their result's shape or value are refused, by torch's tags and the names below.
+Not detected: copies between host and device, which are the same here, and inputs freed before a replay.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _alias(tree: Any) -> Any:
-    """The same memory in tensors of the graph's own, which what the caller does to theirs leaves alone."""
+    """Aliases tensors, so that the caller's in-place metadata changes do not affect the graph's."""
     return tree_map_only(torch.Tensor, torch.Tensor.detach, tree)
 
 
@@ -75,7 +75,7 @@ class Call:
 
 
 def _synchronises(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether the host must know a value of the device to make the call or to know its result's shape."""
+    """Whether the call needs a host sync, for an argument or for its result's shape."""
     name = str(func)
     if name in INDEXING:  # a mask is first turned into indices
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self._capture, self._dispatches = capture, dispatches
-        self._made: set[int] = set()  # storages born in the capture; the calls keep them alive
+        self._made: set[int] = set()  # storages allocated in the capture; the calls keep them alive
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # changed storages: memory and former bytes
         self._scattered: int | None = None  # storage of a reduce_scatter's output, until its caller has waited
 
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):
         return results
 
     def _finish_scatter(self, func: Any, args: tuple) -> Any:
-        """Gloo reduces the whole, and copies this rank's part of it whenever somebody waits: no calls of the graph."""
+        """Runs unrecorded the copy of this rank's part that Gloo makes at each wait, after reducing the whole."""
         if func is torch.ops.aten.copy_.default and _storage(args[0]) == self._scattered:
             self._scattered = None
         elif func not in (torch.ops.aten.chunk.default, torch.ops.aten.split.Tensor):
@@ -149,7 +149,7 @@ class Recorder(TorchDispatchMode):
 
 
 class HostReads(TorchFunctionMode):
-    """Refuses the reads that reach no dispatcher on CPU tensors, and tensors built on the device from host values."""
+    """Refuses host reads that bypass the dispatcher on CPU tensors, and device tensors built from host values."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names that stand for HCCL communicators, and what runs over them: torch.distributed groups of the CPU."""
+"""Names of emulated HCCL communicators, which are torch.distributed groups on the CPU."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ _uses: dict[str, str] = {}  # what a communicator is used for: "exchange" or "ma
 
 
 def comm_name(group: dist.ProcessGroup | None, rank: int) -> str:
-    """The name that stands for the HCCL communicator of `group` (None: all ranks), of which global `rank` is a member.
+    """Name of the emulated HCCL communicator of `group` (None: all ranks), of which global `rank` is a member.
 
-    It takes the place of `group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)`.
+    Replaces `group._get_backend(torch.device("npu")).get_hccl_comm_name(rank)`.
     """
     group = group or dist.group.WORLD
     ranks = dist.get_process_group_ranks(group)
@@ -25,7 +25,7 @@ def comm_name(group: dist.ProcessGroup | None, rank: int) -> str:
 
 
 def group_of(name: str, use: str) -> dist.ProcessGroup:
-    """The group behind a communicator; ValueError for an unknown name, or one that has another use already."""
+    """The group behind a communicator; ValueError for an unknown name, or one in use for another purpose."""
     require(name in _groups, f"no communicator '{name}': comm_name(group, rank) gives its name")
     used = _uses.get(name, use)
     require(used == use, f"communicator '{name}' is used for {used}: dispatch and combine need a group of their own")

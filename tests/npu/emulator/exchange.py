@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch and combine of the experts' tokens (op-plugin docs: npu_moe_distribute_dispatch_v2 and _combine_v2).
 
-BS tokens of this rank, H hidden, K experts a token, EL experts of a rank, A rows of receive capacity.
+BS tokens of this rank, H hidden, K experts per token, EL experts of a rank, A rows of receive capacity.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def _agree(shares: list[Sent], masked: bool) -> None:
 
 
 def _receive(shares: list[Sent], rank: int, per_rank: int) -> list[list[tuple[int, int, int, int]]]:
-    """This rank's rows as (expert, source rank, token, k), by expert, then rank, then token; one list for each pair."""
+    """This rank's rows as (expert, source rank, token, k), a list per (expert, rank) pair, in that order."""
     cells = []
     for expert in range(rank * per_rank, (rank + 1) * per_rank):
         for source, share in enumerate(shares):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What A2 and A3 allow in dispatch and combine, and the HCCL buffer they need (op-plugin docs)."""
+"""Constraints of A2 and A3 on dispatch and combine, and the HCCL buffer size they need (op-plugin docs)."""
 
 import os
 from typing import NamedTuple

@@ -61,7 +61,7 @@ def get_npu_format(input: torch.Tensor) -> int:
 
 @kernel("npu_prefetch", nz=("input",))
 def npu_prefetch(input: torch.Tensor, dependency: torch.Tensor | None, max_size: int, offset: int) -> None:
-    """Moves nothing; max_size must be positive, offset (bytes) inside the tensor."""
+    """Only checks its arguments: max_size must be positive, offset (bytes) inside the tensor."""
     require(max_size > 0, f"max_size {max_size}: must be greater than zero")
     size_bytes = input.numel() * input.element_size()
     require(0 <= offset < size_bytes, f"offset {offset} outside the tensor's {size_bytes} bytes")

@@ -32,7 +32,7 @@ def _call(
     version: int,
 ) -> Call:
     require(modes[1] == 0 or query.dtype == torch.float16, f"inner_precise {modes[1]}: 0 for bf16")
-    kv_heads = heads[1] or heads[0]  # 0 stands for as many kv heads as query heads
+    kv_heads = heads[1] or heads[0]  # 0 means as many kv heads as query heads
     qlen, kvlen = (None if given is None else [int(length) for length in given] for given in lengths)
     return Call(
         query=query,

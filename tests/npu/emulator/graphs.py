@@ -23,7 +23,7 @@ _pools = itertools.count(1)
 
 
 class NPUGraph:
-    """RuntimeError for every call out of order. After a reset it may capture again, but takes no update."""
+    """Raises RuntimeError for calls out of order. After a reset it may capture again, but accepts no update."""
 
     def __init__(self) -> None:
         self.auto_dispatch_capture = False
@@ -93,7 +93,7 @@ class NPUGraph:
                 DEVICE.waiting.add(self)
 
     def update(self, cpu_update_input: list[dict[str, Any]]) -> None:
-        """Gives the recorded attention calls new values of the keywords they were captured with, one dict a call.
+        """Gives the recorded attention calls new values of the keywords they were captured with, one dict per call.
 
         A single dict goes to all of them. A keyword that a call was captured without is ignored, as in the wheels.
         """

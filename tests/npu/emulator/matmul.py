@@ -219,7 +219,7 @@ def npu_grouped_matmul_list(
     group_type: int | None,
     group_list_type: int | None,
 ) -> Tensors:
-    """As npu_grouped_matmul with one 2-D weight a group and cumulative ends as integers (one x, split_item 2 or 3).
+    """As npu_grouped_matmul with one 2-D weight per group and cumulative ends as integers (one x, split_item 2 or 3).
 
     Without group_list, x and weight have as many tensors and split_item is 0 or 1.
     """

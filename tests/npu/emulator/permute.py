@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sorting tokens by expert and back, and from (rank, expert) to (expert, rank) order (op-plugin docs).
 
-T tokens, H hidden, K experts a token, R = T * K, EL experts of this rank, A rows received from all ranks.
+T tokens, H hidden, K experts per token, R = T * K, EL experts of this rank, A rows received from all ranks.
 """
 
 import torch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every emulated operation shares: its registration, the refusal of bad calls, poison for undefined values."""
+"""Registration of emulated operations, checks of their arguments, and poison for undefined values."""
 
 import inspect
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _formats: dict[int, StorageWeakRef] = {}  # storages in FRACTAL_NZ; the weak ref
 
 
 def set_product(name: str) -> None:
-    """Whose rules hold from now on: "A2" (Ascend910B) or "A3" (Ascend910_93). ValueError for any other name."""
+    """Sets the product whose rules apply: "A2" (Ascend910B) or "A3" (Ascend910_93). ValueError for any other."""
     global _product
     require(name in PRODUCTS, f"product '{name}': allowed are {', '.join(PRODUCTS)}")
     _product = name
@@ -44,7 +44,7 @@ def product() -> str:
 
 
 def require(condition: object, message: str) -> None:
-    """ValueError with `message` where the vendor's documentation forbids the call."""
+    """Raises ValueError with `message` unless `condition` holds: the vendor's documentation forbids the call."""
     if not condition:
         raise ValueError(message)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert choice, the sorting of tokens by expert, and their return (op-plugin docs: npu_moe_gating_top_k_softmax, ...).
+"""Gating, sorting of tokens by expert, and combine (op-plugin docs: npu_moe_gating_top_k_softmax, ...).
 
-T tokens, H hidden, E experts, K experts a token, R = T * K.
+T tokens, H hidden, E experts, K experts per token, R = T * K.
 """
 
 import torch
@@ -20,7 +20,7 @@ Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _top_k(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of each row in falling order; of equal ones the lower index first."""
+    """The k largest of each row in descending order; ties by ascending index."""
     ordered, indices = values.sort(dim=-1, descending=True, stable=True)
     return ordered[..., :k], indices[..., :k].to(torch.int32)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of torch.npu (torch_npu.npu) that needs no device: one that computes at once, on the host."""
+"""Stand-in for torch.npu (torch_npu.npu): a device that computes synchronously on the host."""
 
 import types
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 
 from tests.npu.emulator import graphs, streams
 
-# torch_npu's numbers for the types that torch has no name for
+# torch_npu's codes of the dtypes that torch lacks
 DTYPE_CODES = {"int4": 285, "hifloat8": 290, "float8_e8m0fnu": 293, "float4_e2m1fn_x2": 296, "float4_e1m2fn_x2": 297}
 
 
@@ -22,7 +22,7 @@ CONFIG = Config()
 
 
 def device_module(soc_name: Callable[[], str]) -> types.ModuleType:
-    """The module that stands for torch.npu: one device, no memory figures."""
+    """Builds the stand-in for torch.npu: one device, no memory statistics."""
     module = types.ModuleType("torch_npu.npu")
     module.__spec__ = ModuleSpec("torch_npu.npu", None)
     module.config = CONFIG

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams and events of torch.npu. Work is done when it is called, so they order nothing; a capture looks at them."""
+"""Streams and events of torch.npu. Work runs synchronously, so they order nothing; graph capture tracks them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Event:
 
 
 class Capture:
-    """The capture underway: the streams whose work it records, and what it refused first, if anything."""
+    """An ongoing graph capture: the streams it records, and the first operation that it refused, if any."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -50,7 +50,7 @@ class Capture:
         self.refusal: str | None = None
 
     def refuse(self, operation: str) -> None:
-        """RuntimeError, now and again where the capture ends."""
+        """Raises RuntimeError, now and again at the end of the capture."""
         message = f"{operation} cannot be captured in a graph"
         self.refusal = self.refusal or message
         raise RuntimeError(message)

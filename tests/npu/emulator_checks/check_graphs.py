@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captured graphs against the same calls in eager mode; what a capture and its order of calls refuse."""
+"""Graph replays against the same calls in eager mode; operations and call orders that a capture refuses."""
 
 import ast
 import contextlib
@@ -118,7 +118,7 @@ def test_lengths_without_update_are_those_of_the_capture(version):
         assert torch.equal(out, stale) and not torch.equal(out, eager.step(lengths))
 
 
-def test_every_replay_waits_for_an_update_of_its_own():
+def test_every_replay_needs_its_own_update():
     _, graphed = decoders("v2")
     graph, out = captured(lambda: graphed.step(START), auto_dispatch_capture=True)
     graph.update([{}])  # the values stay
@@ -140,7 +140,7 @@ def test_every_replay_waits_for_an_update_of_its_own():
         graph.update([{}])
 
 
-def test_an_update_from_a_thread_beside_the_replay():
+def test_an_update_from_another_thread():
     eager, graphed = decoders("v2")
     graph, out = captured(lambda: graphed.step(START), auto_dispatch_capture=True)
     for lengths in grown(8):
@@ -154,7 +154,7 @@ def test_an_update_from_a_thread_beside_the_replay():
         assert torch.equal(out, eager.step(lengths))
 
 
-def test_one_dict_a_call_and_only_keywords_of_the_capture():
+def test_update_takes_one_dict_per_call_and_ignores_other_keywords():
     _, graphed = decoders("v2")
     q = torch.randn(BATCH, HEADS, WIDTH).half()
     graph, outs = captured(lambda: [graphed.attend(q, START) for _ in range(2)], auto_dispatch_capture=True)
@@ -168,7 +168,7 @@ def test_one_dict_a_call_and_only_keywords_of_the_capture():
         graph.update([{}, {}, {}])
 
 
-def test_forms_that_write_into_given_tensors():
+def test_out_variants():
     _, graphed = decoders("v2")
     q, outs = torch.randn(BATCH, HEADS, WIDTH).half(), [torch.zeros(BATCH, HEADS, WIDTH).half(), torch.empty(0)]
     caches = [cache.view(5, BLOCK, -1) for cache in graphed.caches]
@@ -214,7 +214,7 @@ def test_views_lists_and_changes_in_place():
         assert all(map(torch.equal, out, want))
 
 
-def test_the_memory_is_that_of_the_capture():
+def test_replays_use_the_memory_of_the_capture():
     weight, moved = torch.ones(2), torch.zeros(2)
 
     def body():
@@ -273,7 +273,7 @@ def test_refused_in_a_capture(operation, inference):
         graph.replay()
 
 
-def test_a_refusal_that_is_caught_voids_the_capture():
+def test_a_caught_refusal_invalidates_the_capture():
     def body():
         with contextlib.suppress(RuntimeError):
             torch.equal(X, X)
@@ -373,7 +373,7 @@ def _wheel_source(name):
         return archive.read(f"torch_npu/npu/{name}").decode()
 
 
-def test_signatures_are_the_wheels():
+def test_signatures_equal_the_wheels():
     classes = {node.name: node for node in ast.parse(_wheel_source("graphs.py")).body if isinstance(node, ast.ClassDef)}
     methods = ("capture_begin", "capture_end", "replay", "reset", "pool", "update")
     for owner, names in ((torch.npu.NPUGraph, methods), (torch.npu.graph, ("__init__",))):

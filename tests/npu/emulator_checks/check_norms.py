@@ -173,6 +173,6 @@ def test_a_wrong_keyword_is_refused():
         npu("npu_rms_norm", bf16(2, 8), bf16(8), eps=1e-6)
 
 
-def test_what_has_no_emulation_says_so():
+def test_unemulated_arguments_raise():
     with pytest.raises(NotImplementedError, match="group_index"):
         npu("npu_dynamic_quant", bf16(2, 8), group_index=torch.ones(1, dtype=torch.int32))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace and the kernels that the NPU backend takes from the reports of torch_npu's profiler."""
+"""Trace and kernel times that the NPU backend reads from the reports of torch_npu's profiler."""
 
 import contextlib
 from pathlib import Path
@@ -16,7 +16,7 @@ REPORT = """Device_id,Name,Type,Accelerator Core,Start Time(us),Duration(us),Wai
 
 
 def profiler_that_writes(kernel_details: str | None) -> SimpleNamespace:
-    """What the backend uses of torch_npu.profiler; None for one that fails, which it says only in its log."""
+    """The part of torch_npu.profiler that the backend uses; kernel_details None: it fails and only logs it."""
 
     @contextlib.contextmanager
     def profile(activities, on_trace_ready):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Expert choice, sorting and return of tokens against sums written token by token in float64."""
+"""Gating, sorting and combine of tokens against sums per token in float64."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from tests.npu.emulator import install, set_product
 
 @pytest.fixture(autouse=True, scope="session")
 def emulated():
-    torch.set_num_threads(1)  # a fork of a process with a pool of threads waits for threads it has not
+    torch.set_num_threads(1)  # a forked process would deadlock on its parent's thread pool
     install(os.environ["NPU_WHEEL"])
 
 

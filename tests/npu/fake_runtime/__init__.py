@@ -3,8 +3,8 @@
 
 The torch_npu of the wheel, unmodified, imports and finds one NPU. All its own code runs: the Python bindings, the
 checks of arguments, the allocation of outputs, the queue of launches, the caching allocator. What it hands to CANN is
-accepted and forgotten, so that memory and copies are true, outputs of operations hold anything, and CANN's own checks
-of arguments, several devices, communication and captured graphs are not there.
+accepted and ignored: memory and copies work, outputs of operations are uninitialised, and CANN's own checks of
+arguments, several devices, communication and graph capture are missing.
 
     environment = fake_npu()                               # builds what is not built yet; Unavailable says why not
     subprocess.run([sys.executable, ...], env=environment)  # `import torch` in it finds the NPU
@@ -39,7 +39,7 @@ WRITTEN = re.compile(r"\b(acl\w+)\([^;]*?\) \{|^DESCRIPTOR\((acl\w+)\)", re.MULT
 
 
 class Unavailable(Exception):
-    """Why this machine cannot have the fake runtime."""
+    """Raised with the reason why this machine cannot build the fake runtime."""
 
 
 def fake_npu() -> dict[str, str]:
@@ -65,7 +65,7 @@ def fake_npu() -> dict[str, str]:
 
 
 def made(folder: Path, make: Callable[[Path], None]) -> Path:
-    """`folder`, made if it is not there; of several processes that make it at once, one wins."""
+    """Returns `folder`, created atomically by `make` if it does not exist; concurrent processes are safe."""
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             making = Path(scratch) / "making"
@@ -80,7 +80,7 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def build(site: Path, folder: Path) -> None:
-    """The libraries of CANN that the wheel unzipped in `site` needs: one, under the names of all."""
+    """Builds the CANN libraries that the wheel unzipped in `site` needs: one file, linked under every name."""
     names = entry_points(site / "torch_npu")
     written = {name for pair in WRITTEN.findall(SOURCE.read_text(encoding="utf-8")) for name in pair}
     stubs = "".join(f"long {name}(void) {{ return 0; }}\n" for name in sorted(names - written))
@@ -97,10 +97,10 @@ def build(site: Path, folder: Path) -> None:
 
 
 def entry_points(torch_npu: Path) -> set[str]:
-    """Names of all functions of CANN that the wheel may ask for: they stand in its libraries as text."""
+    """Names of all functions of CANN that the wheel may look up, found as strings in its libraries."""
     names: set[bytes] = set()
     for library in [*torch_npu.glob("lib/*.so"), *torch_npu.glob("_C.*.so")]:
         names.update(re.findall(ENTRY_POINT, library.read_bytes()))
-    # an operation has two functions, and only the name of one may stand there
+    # an operation has two functions, and possibly only one name is in the library
     names.update(name + b"GetWorkspaceSize" for name in list(names) if name.startswith(b"aclnn"))
     return {name.decode() for name in names}

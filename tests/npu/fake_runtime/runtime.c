@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // One device in host memory, under the interface of CANN's runtime as the headers in the torch_npu wheel declare it.
 //
-// Memory and copies are real. Streams, events and the operations' descriptors are numbers, and everything handed to a
-// stream is over at once. Operations compute nothing: their entry points are among the stubs that return success.
-// Device memory is mapped without being reserved: what nobody writes reads as zeros and costs nothing.
+// Memory and copies are real. Streams, events and the operations' descriptors are numbers, and work submitted to a
+// stream completes at once. Operations compute nothing: their entry points are among the stubs that return success.
+// Device memory is mapped without being reserved: unwritten pages read as zeros and use no memory.
 
 #define _GNU_SOURCE
 #include <stdatomic.h>
@@ -170,7 +170,7 @@ aclError aclsysGetCANNVersion(aclCANNPackageName package, aclCANNPackageVersion 
     return 0;
 }
 
-// Streams and events. Whatever they are asked about has happened.
+// Streams and events. Every query reports completion.
 aclError aclrtCreateStream(aclrtStream *stream) {
     *stream = next_handle();
     return 0;
