@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import DistError, TCPStore
@@ -16,10 +17,11 @@ from torch.distributed.run import parse_args, run
 from ops.messages import Failure, clean
 from ops.nodes import Nodes
 
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
 PORTS_TRIED = 100
-# `python -m` without the current folder in sys.path, for which Python 3.10 has no option: it may hold a random.py
+# `python -m` with ROOT in place of the current folder, which may hold a random.py, in sys.path
 RUN_MODULE = """import sys
-sys.path = [folder for folder in sys.path if folder]
+sys.path = [sys.argv.pop(1), *(folder for folder in sys.path if folder)]
 module, sys.argv = sys.argv[1], ["-m", *sys.argv[2:]]
 import runpy
 runpy.run_module(module, run_name="__main__", alter_sys=True)"""
@@ -64,7 +66,7 @@ def run_ranks(
     arguments = [f"--nnodes={len(nodes)}", f"--node_rank={nodes.index}", f"--nproc_per_node={processes}"]
     arguments += [f"--master_addr={address}", f"--master_port={port}", f"--log_dir={scratch}"]
     arguments += [f"--rdzv_conf=timeout={timeout_s:g}", "--max_restarts=0", "--no_python"]
-    arguments += [sys.executable, "-u", "-c", RUN_MODULE, *command]
+    arguments += [sys.executable, "-u", "-c", RUN_MODULE, str(ROOT), *command]
     here = nodes.name(nodes.index)
     options = parse_args(arguments)
     # Newer torchruns then leave this process's handlers of the other signals alone. On what those raise they end the

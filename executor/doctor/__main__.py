@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Examines this machine's NPU: `python -m executor.doctor npu [--json FILE]`.
+"""Checks this machine's NPU: `python -m executor.doctor npu [--json FILE]`.
 
 Prints versions and settings, then compares each operation of the backend with the reference at the shapes of
-Qwen3-30B-A3B and of its tensor-parallel slices. Exit code 0: all agree; 1: something differs or fails; 2: wrong use, or
-no NPU.
+Qwen3-30B-A3B and of its tensor-parallel slices. Exit code 0: all agree; 1: something differs or fails; 2: invalid
+arguments, or no NPU.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SLICES = (2, 4, 8)
 def main(
     arguments: list[str] | None = None, device: "torch.device | None" = None, shapes: "Sequence[Shapes]" = ()
 ) -> int:
-    """`device` and `shapes` take the place of the NPU and of the real shapes in tests."""
+    """Runs the doctor and returns its exit code; tests pass `device` and `shapes` instead of the NPU and real ones."""
 
     def body() -> int:
         parsed = parse_arguments(arguments)
@@ -39,7 +39,7 @@ def main(
             check_output("--json", Path(parsed.json))
         report = examine(device or find_npu(), shapes)
         if parsed.json:
-            replace(Path(parsed.json), json.dumps(report, indent=1) + "\n")
+            replace(Path(parsed.json), json.dumps(report, indent=1, allow_nan=False) + "\n")
         return int(not report["fine"])
 
     return run_command(body)
@@ -50,7 +50,7 @@ def find_npu() -> "torch.device":
         from executor.device import select_device
 
         return select_device("npu")
-    except (ImportError, RuntimeError, OSError) as error:  # torch loads torch_npu, and that CANN's libraries
+    except (ImportError, RuntimeError, OSError) as error:  # torch autoloads torch_npu, which loads CANN
         problem = str(error).splitlines()[0]
         raise ValueError(f"device: torch_npu does not load: {problem} (is CANN's set_env.sh sourced?)") from None
 
@@ -58,13 +58,13 @@ def find_npu() -> "torch.device":
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m executor.doctor", description=__doc__)
     parser.add_argument("backend", choices=["npu"])
-    parser.add_argument("--json", metavar="FILE", help="write everything there, each comparison by itself")
+    parser.add_argument("--json", metavar="FILE", help="also write the full report there, one entry per comparison")
     return parser.parse_args(arguments)
 
 
 def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any]:
-    """Prints what is found while it is found; returns all of it."""
-    from executor.doctor.comparisons import compare_all, compare_last
+    """Runs all comparisons, prints the results, and returns them as a JSON-serialisable report."""
+    from executor.doctor.comparisons import compare_all, compare_undocumented
     from executor.doctor.inputs import Shapes
     from executor.doctor.machine import facts
     from ops.npu import NpuOps
@@ -79,16 +79,19 @@ def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any
     for part in shapes:
         print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
         findings += compare_all(ops, device, part)
-    findings.append(compare_last(ops, device, shapes[0]))
+    findings.append(compare_undocumented(ops, device, shapes[0]))
     print(f"\n{verdicts(findings)}")
     fine = all(finding.fine for finding in findings)
     print("\nall agree" if fine else "\nsomething differs or fails")
     listed = [dataclasses.asdict(finding) | {"verdict": finding.verdict} for finding in findings]
+    for finding in listed:
+        if finding["error"] is not None and not math.isfinite(finding["error"]):
+            finding["error"] = None  # JSON has no NaN; the verdict says that it is not fine
     return {"fine": fine, "machine": machine, "bindings": ops.bindings, "findings": listed}
 
 
 def verdicts(findings: "list[Finding]") -> str:
-    """A row for each operation and variant, of its worst comparison; below, a line for each that is not ok."""
+    """Formats a table with the worst comparison of each operation and variant, then a line for each that is not ok."""
     from executor.utils.report import table
 
     groups: dict[tuple[str, str], list[Finding]] = {}

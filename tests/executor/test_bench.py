@@ -3,6 +3,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,11 +116,11 @@ def test_platform_rank_variables_are_ignored(variables, monkeypatch, tmp_path, c
 
 def test_interrupted(monkeypatch, capsys):
     def interrupt(command_line):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("executor.bench.throughput.run", interrupt)
     assert throughput(monkeypatch) == 1
-    assert capsys.readouterr().err == "error: interrupted\n"
+    assert capsys.readouterr().err == "error: interrupted by SIGINT\n"
 
 
 @pytest.fixture(scope="module")
