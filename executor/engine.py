@@ -163,7 +163,7 @@ class Engine:
         """Whose logits stand in the rows of `logits.local`."""
         group, attn_tp_size = logits.group, self.parallel.attn_tp.size
         if self.parallel.holds_same_tokens(group):
-            return batches[self.runner.dp_index]
+            return [*batches[self.runner.dp_index]]
         rows_per_rank = logits.local.shape[0] // group.size
         rows: list[Sequence | None] = []
         for rank in group.ranks:

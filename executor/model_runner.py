@@ -96,7 +96,7 @@ class ModelRunner:
         )
         return token_ids, step
 
-    def tensor(self, values: list) -> torch.Tensor:
+    def tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 

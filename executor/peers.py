@@ -1,40 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other systems run on the very same weights, for comparing speed."""
+"""Baselines: transformers on the same weights, for speed comparison."""
 
 import time
 
 import torch
-from transformers import DynamicCache, Qwen3MoeForCausalLM
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 
 from executor.device import synchronize
 from executor.llm import LLM
+from models.transformers_internals import compute_rope_buffers
 from ops import TransposedWeight
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
 
 def transformers_model(llm: LLM) -> Qwen3MoeForCausalLM:
-    """transformers' model whose parameters are views of ours: nothing is copied."""
+    """Builds transformers' model on views of the LLM's parameters, without a copy."""
     config = llm.config
     dtype = getattr(torch, llm.settings.model_config.dtype)
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.eval().requires_grad_(False)
     model.load_state_dict(state_dict(llm), strict=not config.tie_word_embeddings, assign=True)
     model.tie_weights()
-    model.model.rotary_emb = Qwen3MoeRotaryEmbedding(config).to(llm.device)
+    compute_rope_buffers(model, llm.device)
     return model
 
 
 def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
-    """Our parameters under the names transformers uses in memory. ValueError where they are not in its form."""
+    """State dict of transformers' model, as views of the LLM's parameters. ValueError if they are transposed."""
     if any(isinstance(value, TransposedWeight) for value in llm.parameters.values.values()):
         device = llm.device.type
         raise ValueError(f"--peer: transformers cannot share the weights on device {device}, where they are transposed")
     config = llm.config
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-    renamed = {}
+    renamed: dict[str, torch.Tensor] = {}
     for name, value in llm.parameters.values.items():
         tensor = value if isinstance(value, torch.Tensor) else value.data
         full_name = name if name.startswith("lm_head") else f"model.{name}"
@@ -50,7 +50,7 @@ def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
 
 
 class TransformersPeer:
-    """Prefill and greedy decode through transformers, with no more around the model than the loop needs."""
+    """Prefill and greedy decode with transformers, in a minimal loop."""
 
     def __init__(self, llm: LLM):
         self.model = transformers_model(llm)
@@ -60,9 +60,9 @@ class TransformersPeer:
     def generate(
         self, prompts: list[list[int]], new_tokens: int, experts_implementation: str
     ) -> tuple[list[list[int]], float, list[float]]:
-        """Token ids of each prompt (all of one length), ttft in ms, and each decode step's time in ms.
+        """Generates for prompts of equal length; returns token ids, ttft_ms, and the ms of each decode step.
 
-        The prefill always takes grouped_mm: batched_mm copies the weights of every token's experts.
+        Prefill always uses grouped_mm: batched_mm copies the weights of every token's experts.
         """
         self.model.set_experts_implementation("grouped_mm")
         cache = DynamicCache(config=self.model.config)

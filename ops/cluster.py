@@ -254,6 +254,7 @@ class Guest(JobOfSeveral):
                     raise TimeoutError(f"{self.nodes.name(0)} ended before all nodes had met")
                 self.state.wait(0.2)
             outcome = self.cause or self.start
+            assert outcome is not None
         if self.cause:
             self._leave(self.timing.leave_s)
         return outcome

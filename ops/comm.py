@@ -113,6 +113,7 @@ class Group:
     @cached_property
     def hccl_name(self) -> str:
         """The name of the group's HCCL communicator, by which torch_npu's operations that communicate know it."""
+        assert self.process_group is not None, "a group of one rank has no communicator"
         backend = self.process_group._get_backend(torch.device("npu"))
         return backend.get_hccl_comm_name(self.ranks[self.index])
 
@@ -160,7 +161,9 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def group_members(world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int) -> dict[str, list]:
+def group_members(
+    world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int
+) -> dict[str, list[tuple[int, ...]]]:
     """Which ranks make each group: blocks of neighbours for what splits a tensor, strides for what is across them."""
 
     def blocks(size: int) -> list[tuple[int, ...]]:

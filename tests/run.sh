@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs ruff (where installed) and the tests: bash tests/run.sh [pytest arguments]. Paths are relative to the repository.
+# Runs ruff, mypy (where installed) and the tests: bash tests/run.sh [pytest arguments]. Paths are relative to the
+# repository; with arguments, which often are a few tests, types are not checked.
 # It takes the Python that infer.sh would take; into a .venv of infer.sh's making it installs the test tools.
 # Many tests run on all cores; `-n 4` takes four workers, `-n 0` or `-p no:xdist` runs them one after the other.
 set -euo pipefail
@@ -20,6 +21,10 @@ ruff_status=0
 if "$PYTHON" -c 'import ruff' 2>/dev/null; then
     "$PYTHON" -m ruff check --quiet . || ruff_status=$?
 fi
+mypy_status=0
+if (($# == 0)) && "$PYTHON" -c 'import mypy' 2>/dev/null; then
+    "$PYTHON" -m mypy --no-error-summary || mypy_status=$?
+fi
 
 workers=()
 if [[ "$*" != *no:xdist* ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
@@ -30,4 +35,7 @@ pytest_status=0
 if ((ruff_status != 0)); then
     echo "ruff check failed: its findings are above the tests" >&2
 fi
-exit $((pytest_status != 0 ? pytest_status : ruff_status))
+if ((mypy_status != 0)); then
+    echo "mypy failed: its findings are above the tests" >&2
+fi
+exit $((pytest_status != 0 ? pytest_status : ruff_status != 0 ? ruff_status : mypy_status))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""executor -> models -> ops: nothing points back, and what a machine may lack is imported only where it is used."""
+"""Import rules: executor -> models -> ops, and optional packages are imported only where they are used."""
 
 import ast
 import json
@@ -14,11 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {"executor": ("executor", "models", "ops"), "models": ("models", "ops"), "ops": ("ops",)}
 FILES = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
 VENDORS = ("torch_npu", "triton")
+# Documented names that may be imported anywhere; undocumented ones are confined to adapters.
+DOCUMENTED = {
+    "transformers": {"transformers", "transformers.utils.logging"},
+    "triton": {"triton", "triton.language", "triton.language.extra.cuda", "triton.tools.tensor_descriptor"},
+}
+ADAPTERS = ("models/transformers_internals.py", "ops/cuda/triton_internals.py")
+UNDOCUMENTED = ("ROPE_INIT_FUNCTIONS", "RopeParameters", "knobs")
 OPTIONAL = ("datasets", "fastapi", "matplotlib", "uvicorn")
 
 
 def imports(tree: ast.AST, file: Path, inside_functions: bool = True) -> Iterator[str]:
-    """Full names of everything that a file imports; optionally only what is imported when it is loaded itself."""
+    """Full names of all imports of a file; optionally only those at module level."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -54,7 +61,7 @@ def test_direction(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
-def test_rare_packages(file):
+def test_optional_packages(file):
     tree = parse(file)
     everywhere, on_load = list(imports(tree, file)), list(imports(tree, file, inside_functions=False))
     if not name(file).startswith("ops/"):
@@ -67,8 +74,58 @@ def test_rare_packages(file):
         }
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if name(file) not in ADAPTERS], ids=name)
+def test_undocumented_parts_are_used_by_adapters_only(file):
+    tree = parse(file)
+    assert not undocumented(tree, file)
+
+
+def undocumented(tree: ast.AST, file: Path) -> list[str]:
+    """Undocumented modules, names and underscore attributes of transformers and Triton used by a file."""
+    found = []
+    for module in imports(tree, file):
+        parent, _, imported = module.rpartition(".")
+        allowed = DOCUMENTED.get(module.partition(".")[0])
+        if allowed is not None and (imported in UNDOCUMENTED or not allowed & {module, parent}):
+            found.append(module)
+    theirs = [module for module in imports(tree, file) if module.partition(".")[0] in DOCUMENTED]
+    names = {module.rpartition(".")[2] for module in theirs}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).partition(".")[0] in names:
+            is_private = node.attr.startswith("_") and not node.attr.startswith("__")
+            if is_private or node.attr in UNDOCUMENTED:
+                found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from transformers import AutoModelForCausalLM\nimport triton.language as tl", []),
+        ("from transformers.models.qwen2 import Tokenizer", ["transformers.models.qwen2.Tokenizer"]),
+        ("from transformers import ROPE_INIT_FUNCTIONS", ["transformers.ROPE_INIT_FUNCTIONS"]),
+        ("from transformers import Model\nModel._from_config(1)", ["Model._from_config"]),
+        ("import triton\ntriton.knobs.runtime.interpret", ["triton.knobs"]),
+        ("import triton.runtime.jit", ["triton.runtime.jit"]),
+    ],
+)
+def test_undocumented_parts_are_found(source, expected):
+    assert undocumented(ast.parse(source), ROOT / "ops/cuda/some.py") == expected
+
+
+def test_type_checkers_see_what_is_imported_on_first_use():
+    import executor
+
+    tree = parse(ROOT / "executor" / "__init__.py")
+    branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+    [block] = [node for node in branches if ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    assert seen == {f"{module}.{exported}" for exported, module in executor.EXPORTS.items()}
+    assert sorted(executor.__all__) == sorted(executor.EXPORTS)
+
+
 def loaded_by(statement: str) -> set[str]:
-    """Top-level modules that a new Python has loaded after a statement."""
+    """Top-level modules in sys.modules of a new interpreter after a statement."""
     program = (
         f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     )
@@ -77,8 +134,8 @@ def loaded_by(statement: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_using_the_package_needs_nothing_rare():
-    hidden = "".join(f"sys.modules[{module!r}] = None\n" for module in (*VENDORS, *OPTIONAL))  # importing these fails
+def test_import_without_optional_packages():
+    hidden = "".join(f"sys.modules[{module!r}] = None\n" for module in (*VENDORS, *OPTIONAL))  # fail to import
     loaded = loaded_by(
         f"import sys\n{hidden}import executor\nfrom executor import LLM, RequestOutput, SamplingParams\n"
         "import executor.infer"
@@ -86,7 +143,7 @@ def test_using_the_package_needs_nothing_rare():
     assert {"executor", "models", "ops", "torch", "transformers"} <= loaded
 
 
-def test_bad_input_is_refused_before_torch_is_loaded():
+def test_infer_does_not_import_torch():
     assert not loaded_by("import executor, executor.infer") & {"torch", "transformers", *OPTIONAL}
 
 

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decode step has to read from memory, counted on the loaded model; over the read rate that is its floor."""
+"""Bytes that a decode step reads from memory; divided by the read bandwidth they are its roofline floor."""
 
 import dataclasses
 from types import MethodType
+from typing import Any
 
 import torch
 
 from executor.llm import LLM
 from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
+from models.layers.lm_head import ShardedLogits
 from ops import GroupedRows, RouterLogits, Routing, Weight
 
 COUNTED_STEPS = 8
 
 
 def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: float) -> dict[str, int]:
-    """Bytes that this rank reads in a decode step of `sequences` of its own, `cached_tokens` long each.
+    """Bytes that this rank reads in a decode step of `sequences` of its own with `cached_tokens` each.
 
-    That is all weights once: but of the embedding nothing to speak of, unless it is the output head too, and of the
-    experts those that were chosen, `distinct_experts` a layer.
+    All weights count once, except the embedding (unless tied to lm_head) and experts that are not selected:
+    `distinct_experts` per layer are.
     """
     tied = llm.config.tie_word_embeddings
     sizes = {name: held_bytes(value) for name, value in llm.parameters.values.items()}
@@ -48,7 +50,7 @@ def held_bytes(value: torch.Tensor | Weight) -> int:
 
 
 def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> int:
-    """How many of the experts that this rank holds got a row."""
+    """Number of this rank's experts with at least one token."""
     if isinstance(routing, GroupedRows):
         return int((routing.tokens_per_expert > 0).sum())
     ids = routing.chosen().topk_ids.cpu()
@@ -56,18 +58,20 @@ def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> in
 
 
 def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_STEPS) -> float:
-    """Experts of this rank that a layer of a decode step reads: the mean over layers and some steps, 0 without any.
+    """Mean number of this rank's experts per layer that a decode step reads, over all layers and a few steps.
 
-    steps: how many there may be at most, as the cache may hold no more.
+    steps: maximum number of steps, limited by the cache.
     """
     counts: list[int] = []
 
-    def counting_experts(hidden_states, routing, gate_up, down):
+    def counting_experts(
+        hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         counts.append(experts_read(routing, held_experts(llm)))
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 
-    def eager_decode(runner, *arguments):  # a captured step cannot be looked into
-        llm.ops.experts = counting_experts
+    def eager_decode(runner: ModelRunner, *arguments: Any) -> ShardedLogits:  # a captured step cannot be looked into
+        llm.ops.experts = counting_experts  # type: ignore[method-assign] # on this instance, deleted below
         try:
             return ModelRunner.decode(runner, *arguments)
         finally:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host time of an eager decode step on an NPU, against the same vendor calls in a bare loop.
+"""Host overhead of an eager decode step on an NPU, relative to the same vendor calls in a bare loop.
 
-Eager decode is bound by the host wherever preparing and launching the calls takes longer than the device's work. What
-no program can save is the calls themselves. So one real step is recorded: every call that gives the device work,
-copies and casts included, with the arguments it got; views and allocations are left out. The bare loop makes exactly
-these calls again, from a list. Steps (from the scheduler's books to the sampled token) and bare loops take turns; both
-hold the copy of the token to the host, which waits for the device.
+Eager decode is host-bound if preparing and launching the calls takes longer than the device's work. The lower bound
+are the calls themselves. So one step is recorded: every call that launches device work, copies and casts included,
+with its arguments; views and allocations are left out. The bare loop replays exactly these calls from a list. Steps
+(from scheduling to the sampled token) and bare loops alternate; both include the copy of the token to the host, which
+is a host sync.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
+    known,
     positive,
     random_prompts,
     settings_of,
@@ -36,7 +37,7 @@ FASTEST_FORM = {torch.ops.aten.mm.default: torch.mm, torch.ops.aten.linear.defau
 
 
 def run(command_line: list[str]) -> None:
-    """Measures, prints the figures and writes the report."""
+    """Measures, prints the results and writes the report."""
     arguments = parse(command_line)
     settings = settings_of(arguments, "exe_mode=eager")
     if settings.world_size > 1:
@@ -46,7 +47,7 @@ def run(command_line: list[str]) -> None:
         sizes = [(arguments.prompt_tokens, new_tokens)]
         llm = build_llm(settings, sizes, arguments.batch_size, arguments.allow_fallback)
         if llm.device.type != "npu":
-            raise ValueError(f"device: host-time compares with an NPU's vendor calls, {llm.device.type} makes none")
+            raise ValueError(f"device: host-time measures vendor calls of an NPU, {llm.device.type} has none")
         report.begin(**describe_device(llm))
         report.add([measure(llm, arguments.batch_size, arguments.prompt_tokens, arguments.repeats)])
 
@@ -99,7 +100,7 @@ def measure(llm: LLM, batch_size: int, prompt_tokens: int, repeats: int) -> dict
         "read_backs": recorder.read_backs,
         "step_ms": step_ms,
         "bare_ms": bare_ms,
-        "step_over_bare": round(step_ms["p50"] / bare_ms["p50"], 3),
+        "step_over_bare": round(known(step_ms["p50"]) / known(bare_ms["p50"]), 3),
     }
 
 
@@ -111,9 +112,9 @@ def result_table(report: Report) -> str:
 
 
 class LaunchRecorder(TorchDispatchMode):
-    """Keeps the calls that give a device work, with their arguments, in the form that costs the host least.
+    """Records the calls that launch device work, with their arguments, in the form with the least host overhead.
 
-    `read_backs` counts those that bring a tensor or a number to the host.
+    read_backs: number of host syncs, calls that copy a tensor or a number to the host.
     """
 
     def __init__(self, device_type: str):
@@ -122,7 +123,13 @@ class LaunchRecorder(TorchDispatchMode):
         self.launches: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = []
         self.read_backs = 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        operation: torch._ops.OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
         given, got = list(tensors([*args, *kwargs.values()])), list(tensors([result]))
@@ -135,15 +142,15 @@ class LaunchRecorder(TorchDispatchMode):
 
 
 def computes(operation: torch._ops.OpOverload, given: list[torch.Tensor], got: list[torch.Tensor]) -> bool:
-    """Whether a call writes memory, rather than only views or allocates it."""
-    if operation.namespace == "npu" or operation._schema.is_mutable:  # the vendor's schemas do not always say so
+    """Whether a call writes memory: not a view or an allocation."""
+    if operation.namespace == "npu" or operation._schema.is_mutable:  # the vendor's schemas may omit the mutation
         return True
     memory = {tensor.untyped_storage().data_ptr() for tensor in given}
     return "empty" not in operation.name() and any(tensor.untyped_storage().data_ptr() not in memory for tensor in got)
 
 
 def tensors(values: Any) -> Iterator[torch.Tensor]:
-    """All tensors in nested lists and tuples."""
+    """Yields all tensors in nested lists and tuples."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounds of our generation and a peer's on the same prompts, taking turns, and the figures that follow from them."""
+"""Latency measurement: rounds alternate between this engine and a peer on the same prompts."""
 
 import argparse
 from typing import Any
 
-from executor.bench.common import check_finished
+from executor.bench.common import check_finished, known
 from executor.bench.floor import distinct_experts, step_bytes
 from executor.device import peak_memory_bytes
 from executor.llm import LLM
@@ -18,9 +18,9 @@ Run = tuple[list[list[int]], float, list[float]]  # token ids, ttft in ms, each 
 def measure(
     llm: LLM, peer: Any, prompts: list[list[int]], arguments: argparse.Namespace, gb_per_s: float
 ) -> list[dict[str, Any]]:
-    """One row for us and one for each way the peer can run; the first round is warm-up.
+    """Result rows of this engine and of each mode of the peer; the first round is a warm-up.
 
-    gb_per_s: the device's read ceiling.
+    gb_per_s: read bandwidth ceiling of the device.
     """
     rounds: dict[str, list[Run]] = {"ours": []}
     peer_names = {}
@@ -36,7 +36,7 @@ def measure(
         for name, implementation in peer_names.items():
             rounds[name].append(peer.generate(prompts, arguments.new_tokens, implementation))
     rows = [row(llm, name, runs[1:], prompts, arguments.new_tokens) for name, runs in rounds.items()]
-    rows[0]["peak_memory_bytes"] = peak_memory_bytes(llm.device)  # so far, with loading, and a peer's if there is one
+    rows[0]["peak_memory_bytes"] = peak_memory_bytes(llm.device)  # of the whole process, with loading and peer
     if llm.settings.world_size > 1:
         rows[0] |= traffic(llm, prompts, arguments.new_tokens, arguments.repeats + 1)
     for result in rows[1:]:
@@ -51,14 +51,14 @@ def measure(
 
 
 def generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
-    """The times are the last prompt's: once it has started, all advance together."""
+    """One round; its times are those of the last prompt: once it has started, all prompts decode together."""
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     check_finished(outputs)
-    return [output.token_ids for output in outputs], outputs[-1].ttft_ms, outputs[-1].token_intervals_ms
+    return [output.token_ids for output in outputs], known(outputs[-1].ttft_ms), outputs[-1].token_intervals_ms
 
 
 def traffic(llm: LLM, prompts: list[list[int]], new_tokens: int, runs: int) -> dict[str, Any]:
-    """What rank 0 sent and worked on in one run, as counted and as docs/parallelism.md's formulas say."""
+    """Bytes sent and tokens processed by rank 0 per run, as counted and by the formulas of docs/parallelism.md."""
     names = ("attn_tp_size", "moe_tp_size", "embed_tp_size", "lmhead_tp_size")
     sent = sum(count for name, count in llm.parallel.traffic.sent_bytes.items() if name != "control")
     tokens = sum(map(len, prompts)) + len(prompts) * (new_tokens - 1)
@@ -93,7 +93,7 @@ def row(llm: LLM, system: str, runs: list[Run], prompts: list[list[int]], new_to
 
 
 def step_floor(llm: LLM, prompts: list[list[int]], new_tokens: int, gb_per_s: float) -> dict[str, Any]:
-    """What rank 0 reads in a decode step in the middle of the run, and how long that takes at least."""
+    """Bytes read by a decode step of rank 0 in the middle of the run, and the floor in ms."""
     own = len(prompts[llm.parallel.attn_dp.index :: llm.parallel.attn_dp.size])
     experts = distinct_experts(llm, prompts, new_tokens - 1)
     read_bytes = step_bytes(llm, own, len(prompts[0]) + new_tokens // 2, experts)

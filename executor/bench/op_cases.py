@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of every operation of the interface at a model's shapes, with what each has to move and compute.
+"""Benchmark cases of every operation at a model's shapes, with bytes moved and FLOPs.
 
-Sizes are those of one rank under tensor parallelism; experts are not split over ranks. Letters as in ops/__init__.py.
+Shapes are those of one rank under tensor parallelism; experts are not sharded. Letters as in ops/__init__.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,30 +13,30 @@ from transformers import Qwen3MoeConfig
 from executor.config import ParallelSettings
 from executor.kv_cache import BLOCK_SIZE, blocks_for
 from models.layers.padding import share_of
-from ops import DenseWeight, Ops, StepMetadata, Weight
+from ops import DenseWeight, Ops, RouterLogits, Routing, StepMetadata, Weight
 
-COLD_BYTES = {"cpu": 2**26, "cuda": 2**28, "npu": 2**29}  # more than the last cache holds, so that none stays there
+COLD_BYTES = {"cpu": 2**26, "cuda": 2**28, "npu": 2**29}  # larger than the last-level cache
 MAX_SETS = {"cpu": 4, "cuda": 512, "npu": 512}
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpCase:
-    """One operation at one size. The calls differ in their weights, which together are more than a cache holds."""
+    """One operation at one size. Its calls use different weights, which together exceed the cache."""
 
     name: str
-    calls: list[Callable[[], object]]
+    calls: Sequence[Callable[[], object]]
     moved_bytes: int  # read and written by one call
     flops: int  # of one call
     distinct_bytes: int | None = None  # moved by all calls together; None: no two calls share any
 
     def is_cold(self, device_type: str) -> bool:
-        """Whether all calls move more than a cache holds, so that what they read comes from memory."""
+        """Whether the calls together move more than the cache holds, so that reads come from memory."""
         distinct_bytes = len(self.calls) * self.moved_bytes if self.distinct_bytes is None else self.distinct_bytes
         return distinct_bytes >= COLD_BYTES[device_type]
 
 
 class OpCases:
-    """Builds the cases of a step: `tokens` sequences of `cached_tokens`, or a prefill of one sequence of `tokens`."""
+    """Builds the cases of a decode step (`tokens` sequences with `cached_tokens` each) or a prefill of `tokens`."""
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class OpCases:
         self.norm_weight = torch.ones(self.hidden, dtype=dtype, device=device)
         residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, config.rms_norm_eps)[1]
         self.residual_bytes = residual.nbytes
-        self.row_bytes = tokens * dtype.itemsize  # of an activation one wide
+        self.row_bytes = tokens * dtype.itemsize  # bytes of [T, 1] activations
 
     def all(self) -> Iterator[OpCase]:
-        """One after the other, so that memory holds the weights of one only."""
+        """Yields the cases lazily, so that only one holds its weights at a time."""
         config = self.config
         qkv = self.q_size + 2 * self.kv_heads * config.head_dim
         yield self.embedding()
@@ -75,7 +75,7 @@ class OpCases:
         yield self.route()
         yield self.experts()
         yield self.silu_and_mul()
-        if self.cached_tokens is not None:  # a prefill needs it of the last token only
+        if self.cached_tokens is not None:  # a prefill computes it for the last token only
             yield self.norm_linear("norm_linear (lm_head)", config.vocab_size // self.parallel.lmhead_tp_size)
 
     def sets(self, set_bytes: int) -> range:
@@ -92,17 +92,17 @@ class OpCases:
         return self.ops.prepare_weight(DenseWeight(self.random(*shape)))
 
     def norm_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """Hidden states, a residual in the backend's own dtype, norm weight and epsilon."""
+        """hidden_states, residual in the backend's dtype, norm weight, epsilon."""
         eps = self.config.rms_norm_eps
         residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, eps)[1]
         return self.activations(self.hidden), residual, self.norm_weight, eps
 
     def norm_bytes(self) -> int:
-        """Of hidden states read, and of a residual read and written."""
+        """Bytes of hidden_states read and residual read and written."""
         return self.row_bytes * self.hidden + 2 * self.residual_bytes
 
     def embedding(self) -> OpCase:
-        """Each row of the table is read as seldom as possible: the calls take them in turn, in random order."""
+        """Rows of the table are reused as rarely as possible: the calls go through them in random order."""
         vocab, row_bytes = self.config.vocab_size, self.hidden * self.dtype.itemsize
         table, order = self.random(vocab, self.hidden), torch.randperm(vocab, device=self.device)
         calls = []
@@ -151,15 +151,16 @@ class OpCases:
         shape = (num_sequences * blocks_for(length) + 1, BLOCK_SIZE, self.kv_heads, head_dim)
         calls = []
         for _ in self.sets(num_sequences * length * token_bytes):
-            norms = [torch.ones(head_dim, dtype=self.dtype, device=self.device) for _ in range(2)]
-            arguments = (self.activations(qkv_size), *norms, eps, cos_sin, self.random(*shape), self.random(*shape))
-            calls.append(lambda arguments=arguments: self.ops.attention(*arguments, step))
+            q_norm, k_norm = (torch.ones(head_dim, dtype=self.dtype, device=self.device) for _ in range(2))
+            caches = (self.random(*shape), self.random(*shape))
+            arguments = (self.activations(qkv_size), q_norm, k_norm, eps, cos_sin, *caches, step)
+            calls.append(lambda arguments=arguments: self.ops.attention(*arguments))
         moved_bytes = self.row_bytes * (qkv_size + self.q_size) + num_sequences * length * token_bytes
         attended = num_sequences * length if self.cached_tokens is not None else length * (length + 1) // 2
         return OpCase(name="attention", calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
 
     def step(self, length: int) -> StepMetadata:
-        """Sequences whose blocks follow each other in the cache."""
+        """StepMetadata of sequences with contiguous cache blocks."""
         is_prefill = self.cached_tokens is None
         sequences, blocks = (1 if is_prefill else self.tokens), blocks_for(length)
         table = torch.arange(1, 1 + sequences * blocks, device=self.device).view(sequences, blocks)
@@ -176,7 +177,9 @@ class OpCases:
             dp_num_tokens=[self.tokens],
         )
 
-    def router(self, inputs: tuple[torch.Tensor, ...]) -> Callable[[], tuple]:
+    def router(
+        self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]]:
         config = self.config
         weight = self.random(config.num_experts, self.hidden)
         return lambda: self.ops.route(*inputs, weight, config.num_experts_per_tok, config.norm_topk_prob)
@@ -208,7 +211,7 @@ class OpCases:
         )
 
     def silu_and_mul(self) -> OpCase:
-        """As a dense layer needs it."""
+        """Activation of a dense MLP."""
         width = share_of(self.config.intermediate_size, self.parallel.attn_tp_size)
         moved_bytes = 3 * self.row_bytes * width
         inputs = [self.activations(2 * width) for _ in self.sets(moved_bytes)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a command found out: how far it is, its tables, and a file that holds every result as soon as there is one."""
+"""Benchmark report: progress bar, tables, and a JSON file updated after each measurement."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from executor.utils.report import commit, versions
 
 
 class Report:
-    """Results as they come; rank 0 shows and keeps them.
+    """Collects results; rank 0 prints and saves them.
 
-    The file is replaced with each measurement, so that whatever happens later leaves what was finished. The tables are
-    printed when the measurements end, also when an error ends them; a job of several ranks may be ended before that.
+    The file is replaced atomically after each measurement, so that a later failure keeps finished results. The tables
+    are printed at the end, also after an error, unless the launcher ends a job of several ranks first.
     """
 
     def __init__(self, output: Path | None, measurements: int, tables: Callable[["Report"], str]):
-        """`tables` makes what is printed. ValueError if `output` cannot be written."""
+        """tables: returns the text to print. ValueError if `output` cannot be written."""
         if output and is_first_rank():
             check_output("--output", output)
         self.output = output
@@ -31,10 +31,10 @@ class Report:
         self.tables = tables
         self.content: dict[str, Any] = {}
         self.results: list[dict[str, Any]] = []
-        self.progress: tqdm | None = None
+        self.progress: tqdm[Any] | None = None
 
     def begin(self, **circumstances: Any) -> None:
-        """What identifies the run; from here on the terminal shows how far it is."""
+        """Sets the entries that identify the run; starts the progress bar."""
         self.content = {
             "commit": commit(),
             "command": "python -m executor.bench " + shlex.join(sys.argv[1:]),
@@ -46,7 +46,8 @@ class Report:
         self.progress = tqdm(total=self.measurements, desc="measurements", disable=hidden)
 
     def add(self, results: list[dict[str, Any]]) -> None:
-        """The rows of one measurement. RuntimeError if a figure is not finite."""
+        """Adds the rows of one measurement. RuntimeError if a value is not finite."""
+        assert self.progress is not None, "begin() comes first"
         self.results += results
         self.progress.update()
         if self.output and is_first_rank():
@@ -63,7 +64,7 @@ class Report:
 
 
 def text_of(content: dict[str, Any]) -> str:
-    """JSON, which has no number that is not finite: a figure that is none is a fault of the measurement."""
+    """JSON text; RuntimeError for a non-finite number, which indicates a failed measurement."""
     try:
         return json.dumps(content, indent=1, allow_nan=False)
     except ValueError as error:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many prompts at once, offline: output tokens a second at each batch size, for short and for long prompts.
+"""Offline throughput: output tokens per second at each batch size, for short and long prompts.
 
-A scenario is IN:OUT, tokens of a prompt and new tokens. The batch is how many prompts run at the same time; as one
-ends, the next one starts. seconds is the whole run's wall time, prefills included. In graph mode a batch above 8 that
-has no graph of its own is padded to the next. A YAML with several ranks has them started here; rank 0 reports.
+A scenario IN:OUT is the number of prompt tokens and new tokens. The batch size is the number of concurrent sequences;
+when one finishes, the next one starts. seconds is the wall time of the whole run, prefills included. In graph mode a
+batch size above 8 without its own graph is padded to the next. Starts the ranks if world_size > 1; rank 0 reports.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from executor.bench.common import (
     check_finished,
     command_parser,
     describe_device,
+    known,
     positive,
     random_prompts,
     settings_of,
@@ -51,7 +52,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser = command_parser("throughput", __doc__)
     parser.add_argument("--scenario", type=scenario, nargs="+", default=[(1, 1024), (3500, 1500)], metavar="IN:OUT")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 2, 4, 6, 8, 16])
-    parser.add_argument("--rounds", type=positive, default=1, help="prompts for each place of the batch")
+    parser.add_argument("--rounds", type=positive, default=1, help="prompts per sequence of the batch")
     return parser.parse_args(command_line)
 
 
@@ -63,18 +64,18 @@ def scenario(text: str) -> tuple[int, int]:
 
 
 def check_rounds(settings: "Settings", arguments: argparse.Namespace) -> None:
-    """ValueError if more sequences would run at once than a row says: every group of attention ranks runs as many."""
+    """ValueError if the batch is not a multiple of attn_dp: every group of attention ranks runs equally many."""
     groups = max(1, settings.world_size // settings.parallel_config.attn_tp_size)
     uneven = [size for size in arguments.batch_size if size % groups]
     if uneven and arguments.rounds > 1:
         raise ValueError(
-            f"--batch-size: {uneven[0]} is no multiple of the {groups} groups of attention ranks, as it has to be with "
+            f"--batch-size: {uneven[0]} is not a multiple of the {groups} groups of attention ranks, as required with "
             "--rounds above 1"
         )
 
 
 def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """One row, after a warm-up of a few tokens."""
+    """Measures one row, after a warm-up of a few tokens."""
     limit_batch(llm, batch_size)
     prompts = random_prompts(llm, num_prompts, prompt_tokens)
     llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=min(WARM_UP_TOKENS, new_tokens), ignore_eos=True))
@@ -94,20 +95,20 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
         "seconds": round(seconds, 4),
         "tok_per_s": round(tok_per_s, 2),
         "tok_per_s_per_sequence": round(tok_per_s / batch_size, 2),
-        "ttft_ms": {"mean": round(sum(output.ttft_ms for output in outputs) / num_prompts, 3)},
-        "tpot_ms": {"mean": round(sum(output.tpot_ms for output in outputs) / num_prompts, 4)},
+        "ttft_ms": {"mean": round(sum(known(output.ttft_ms) for output in outputs) / num_prompts, 3)},
+        "tpot_ms": {"mean": round(sum(known(output.tpot_ms) for output in outputs) / num_prompts, 4)},
     }
 
 
 def limit_batch(llm: "LLM", batch_size: int) -> None:
-    """One loaded model runs every batch size: the groups of attention ranks share it out, as when it is loaded."""
+    """Sets the batch size of the loaded model, split over the groups of attention ranks."""
     schedulers = llm.engine.schedulers
     for scheduler in schedulers:
         scheduler.batch_size = -(-batch_size // len(schedulers))
 
 
 def result_table(report: Report) -> str:
-    header = ["batch", "prompts", "in", "out", "seconds", "tokens/s", "a sequence", "ttft ms", "tpot ms"]
+    header = ["batch", "prompts", "in", "out", "seconds", "tokens/s", "tokens/s/seq", "ttft ms", "tpot ms"]
     keys = ("batch_size", "prompts", "prompt_tokens", "new_tokens", "seconds", "tok_per_s", "tok_per_s_per_sequence")
     rows = [[*(row[key] for key in keys), row["ttft_ms"]["mean"], row["tpot_ms"]["mean"]] for row in report.results]
     return table(header, rows)

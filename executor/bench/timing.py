@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times on the device's own clock, and what the device can do at best: read rate and rate of matrix products."""
+"""Device timing with events, and the device's measured ceilings: read bandwidth and matmul rate."""
 
 import os
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from executor.device import free_memory_bytes, synchronize
 
-READ_BYTES = {"cpu": 2**28, "cuda": 2**31, "npu": 2**31}  # far more than any cache holds
+READ_BYTES = {"cpu": 2**28, "cuda": 2**31, "npu": 2**31}  # far larger than any cache
 ROW_BYTES = 2**14
 MATRIX_SIZE = {"cpu": 512, "cuda": 8192, "npu": 8192}
 REPEATS = 10
 
 
 def time_ms(run: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median time of one `run` of several, after one that is not counted."""
+    """Median time of `run` in ms over `repeats`, after one warm-up."""
     run()
     if device.type == "cpu":
         times_ms = []
@@ -38,8 +39,22 @@ def time_ms(run: Callable[[], object], device: torch.device, repeats: int = REPE
     return sorted(times_ms)[repeats // 2]
 
 
-def read_ceiling(device: torch.device) -> dict[str, float | str]:
-    """The most bytes a second that anything below reads of a tensor much larger than the caches, and what it was."""
+class ReadCeiling(TypedDict):
+    """Read bandwidth entry of a report."""
+
+    gb_per_s: float
+    measured_by: str
+
+
+class MatmulCeiling(TypedDict):
+    """Matmul rate entry of a report."""
+
+    tflop_per_s: float
+    measured_by: str
+
+
+def read_ceiling(device: torch.device) -> ReadCeiling:
+    """Highest read bandwidth of several operations on a tensor much larger than the caches."""
     rows = min(READ_BYTES[device.type], free_memory_bytes(device) // 4) // ROW_BYTES // 2 * 2
     data = torch.ones(rows, ROW_BYTES // 4, device=device)
     upper, lower = data.chunk(2)
@@ -54,10 +69,10 @@ def read_ceiling(device: torch.device) -> dict[str, float | str]:
     return {"gb_per_s": round(rates[best], 1), "measured_by": f"{best} of {data.nbytes / 1e9:.2f} GB"}
 
 
-def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float | str]:
-    """The rate of one large square matrix product, in `dtype` or in float32, whichever is faster.
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> MatmulCeiling:
+    """Rate of a large square matmul, in `dtype` or float32, whichever is faster.
 
-    Some CPUs multiply matrices of bfloat16 far slower than torch's small products do, by way of float32.
+    On some CPUs large bfloat16 matmuls are far slower than small ones, which torch computes via float32.
     """
     size, repeats = MATRIX_SIZE[device.type], 3 if device.type == "cpu" else REPEATS
     rates = {}
@@ -73,9 +88,9 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> dict[str, float 
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started, interpreter and imports included.
+    """Seconds since this process started, including interpreter start-up and imports.
 
-    Read here, as psutil's create_time counts from the second of the boot, cut off: up to a second wrong.
+    psutil's create_time would be up to a second off: it truncates the boot time to seconds.
     """
     fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     started_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All comparisons of the NPU backend: families of vendor calls take part with each of their variants."""
+"""Comparisons of the NPU backend with the reference, for every variant of each family of vendor calls."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -10,29 +11,32 @@ from executor.doctor import experts, layers
 from executor.doctor.findings import ROUNDED_OFTEN, Context, Finding, first_line
 from executor.doctor.inputs import Shapes
 from ops.npu import NpuOps
-from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, REGROUP, ROTARY, TRIALS
+from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, PROBES, REGROUP, ROTARY
 
-FAMILIES = {  # its attribute of the backend, its variants, the operation that uses it, the comparisons of that
+Comparison = Callable[[Context, str], Iterator[Finding]]  # with one variant of a family
+
+# family -> (attribute of NpuOps, variants, operation that uses them, comparisons of that operation)
+FAMILIES: dict[str, tuple[str, dict[str, Callable[..., Any]], str, tuple[Comparison, ...]]] = {
     "rotary": ("rotate", ROTARY, "attention", (layers.attention,)),
     "cache write": ("write_cache", CACHE_WRITE, "attention", (layers.attention,)),
     "attention": ("attend", ATTENTION, "attention", (layers.attention, layers.graph)),
-    "gating": ("choose_experts", GATING, "route", (layers.route,)),
+    "gating": ("gating", GATING, "route", (layers.route,)),
     "combine": ("combine", COMBINE, "experts", (experts.experts,)),
     "regroup": ("regroup_rows", REGROUP, "regroup", (experts.regroup,)),
 }
 
 
 def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[Finding]:
-    """Those of one shape, as they are made."""
+    """Yields the findings of all comparisons at one shape."""
     context = Context(ops, device, shapes)
-    for comparison in (layers.elementwise, layers.linear, experts.sort_by_expert, experts.grouped_linear):
-        yield from comparison(context)
+    for compare in (layers.elementwise, layers.linear, experts.sort_by_expert, experts.grouped_linear):
+        yield from compare(context)
     for what, (attribute, variants, operation, comparisons) in FAMILIES.items():
         bound = getattr(ops, attribute)
         for name, variant in variants.items():
             try:
-                TRIALS[what](variant, str(device))
-                synchronize(device)  # launches fail late
+                PROBES[what](variant, str(device))
+                synchronize(device)  # launch errors are asynchronous
             except (RuntimeError, AttributeError) as error:
                 yield Finding(operation, name, shapes.name, None, ROUNDED_OFTEN, first_line(error), relied_on=False)
                 continue
@@ -42,6 +46,6 @@ def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[F
         setattr(ops, attribute, bound)
 
 
-def compare_last(ops: NpuOps, device: torch.device, shapes: Shapes) -> Finding:
-    """What no page promises: if it stops the device, nothing else is left to compare."""
-    return layers.slot_to_skip(Context(ops, device, shapes))
+def compare_undocumented(ops: NpuOps, device: torch.device, shapes: Shapes) -> Finding:
+    """Compares behaviour that the vendor does not document; to be run last, as it may crash the device."""
+    return layers.skipped_slot(Context(ops, device, shapes))

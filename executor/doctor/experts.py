@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons of the experts: whole, and by their parts."""
+"""Comparisons of the MoE experts: end to end, and of each operation in them."""
 
 from collections.abc import Iterator
 
 import torch
 
 from executor.doctor.findings import ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
-from executor.doctor.inputs import DTYPE, Pair
-from ops import GroupedRows, Routing
+from executor.doctor.inputs import DTYPE, Pair, WeightPair
+from ops import GroupedRows, Routing, Weight
 
 
 def experts(context: Context, variant: str) -> Iterator[Finding]:
-    """All experts here, half of them elsewhere (the grouped products get more rows than they count), one alone."""
+    """Compares all experts, half of them and one on this rank; rows of other ranks' experts lie past the counts."""
     random, to_device, shapes = context.inputs.random, context.inputs.to_device, context.shapes
     for local in (shapes.num_experts, shapes.num_experts // 2, 1):
         gate_up = context.inputs.weight(context.ops, local, 2 * shapes.width, shapes.hidden_size)
@@ -22,9 +22,15 @@ def experts(context: Context, variant: str) -> Iterator[Finding]:
             weights = random(tokens, shapes.top_k).softmax(dim=-1).to(DTYPE).float()
             routing = Routing(weights, ids.clamp(max=local), has_elsewhere=local < shapes.num_experts)
 
-            def run(hidden=hidden, routing=routing, gate_up=gate_up, down=down) -> Pair:
-                parts = [to_device(part) for part in (routing.topk_weights, routing.topk_ids)]
-                moved = Routing(*parts, routing.has_elsewhere)
+            def run(
+                hidden: torch.Tensor = hidden,
+                routing: Routing = routing,
+                gate_up: WeightPair = gate_up,
+                down: WeightPair = down,
+            ) -> Pair:
+                moved = Routing(
+                    to_device(routing.topk_weights), to_device(routing.topk_ids), has_elsewhere=routing.has_elsewhere
+                )
                 actual = context.ops.experts(to_device(hidden), moved, gate_up[1], down[1])
                 return actual, context.reference.experts(hidden, routing, gate_up[0], down[0])
 
@@ -33,7 +39,7 @@ def experts(context: Context, variant: str) -> Iterator[Finding]:
 
 
 def regroup(context: Context, variant: str) -> Iterator[Finding]:
-    """Rows of several ranks, some without any for an expert, put by expert; then each through its expert."""
+    """Compares rows of 4 ranks, regrouped by expert and run through the experts; some groups are empty."""
     shapes, local = context.shapes, context.shapes.num_experts // 4
     gate_up = context.inputs.weight(context.ops, local, 2 * shapes.width, shapes.hidden_size)
     down = context.inputs.weight(context.ops, local, shapes.hidden_size, shapes.width)
@@ -42,7 +48,7 @@ def regroup(context: Context, variant: str) -> Iterator[Finding]:
         cells = torch.randint(4 * local, (rows,), generator=context.inputs.generator)
         counts = cells.bincount(minlength=4 * local).view(4, local)
 
-        def run(hidden=hidden, counts=counts) -> Pair:
+        def run(hidden: torch.Tensor = hidden, counts: torch.Tensor = counts) -> Pair:
             moved = context.inputs.to_device(hidden), counts.to(context.inputs.device)
             actual, expected = (
                 ops.experts(grouped, GroupedRows(per_expert), gate_up[which], down[which])
@@ -55,26 +61,26 @@ def regroup(context: Context, variant: str) -> Iterator[Finding]:
 
 
 def sort_by_expert(context: Context) -> Iterator[Finding]:
-    """Each row of the sorted ones against the token its choice came from; the counts have to be right, too."""
+    """Compares each sorted row with its token, and checks the order of the experts and the counts."""
     shapes = context.shapes
     for tokens in TOKENS:
         hidden = context.inputs.random(tokens, shapes.hidden_size)
         ids = context.inputs.topk_ids(tokens)
 
-        def run(hidden=hidden, ids=ids) -> Pair:
+        def run(hidden: torch.Tensor = hidden, ids: torch.Tensor = ids) -> Pair:
             moved = context.inputs.to_device(hidden), context.inputs.to_device(ids)
             rows, row_index, counts = context.ops.sort_by_expert(*moved, shapes.num_experts)
-            right = ids.flatten().bincount(minlength=shapes.num_experts)
-            place = ids.flatten()[row_index.cpu().long().argsort()]
-            if counts.tolist() != right.tolist() or place.tolist() != sorted(place.tolist()):
-                raise ValueError("the rows are not by expert, or not counted right")
+            expected_counts = ids.flatten().bincount(minlength=shapes.num_experts)
+            sorted_ids = ids.flatten()[row_index.cpu().long().argsort()]
+            if counts.tolist() != expected_counts.tolist() or sorted_ids.tolist() != sorted(sorted_ids.tolist()):
+                raise ValueError("the rows are not sorted by expert, or the counts are wrong")
             return rows[row_index.long()], hidden.repeat_interleave(shapes.top_k, dim=0)
 
         yield context.compare("sort_by_expert", "npu_moe_init_routing_v2", f"{tokens} tokens", run, 0.0)
 
 
 def grouped_linear(context: Context) -> Iterator[Finding]:
-    """One product, of all experts and of one; a third of the rows are beyond what is counted, and not compared."""
+    """Compares the grouped matmul of all experts and of one; a third of the rows lie past the counts, not compared."""
     shapes = context.shapes
     for num_experts in (shapes.num_experts, 1):
         right, weight = context.inputs.weight(context.ops, num_experts, 2 * shapes.width, shapes.hidden_size)
@@ -83,7 +89,12 @@ def grouped_linear(context: Context) -> Iterator[Finding]:
             chosen = torch.randint(num_experts, (2 * tokens,), generator=context.inputs.generator)
             counts = chosen.bincount(minlength=num_experts)
 
-            def run(rows=rows, counts=counts, right=right, weight=weight) -> Pair:
+            def run(
+                rows: torch.Tensor = rows,
+                counts: torch.Tensor = counts,
+                right: Weight = right,
+                weight: Weight = weight,
+            ) -> Pair:
                 moved = context.inputs.to_device(rows), weight, context.inputs.to_device(counts)
                 total = int(counts.sum())
                 return context.ops.grouped_linear(*moved)[:total], context.reference.grouped_linear(

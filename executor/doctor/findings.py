@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a comparison of a backend's operation with the reference found, and what the comparisons share."""
+"""Results of comparing operations with the reference, their error metric, and the context of the comparisons."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,20 +7,22 @@ from collections.abc import Callable
 import torch
 
 from executor.doctor.inputs import Inputs, Pair, Shapes
-from ops import Ops
 from ops.reference import ReferenceOps
 
 EPS = 1e-6
-ROUNDED_ONCE, ROUNDED_OFTEN = 0.01, 0.02  # limits of the error; bfloat16 rounds a number by up to 0.004 of it
+ROUNDED_ONCE, ROUNDED_OFTEN = 0.01, 0.02  # limits of the relative error; bfloat16 rounds by up to 0.4 %
 TOKENS = (1, 8, 300)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One comparison. Without an error, `problem` says what happened. What is not relied on is no fault."""
+    """Result of one comparison. `error` is None if it failed, and `problem` says why.
+
+    Where `relied_on` is False, a failure or difference does not fail the doctor.
+    """
 
     operation: str  # of ops.Ops
-    variant: str  # the vendor's operation that this is about
+    variant: str  # vendor operation under test
     case: str
     error: float | None
     limit: float
@@ -41,9 +43,9 @@ class Finding:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """|actual - expected| / |expected| of the worst row, so that one wrong row of many is seen.
+    """Largest relative L2 error of any row, so that one wrong row of many shows. ValueError where shapes differ.
 
-    Rows far smaller than the others count as if they had a hundredth of the mean length.
+    Norms of the expected rows are clamped to at least 1 % of their mean.
     """
     if actual.shape != expected.shape:
         raise ValueError(f"the result is {list(actual.shape)}, not {list(expected.shape)}")
@@ -54,9 +56,9 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class Context:
-    """The two sides of the comparisons at one shape. The reference computes in float32 on the CPU."""
+    """Backend, reference and inputs of the comparisons at one shape. The reference runs in float32 on the CPU."""
 
-    def __init__(self, ops: Ops, device: torch.device, shapes: Shapes):
+    def __init__(self, ops: ReferenceOps, device: torch.device, shapes: Shapes):
         self.ops = ops
         self.reference = ReferenceOps()
         self.shapes = shapes
@@ -65,11 +67,11 @@ class Context:
     def compare(
         self, operation: str, variant: str, case: str, run: Callable[[], Pair], limit: float, relied_on: bool = True
     ) -> Finding:
-        """`run` gives what the backend computed and what is right."""
+        """Calls `run`, which returns (actual, expected), and reports its error; an exception becomes a finding."""
         error, problem = None, ""
         try:
             error = relative_error(*run())
-        except Exception as raised:  # whatever it is, the other comparisons are wanted all the same
+        except Exception as raised:  # the other comparisons still have to run
             problem = f"{type(raised).__name__}: {first_line(raised)}"
         return Finding(operation, variant, f"{self.shapes.name}, {case}", error, limit, problem, relied_on)
 

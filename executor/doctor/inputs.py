@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random inputs of real shapes: float32 on the CPU for the reference, and the same values for the backend."""
+"""Random inputs at real shapes: float32 on the CPU for the reference, the same values in bfloat16 for the backend."""
 
 import dataclasses
 from itertools import accumulate
@@ -12,11 +12,12 @@ from ops import DenseWeight, Ops, StepMetadata, Weight
 DTYPE = torch.bfloat16
 TENSORS_OF_STEP = ("positions", "slot_mapping", "block_table", "seq_lens")
 Pair = tuple[torch.Tensor, torch.Tensor]
+WeightPair = tuple[DenseWeight, Weight]  # for the reference, for the backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """What one rank holds of a model; the defaults are Qwen3-30B-A3B's."""
+    """Model shapes of one rank; the defaults are Qwen3-30B-A3B's."""
 
     name: str = "30B"
     hidden_size: int = 2048
@@ -29,7 +30,7 @@ class Shapes:
     vocab_size: int = 151936
 
     def slice(self, size: int) -> "Shapes":
-        """The part of one of `size` tensor-parallel ranks."""
+        """Returns the shapes of one rank at tensor-parallel size `size`."""
         return dataclasses.replace(
             self,
             name=f"{self.name} tp {size}",
@@ -45,7 +46,7 @@ class Shapes:
 
 
 class Inputs:
-    """Makes them, and copies them to the backend's device in its dtype."""
+    """Generates random inputs and copies them to the backend's device and dtype."""
 
     def __init__(self, device: torch.device, shapes: Shapes):
         self.device = device
@@ -53,18 +54,18 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(0)
 
     def random(self, *shape: int, std: float = 1.0) -> torch.Tensor:
-        """Normal values that the backend's dtype has too."""
+        """Normally distributed values that are exact in the backend's dtype."""
         return (torch.randn(shape, generator=self.generator) * std).to(DTYPE).float()
 
     def norm_weight(self, size: int) -> torch.Tensor:
-        """Near 1, as models have it; larger ones in q and k make attention choose single tokens."""
+        """Random norm weight near 1, as in models; larger q and k norms would make attention nearly one-hot."""
         return (1 + self.random(size, std=0.1)).to(DTYPE).float()
 
     def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy there, of floating-point values in the backend's dtype."""
+        """Copies a tensor to the backend's device, floating-point values in its dtype."""
         return tensor.to(self.device, DTYPE if tensor.is_floating_point() else tensor.dtype, copy=True)
 
-    def weight(self, ops: Ops, *shape: int) -> tuple[DenseWeight, Weight]:
+    def weight(self, ops: Ops, *shape: int) -> WeightPair:
         """A random weight [..., N, K] for the reference and for the backend `ops`."""
         values = self.random(*shape, std=shape[-1] ** -0.5)
         return DenseWeight(values), ops.prepare_weight(DenseWeight(self.to_device(values)))
@@ -75,7 +76,7 @@ class Inputs:
         return torch.rand(tokens, shapes.num_experts, generator=self.generator).topk(shapes.top_k).indices
 
     def step(self, lens: list[int], is_prefill: bool) -> StepMetadata:
-        """Sequences of these lengths in shuffled cache blocks, block 0 left out; on the CPU."""
+        """Step metadata of sequences of these lengths in shuffled cache blocks other than block 0; on the CPU."""
         counts = [blocks_for(length) for length in lens]
         order = (torch.randperm(sum(counts), generator=self.generator) + 1).tolist()
         blocks = [order[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
@@ -97,14 +98,14 @@ class Inputs:
         )
 
     def cos_sin(self, step: StepMetadata) -> Pair:
-        """[T, C] float32, as a model's table has them; on the CPU."""
+        """cos and sin [T, C] float32 of a step's positions, on the CPU."""
         head_dim = self.shapes.head_dim
         frequencies = 1e-6 ** (torch.arange(0, head_dim, 2) / head_dim)
         angles = step.positions[:, None] * torch.cat([frequencies, frequencies])
         return angles.cos(), angles.sin()
 
     def on_device(self, step: StepMetadata) -> tuple[Pair, StepMetadata]:
-        """cos and sin and the step on the backend's device."""
+        """Moves a step and its cos and sin to the backend's device."""
         cos, sin = (part.to(self.device) for part in self.cos_sin(step))
         tensors = {name: getattr(step, name).to(self.device) for name in TENSORS_OF_STEP}
         return (cos, sin), dataclasses.replace(step, **tensors)

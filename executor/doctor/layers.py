@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons of what stands around the experts: embedding, norms, products, attention, routing."""
+"""Comparisons of all operations but the experts: embedding, norms, linear layers, attention, routing."""
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from executor.doctor.findings import EPS, ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
 from executor.doctor.inputs import Pair
 from executor.kv_cache import BLOCK_SIZE, blocks_for
-from ops import DenseWeight, Ops, StepMetadata
+from ops import DenseWeight, Ops, StepMetadata, Weight
 from ops.npu.variants import CACHE_WRITE
 
 MANY_TOKENS = 2000  # gating kernels may change at 1024
@@ -17,7 +18,7 @@ PREFILL_LENS, DECODE_LENS = [300, 1, 128], [1, 128, 129, 700, 1500]
 
 
 def elementwise(context: Context) -> Iterator[Finding]:
-    """Embedding, activation, norms."""
+    """Compares embedding, activation and norms."""
     random, to_device, shapes = context.inputs.random, context.inputs.to_device, context.shapes
     table, norm = random(1000, shapes.hidden_size), context.inputs.norm_weight(shapes.hidden_size)
     for tokens in TOKENS:
@@ -29,7 +30,7 @@ def elementwise(context: Context) -> Iterator[Finding]:
             ("add_norm", "npu_add_rms_norm", (hidden, residual, norm, EPS)),
         ):
 
-            def run(operation=operation, arguments=arguments) -> Pair:
+            def run(operation: str = operation, arguments: tuple[Any, ...] = arguments) -> Pair:
                 moved = [to_device(value) if torch.is_tensor(value) else value for value in arguments]
                 actual, expected = (
                     getattr(ops, operation)(*given)
@@ -41,7 +42,7 @@ def elementwise(context: Context) -> Iterator[Finding]:
 
 
 def linear(context: Context) -> Iterator[Finding]:
-    """The products of a layer and the head's."""
+    """Compares qkv_proj, o_proj and lm_head."""
     shapes = context.shapes
     heads = shapes.num_heads * shapes.head_dim
     for name, size in (
@@ -54,7 +55,7 @@ def linear(context: Context) -> Iterator[Finding]:
         for tokens in TOKENS:
             hidden = context.inputs.random(tokens, size[1])
 
-            def run(hidden=hidden, right=right, weight=weight) -> Pair:
+            def run(hidden: torch.Tensor = hidden, right: Weight = right, weight: Weight = weight) -> Pair:
                 actual = context.ops.linear(context.inputs.to_device(hidden), weight)
                 return actual, context.reference.linear(hidden, right)
 
@@ -62,13 +63,13 @@ def linear(context: Context) -> Iterator[Finding]:
 
 
 def attention(context: Context, variant: str) -> Iterator[Finding]:
-    """The output, and what the cache holds afterwards."""
+    """Compares the attention output and the KV cache after the step."""
     for case, lens in (("prefill", PREFILL_LENS), ("decode", DECODE_LENS), ("decode", [1])):
         step, tensors = context.inputs.step(lens, case == "prefill"), attention_tensors(context, lens, sum(lens))
         if case == "decode":
             tensors[0] = tensors[0][: len(lens)]
 
-        def run(step=step, tensors=tensors) -> Pair:
+        def run(step: StepMetadata = step, tensors: list[torch.Tensor] = tensors) -> Pair:
             moved = [context.inputs.to_device(tensor) for tensor in tensors]
             actual = attend(context, context.ops, *context.inputs.on_device(step), moved)
             return actual, attend(context, context.reference, context.inputs.cos_sin(step), step, tensors)
@@ -77,7 +78,7 @@ def attention(context: Context, variant: str) -> Iterator[Finding]:
 
 
 def attention_tensors(context: Context, lens: list[int], tokens: int) -> list[torch.Tensor]:
-    """qkv, the norms' weights, the caches as if every slot had been written."""
+    """qkv, q and k norm weights, and KV caches filled with random values."""
     random, shapes = context.inputs.random, context.shapes
     num_blocks = 1 + sum(map(blocks_for, lens))
     cache = (num_blocks, BLOCK_SIZE, shapes.num_kv_heads, shapes.head_dim)
@@ -86,15 +87,15 @@ def attention_tensors(context: Context, lens: list[int], tokens: int) -> list[to
 
 
 def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Output and caches, which are written in place, as rows of a head each."""
-    qkv, q_norm, k_norm, *caches = tensors
+    """Runs attention; returns its output and the updated caches as rows [*, head_dim]."""
+    qkv, q_norm, k_norm, key_cache, value_cache = tensors
     cos_sin, step = ops.prepare_attention(cos_sin, step, qkv.dtype)
-    output = ops.attention(qkv, q_norm, k_norm, EPS, cos_sin, *caches, step)
-    return torch.cat([part.reshape(-1, context.shapes.head_dim) for part in (output, *caches)])
+    output = ops.attention(qkv, q_norm, k_norm, EPS, cos_sin, key_cache, value_cache, step)
+    return torch.cat([part.reshape(-1, context.shapes.head_dim) for part in (output, key_cache, value_cache)])
 
 
 def graph(context: Context, variant: str) -> Iterator[Finding]:
-    """A decode step's attention recorded with lengths of 1 and replayed with others, against the same launched."""
+    """Compares decode attention captured with lengths of 1 and replayed with the true ones with its eager run."""
     step = context.inputs.step(DECODE_LENS, is_prefill=False)
     tensors = attention_tensors(context, DECODE_LENS, len(DECODE_LENS))
 
@@ -112,10 +113,10 @@ def graph(context: Context, variant: str) -> Iterator[Finding]:
     yield context.compare("attention", f"{variant}, graph", case, run, ROUNDED_ONCE)
 
 
-def slot_to_skip(context: Context) -> Finding:
-    """Whether a slot of -1 is skipped, which would suit padding rows; they write to a block of nobody's instead.
+def skipped_slot(context: Context) -> Finding:
+    """Compares a cache write with slot -1 to one that skips it. Padding rows use a reserved padding block instead.
 
-    The caches are parts of larger ones, in which a write before their first slot is seen.
+    The caches are slices of larger ones, which makes a write before their first slot visible.
     """
     shapes = context.shapes
     cache, token = (3, BLOCK_SIZE, shapes.num_kv_heads, shapes.head_dim), (2, shapes.num_kv_heads, shapes.head_dim)
@@ -124,7 +125,7 @@ def slot_to_skip(context: Context) -> Finding:
     def run() -> Pair:
         keys, values, *caches = (context.inputs.to_device(tensor) for tensor in tensors)
         slots = torch.tensor([-1, 5], device=keys.device)
-        CACHE_WRITE["npu_scatter_pa_kv_cache"](keys, values, *(cache[1:] for cache in caches), slots)
+        CACHE_WRITE["npu_scatter_pa_kv_cache"](keys, values, caches[0][1:], caches[1][1:], slots)
         for new, cache in zip(tensors[:2], tensors[2:], strict=True):
             cache[1:].flatten(0, 1)[5] = new[1]
         return torch.stack(caches), torch.stack(tensors[2:])
@@ -134,9 +135,9 @@ def slot_to_skip(context: Context) -> Finding:
 
 
 def route(context: Context, variant: str) -> Iterator[Finding]:
-    """The weights against those of the best experts, and against those that the chosen ids should have.
+    """Compares the top-k weights, and the weight of each selected id.
 
-    The ids themselves may differ where two experts are equal but for rounding.
+    The ids themselves may differ where two experts tie within rounding.
     """
     random, to_device, shapes = context.inputs.random, context.inputs.to_device, context.shapes
     norm = context.inputs.norm_weight(shapes.hidden_size)
@@ -144,9 +145,9 @@ def route(context: Context, variant: str) -> Iterator[Finding]:
     for tokens in (*TOKENS, MANY_TOKENS):
         hidden, residual = random(tokens, shapes.hidden_size), random(tokens, shapes.hidden_size)
 
-        def run(hidden=hidden, residual=residual) -> Pair:
-            moved = [to_device(value) for value in (hidden, residual, norm)]
-            routing = context.ops.route(*moved, EPS, to_device(router), shapes.top_k, True)[2].chosen()
+        def run(hidden: torch.Tensor = hidden, residual: torch.Tensor = residual) -> Pair:
+            given = (to_device(hidden), to_device(residual), to_device(norm), EPS, to_device(router))
+            routing = context.ops.route(*given, top_k=shapes.top_k, renormalize=True)[2].chosen()
             weights, ids = routing.topk_weights.cpu().float(), routing.topk_ids.cpu().long()
             normed = context.reference.add_norm(hidden, residual, norm, EPS)[0]
             shares = (normed @ router.t()).softmax(dim=-1)

@@ -18,16 +18,16 @@ HOST_FILES = {
 
 
 def facts(device: torch.device) -> dict[str, str]:
-    """What a person wants to see beside numbers that surprise; "unknown" for what cannot be read."""
+    """Versions, device and settings to report with the results; "unknown" for what cannot be read."""
     found = {"commit": commit(), **versions(), "CANN": cann_version(), "product": device_name(device)}
     found["free memory"] = f"{free_memory_bytes(device) / 1e9:.1f} GB"
     for name, path in HOST_FILES.items():
         found[name] = " ".join(Path(path).read_text(encoding="utf-8").split()) if Path(path).is_file() else "unknown"
     settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(PREFIXES))
-    return found | {"environment": " ".join(settings) or "none of the settings that matter is set"}
+    return found | {"environment": " ".join(settings) or "none of the relevant variables is set"}
 
 
 def cann_version() -> str:
-    """As torch_npu reports it; "unknown" under CANN before 8.1, which does not tell."""
-    utils = getattr(getattr(torch, "npu", None), "utils", None)
-    return (utils.get_cann_version() if hasattr(utils, "get_cann_version") else "") or "unknown"
+    """As torch_npu reports it; "unknown" under CANN before 8.1, which does not report it."""
+    get_cann_version = getattr(getattr(getattr(torch, "npu", None), "utils", None), "get_cann_version", None)
+    return (get_cann_version() if get_cann_version is not None else "") or "unknown"

@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary position embedding in every form transformers has, computed by transformers' own initialisers."""
+"""Rotary position embedding for all rope types of transformers, computed by transformers' own initialisers."""
 
 import torch
 from transformers import Qwen3MoeConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from models.transformers_internals import SCALED_ROPE_TYPES, scaled_rope_frequencies
 from ops import StepMetadata
 
-ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
-LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")  # the frequencies follow from how long the sequence is
+ROPE_TYPES = ("default", *SCALED_ROPE_TYPES)
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")  # frequencies depend on the sequence length
 
 
 def inverse_frequencies(config: Qwen3MoeConfig, seq_len: int) -> tuple[torch.Tensor, float]:
-    """Frequencies [C / 2] float32 and the factor on cos and sin, for a sequence of `seq_len` tokens."""
+    """Inverse frequencies [C / 2] float32 and the scaling factor of cos and sin, at a length of `seq_len` tokens."""
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
     if rope_type == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / rope["rope_theta"] ** exponents, 1.0
-    initialise = ROPE_INIT_FUNCTIONS[rope_type]
     if rope_type == "dynamic":
-        return initialise(config, torch.device("cpu"), seq_len=max(seq_len, config.max_position_embeddings))
+        return scaled_rope_frequencies(config, max(seq_len, config.max_position_embeddings))
     if rope_type == "longrope":
-        # transformers takes the factor on cos and sin from the short form and keeps it
-        factor = initialise(config, torch.device("cpu"))[1]
-        return initialise(config, torch.device("cpu"), seq_len=seq_len)[0], factor
-    return initialise(config, torch.device("cpu"))
+        # transformers computes the factor once, from the short form
+        return scaled_rope_frequencies(config, seq_len)[0], scaled_rope_frequencies(config)[1]
+    return scaled_rope_frequencies(config)
 
 
 class RotaryEmbedding:
@@ -44,7 +42,7 @@ class RotaryEmbedding:
             trained = min(max_len, config.rope_parameters["original_max_position_embeddings"])
             parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
             parts.append(self.cos_sin(torch.arange(trained, max_len), seq_len=max_len))
-        elif self.length_dependent:  # others for every length beyond the trained one
+        elif self.length_dependent:  # different frequencies for each length beyond the trained one
             trained = min(max_len, config.max_position_embeddings)
             parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
             parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(trained, max_len)]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of a Qwen3-MoE config.json: what the network reads, within which bounds, and what has no effect on it."""
+"""Keys of a Qwen3-MoE config.json: those that the network reads, with their bounds, and those without effect."""
 
 from typing import Any
 
-from transformers.modeling_rope_utils import RopeParameters
+from models.transformers_internals import ROPE_PARAMETER_KEYS
 
-# key -> least and most. Bounds are far above the published models; they end what could not be meant in an error.
+# key -> (minimum, maximum). The maxima are far above the published models, to reject absurd values early.
 SIZES = {
     "vocab_size": (1, 1 << 22),
     "hidden_size": (1, 1 << 17),
@@ -35,15 +35,15 @@ NETWORK_KEYS = (
     "rms_norm_eps",
     "rope_theta",
 )
-# Of all rope types together (transformers' RopeParameters), in both spellings of the type, and yarn's further ones.
-ROPE_KEYS = {"type", "mscale", "mscale_all_dim", "truncate", *RopeParameters.__annotations__}
-# Refused unless they say what the network does anyway, or read elsewhere.
+# Union over all rope types, with both spellings of the type and yarn's undocumented keys.
+ROPE_KEYS = {"type", "mscale", "mscale_all_dim", "truncate", *ROPE_PARAMETER_KEYS}
+# Rejected unless they match what the network does, or read elsewhere.
 CHECKED_KEYS = (
     *("add_cross_attention", "architectures", "dual_chunk_attention_config", "hidden_act", "is_encoder_decoder"),
     *("layer_types", "model_type", "per_layer_config", "pruned_heads", "quantization_config", "rope_parameters"),
     *("rope_scaling", "transformers_weights"),
 )
-# Of training, other tasks, how a program computes, or for people; transformers' network does not read them either.
+# Training, other tasks, execution options and metadata; transformers' network does not read them either.
 HARMLESS_KEYS = (
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation"),
     *("_name_or_path", "attention_dropout", "attn_implementation", "chunk_size_feed_forward", "dtype"),

@@ -21,14 +21,16 @@ from ops.cuda.attention import DecodeAttentionCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
-from ops.cuda.launch import KNOWS_LAUNCHER, BoundKernel, fits, has_pdl
+from ops.cuda.launch import BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports
 from ops.cuda.moe import choose_experts_kernel
 from ops.cuda.norm import add_norm_constants, add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
+from ops.cuda.triton_internals import KNOWS_LAUNCHER
 from ops.reference import ReferenceOps
+from ops.weight import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ class CudaOps(ReferenceOps):
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
         self.orders: dict[int, ExpertOrder] = {}  # by number of experts
 
-    def check_model(self, dtype, head_dim):
+    def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if not torch.cuda.is_available():
             return  # interpreted
         capability = torch.cuda.get_device_capability()
@@ -66,10 +68,12 @@ class CudaOps(ReferenceOps):
                 f"{least} or later; device: cpu runs anywhere"
             )
 
-    def fallbacks(self, dtype):
+    def fallbacks(self, dtype: torch.dtype) -> list[str]:
         return super().fallbacks(dtype) if dtype in DTYPES else OPERATIONS
 
-    def add_norm(self, hidden_states, residual, norm_weight, eps):
+    def add_norm(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens, d = hidden_states.shape
         if num_tokens == 0 or not takes(hidden_states, residual) or d > MAX_NORM_WIDTH:
             return super().add_norm(hidden_states, residual, norm_weight, eps)
@@ -81,7 +85,7 @@ class CudaOps(ReferenceOps):
         kernel(hidden_states, first, norm_weight, normed, summed)
         return normed, summed
 
-    def silu_and_mul(self, gate_up):
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_tokens, f = gate_up.shape[0], gate_up.shape[1] // 2
         if num_tokens == 0 or not takes(gate_up):
             return super().silu_and_mul(gate_up)
@@ -92,7 +96,7 @@ class CudaOps(ReferenceOps):
         kernel(gate_up, output)
         return output
 
-    def linear(self, hidden_states, weight, bias=None):
+    def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
         if not 0 < hidden_states.shape[0] <= MAX_TOKENS:
             return super().linear(hidden_states, weight, bias)
         key = ("linear", id(weight), hidden_states.shape[0])
@@ -108,7 +112,15 @@ class CudaOps(ReferenceOps):
             self.bind(key, weight, call)
         return call(hidden_states)
 
-    def norm_linear(self, hidden_states, residual, norm_weight, eps, weight, bias=None):
+    def norm_linear(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        weight: Weight,
+        bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens = hidden_states.shape[0]
         if not 0 < num_tokens <= MAX_TOKENS:
             return super().norm_linear(hidden_states, residual, norm_weight, eps, weight, bias)
@@ -126,7 +138,17 @@ class CudaOps(ReferenceOps):
             self.bind(key, weight, call)
         return call(hidden_states, residual)
 
-    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+    def attention(
+        self,
+        qkv: torch.Tensor,
+        q_norm_weight: torch.Tensor,
+        k_norm_weight: torch.Tensor,
+        eps: float,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        step: StepMetadata,
+    ) -> torch.Tensor:
         num_tokens = 0 if step.is_prefill else qkv.shape[0]  # a prefill's call fits any number of tokens
         key = ("attention", id(q_norm_weight), num_tokens)
         call = self.calls.get(key)
@@ -163,7 +185,16 @@ class CudaOps(ReferenceOps):
         value = qkv.unflatten(1, (-1, norm_rotary_cache.head_dim))[:, num_heads + num_kv_heads :]
         return self.prefill_attention(query, key, value, step).flatten(1)
 
-    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+    def route(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        router_weight: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
         num_tokens = hidden_states.shape[0]
         if not 0 < num_tokens <= MAX_TOKENS:
             return self.route_many(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
@@ -186,7 +217,16 @@ class CudaOps(ReferenceOps):
             self.bind(key, router_weight, call)
         return call(hidden_states, residual)
 
-    def route_many(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+    def route_many(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm_weight: torch.Tensor,
+        eps: float,
+        router_weight: torch.Tensor,
+        top_k: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
         """`route` for any number of tokens; the experts are chosen at once."""
         num_tokens, num_experts = hidden_states.shape[0], router_weight.shape[0]
         if num_tokens == 0 or not takes(hidden_states, residual):
@@ -208,7 +248,9 @@ class CudaOps(ReferenceOps):
         kernel(logits, topk_weights, topk_ids)
         return normed, residual, Routing(topk_weights, topk_ids)
 
-    def experts(self, hidden_states, routing, gate_up, down):
+    def experts(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]
         if not isinstance(routing, RouterLogits) or not 0 < num_tokens <= MAX_TOKENS:
             return self.experts_sorted(hidden_states, routing, gate_up, down)
@@ -223,28 +265,33 @@ class CudaOps(ReferenceOps):
             self.bind(key, gate_up, call)
         return call(hidden_states, routing)
 
-    def experts_sorted(self, hidden_states, routing, gate_up, down):
+    def experts_sorted(
+        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+    ) -> torch.Tensor:
         """`experts` of any number of tokens, sorted by expert."""
-        is_sorted = isinstance(routing, GroupedRows)
-        if not is_sorted:
+        if not isinstance(routing, GroupedRows):
             routing = routing.chosen()
         if hidden_states.shape[0] == 0 or not takes(hidden_states):
             return super().experts(hidden_states, routing, gate_up, down)
-        top_k = 1 if is_sorted else routing.topk_ids.shape[1]
-        key = ("experts_of_sorted" if is_sorted else "experts_sorted", id(gate_up), top_k)
+        top_k = None if isinstance(routing, GroupedRows) else routing.topk_ids.shape[1]
+        key = ("experts_of_sorted" if top_k is None else "experts_sorted", id(gate_up), top_k or 1)
         call = self.calls.get(key)
         if call is None:
-            if grouped_experts_support(hidden_states, gate_up.data, down.data):
-                num_experts = gate_up.data.shape[0]
-                order = self.orders.setdefault(num_experts, ExpertOrder(num_experts, GROUPED_ROWS))
-                if is_sorted:
-                    call = SortedExpertsCall(order, gate_up.data, down.data)
-                else:
-                    call = GroupedExpertsCall(order, gate_up.data, down.data, top_k)
-            else:
-                call = partial(super().experts, gate_up=gate_up, down=down)
+            call = self.sorted_experts_call(hidden_states, gate_up, down, top_k)
             self.bind(key, gate_up, call)
         return call(hidden_states, routing)
+
+    def sorted_experts_call(
+        self, hidden_states: torch.Tensor, gate_up: Weight, down: Weight, top_k: int | None
+    ) -> Callable[..., Any]:
+        """What runs `experts_sorted` with these weights; top_k None: of rows that stand by expert already."""
+        if not grouped_experts_support(hidden_states, gate_up.data, down.data):
+            return partial(super().experts, gate_up=gate_up, down=down)
+        num_experts = gate_up.data.shape[0]
+        order = self.orders.setdefault(num_experts, ExpertOrder(num_experts, GROUPED_ROWS))
+        if top_k is None:
+            return SortedExpertsCall(order, gate_up.data, down.data)
+        return GroupedExpertsCall(order, gate_up.data, down.data, top_k)
 
     def bind(self, key: tuple[str, int, int], weight: Any, call: Callable[..., Any]) -> None:
         self.calls[key] = call

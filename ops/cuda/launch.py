@@ -21,11 +21,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETED = triton.knobs.runtime.interpret
-KNOWS_LAUNCHER = triton.__version__.startswith("3.6.")  # whose launcher takes the arguments that BoundKernel gives it
-IS_TRITON_3_4 = triton.__version__.startswith("3.4.")
-COMPILES_PDL = not IS_TRITON_3_4  # whose functions for it take an argument it does not pass
-COMPILES_NARROW_DOT = not IS_TRITON_3_4  # which wants at least 16 columns
+from ops.cuda.triton_internals import COMPILES_PDL, INTERPRETED, KNOWS_LAUNCHER, argument_names, launcher_of
+
 ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
 
 
@@ -74,7 +71,10 @@ class BoundKernel:
         if self.launch is None:
             self.first_call(varying)
             return
-        addresses = [argument if type(argument) is int else argument.data_ptr() for argument in varying]
+        addresses = [
+            argument if type(argument) is int else argument.data_ptr()  # type: ignore[union-attr] # isinstance: slower
+            for argument in varying
+        ]
         self.launch(*self.grid, current_stream(self.device_index), *self.head, *addresses, *self.tail)
 
     def first_call(self, varying: tuple[torch.Tensor | int, ...]) -> None:
@@ -82,18 +82,12 @@ class BoundKernel:
         compiled = self.kernel[self.grid](*varying, *self.fixed, **self.constants, **self.options)
         if INTERPRETED or not KNOWS_LAUNCHER:
             return  # every call is a first call
-        run = compiled.run
-        assert not run.global_scratch_size and not run.profile_scratch_size, "the launcher would have to allocate"
+        launch, self.head = launcher_of(compiled)
         self.device_index = torch.cuda.current_device()
-        # neither scratch memory nor a profiler's hooks
-        self.head = (
-            *(compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None),
-            *(compiled.packed_metadata, None, None, None),
-        )
-        names = self.kernel.arg_names[len(varying) + len(self.fixed) :]
+        names = argument_names(self.kernel)[len(varying) + len(self.fixed) :]
         fixed = (argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in self.fixed)
         self.tail = (*fixed, *(self.constants[name] for name in names))
-        self.launch = run.launch
+        self.launch = launch
 
 
 def current_stream(device_index: int) -> int:

@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ops.cuda.launch import COMPILES_NARROW_DOT, BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
+from ops.cuda.launch import BoundKernel, fits, pdl_trigger, pdl_wait, power_of_two_factor
 from ops.cuda.norm import add_norm_constants, add_norm_kernel
 from ops.cuda.tiles import MAX_TOKENS, matmul_tile
+from ops.cuda.triton_internals import COMPILES_NARROW_DOT
 
 ROWS_STEP = 8  # what the rows of a matrix are a multiple of
 LEAST_COLUMNS = 16  # of a warp's tile

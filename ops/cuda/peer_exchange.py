@@ -85,7 +85,8 @@ class PeerExchange:
         self.memory = memory
         self.addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self.counts = torch.zeros(CAPACITY // BLOCK, dtype=torch.int32, device=device)
-        self.constants = {"RANK": rank, "SIZE": self.size, "CAPACITY": CAPACITY, "BLOCK": BLOCK, "PDL": has_pdl()}
+        self.pdl = has_pdl()
+        self.constants = {"RANK": rank, "SIZE": self.size, "CAPACITY": CAPACITY, "BLOCK": BLOCK}
         self.kernels: dict[tuple[torch.dtype, bool], BoundKernel] = {}
 
     def sums(self, tensor: torch.Tensor) -> bool:
@@ -115,7 +116,8 @@ class PeerExchange:
         kernel = self.kernels.get(key)
         if kernel is None:
             fixed = (self.addresses, self.counts)
-            kernel = BoundKernel(exchange_kernel, (1,), 1, self.constants["PDL"], fixed, **self.constants, SUM=summed)
+            constants = {**self.constants, "SUM": summed, "PDL": self.pdl}
+            kernel = BoundKernel(exchange_kernel, (1,), 1, pdl=self.pdl, fixed=fixed, **constants)
             self.kernels[key] = kernel
         kernel.grid = (triton.cdiv(n, BLOCK), 1, 1)
         kernel(values, output, n)

@@ -215,8 +215,9 @@ class PrefillAttentionCall:
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         self.num_heads = num_heads
         self.width = num_heads * head_dim
-        sizes = {"H": num_heads, "G": num_kv_heads, "C": head_dim, "BLOCK": BLOCK}
-        self.kernel = BoundKernel(prefill_attention_kernel, (1,), 4, **sizes)
+        self.kernel = BoundKernel(
+            prefill_attention_kernel, (1,), 4, H=num_heads, G=num_kv_heads, C=head_dim, BLOCK=BLOCK
+        )
 
     def __call__(self, query_key: torch.Tensor, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """queries and keys [T, H + G, C], qkv [T, (H + 2G) * C], positions [T] int64 -> [T, H * C]."""

@@ -111,7 +111,8 @@ class Layers:
         for layer in self.layers:
             norm_1, norm_2, q_norm, k_norm = layer["norms"]
             qkv, residual = ops.norm_linear(hidden_states, residual, norm_1, EPS, layer["qkv"])
-            attended = ops.attention(qkv, q_norm, k_norm, EPS, self.cos_sin, *layer["cache"], self.step)
+            key_cache, value_cache = layer["cache"]
+            attended = ops.attention(qkv, q_norm, k_norm, EPS, self.cos_sin, key_cache, value_cache, self.step)
             hidden_states = ops.linear(attended, layer["o"])
             normed, residual, routing = ops.route(
                 hidden_states, residual, norm_2, EPS, layer["router"], self.shape.k, True

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ascend NPUs (Atlas A2 and A3): the interface on torch_npu's fused operations, one vendor call wherever there is one.
+"""Backend for Ascend NPUs (Atlas A2 and A3) on torch_npu's fused operations, one vendor call where there is one.
 
-Every contract relied on is that of the operation's page in op-plugin (docs/zh/custom_APIs/torch_npu) and of its
-adapter (op_plugin/ops/opapi); docs/npu.md says which of them are checked how. torch_npu 2.8 to 2.13; where a stack
-lacks an operation, `bind` takes the next best. Letters as in ops/__init__.py, R = T * K rows of chosen experts.
+Calls follow each operation's page in op-plugin (docs/zh/custom_APIs/torch_npu) and its adapter (op_plugin/ops/opapi);
+docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an installation lacks an operation,
+`select_variant` takes the next best. Shape letters as in ops/__init__.py; R = T * K routed rows.
 """
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch_npu
+from torch import Tensor
 from torch.nn import functional as F
 
-from ops import GroupedRows, Routing, StepMetadata
-from ops.ascend import choose_algorithm, product_of
+from ops import GroupedRows, RouterLogits, Routing, StepMetadata
+from ops.ascend import ExchangeSizes, choose_algorithm, product_of
+from ops.comm import Group
 from ops.npu.calls import npu
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
@@ -28,19 +30,20 @@ from ops.npu.variants import (
     GATING,
     HEAD_DIM,
     LENGTHS_ARGUMENT,
+    PROBES,
     REGROUP,
     ROTARY,
-    TRIALS,
+    Variant,
 )
 from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 logger = logging.getLogger(__name__)
 
-FRACTAL_NZ = 29  # the tiled format that matrix units read without rearranging
+FRACTAL_NZ = 29  # tiled format that the matrix units read directly
 STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
-MAX_INNER_SIZE = 65535  # of a weight's rows and columns, in matmuls of that format
-MAX_EXPERT_TOKENS = 8192  # at once: the rows of their experts need 8 times the memory and more
+MAX_INNER_SIZE = 65535  # of K and N in a matmul with a FRACTAL_NZ weight
+MAX_EXPERT_TOKENS = 8192  # per chunk: their top-k rows take at least 8 times the memory
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
 REQUIRED = (
     "npu_rms_norm",
@@ -54,19 +57,19 @@ REQUIRED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NpuStep(StepMetadata):
-    """A step as fused attention wants it: block_table is int32, and TND counts queries up."""
+    """Step metadata for fused attention: int32 block_table, and the cumulative query lengths of the TND layout."""
 
-    query_ends: list[int]  # [B], tokens of this step up to the end of each sequence
+    query_ends: list[int]  # [B], cumulative query lengths
 
 
 class NpuOps(ReferenceOps):
-    """The operations on torch_npu. The residual is in the model's dtype, as npu_add_rms_norm adds in it.
+    """Operations on torch_npu. The residual stream has the model's dtype, as npu_add_rms_norm requires.
 
-    `device` is where the operations are tried out; anything but an NPU is for tests.
+    `device`: where the variants are probed; any other than an NPU is for tests.
     """
 
     name = "npu"
-    embedding = ReferenceOps.embedding  # one operation of torch's
+    embedding = ReferenceOps.embedding  # a single torch operation
     norm_linear = ReferenceOps.norm_linear  # add_norm and linear
     decode_reads_nothing = True
 
@@ -78,29 +81,29 @@ class NpuOps(ReferenceOps):
         self.on_npu = torch.device(device).type == "npu"
         if self.on_npu:
             torch.npu.config.allow_internal_format = True  # else the cast to FRACTAL_NZ silently does nothing
-        # True means hidden; attention's causal modes want exactly this size, whatever the lengths
+        # True = masked; the causal sparse modes require this size whatever the sequence lengths
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.product = product_of(torch_npu.npu.get_device_name())
-        self.side_stream = None
-        self.paged_views: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.bindings: dict[str, str] = {}  # which variant stands behind each of these
-        self.replaced: list[str] = []  # those that have a better one, which does not work here
-        self.rotate = self.bind("rotary", ROTARY, device)
-        self.write_cache = self.bind("cache write", CACHE_WRITE, device)
-        self.attend = self.bind("attention", ATTENTION, device)
-        self.choose_experts = self.bind("gating", GATING, device)
-        self.combine = self.bind("combine", COMBINE, device)
-        self.regroup_rows = self.bind("regroup", REGROUP, device)
+        self.side_stream: Any = None
+        self.paged_views: dict[int, tuple[Tensor, Tensor]] = {}
+        self.bindings: dict[str, str] = {}  # family -> variant in use
+        self.replaced: list[str] = []  # families whose preferred variant does not work here
+        self.rotate = self.select_variant("rotary", ROTARY, device)
+        self.write_cache = self.select_variant("cache write", CACHE_WRITE, device)
+        self.attend = self.select_variant("attention", ATTENTION, device)
+        self.gating = self.select_variant("gating", GATING, device)
+        self.combine = self.select_variant("combine", COMBINE, device)
+        self.regroup_rows = self.select_variant("regroup", REGROUP, device)
         logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
 
-    def bind(self, what: str, variants: dict[str, Callable], device: str) -> Callable:
-        """The first variant whose operation is installed and survives a small call on the device."""
+    def select_variant(self, what: str, variants: dict[str, Variant], device: str) -> Variant:
+        """Returns the first variant that is installed and passes its probe call; RuntimeError if there is none."""
         errors = []
         for name, variant in variants.items():
             try:
-                TRIALS[what](variant, device)
+                PROBES[what](variant, device)
                 if self.on_npu:
-                    torch.npu.synchronize()  # launches fail late
+                    torch.npu.synchronize()  # launch errors are asynchronous
             except (RuntimeError, AttributeError) as error:
                 errors.append(f"{name}: {str(error).splitlines()[0]}")
                 logger.info("ops: npu lacks %s", errors[-1])
@@ -111,10 +114,10 @@ class NpuOps(ReferenceOps):
             return variant
         raise RuntimeError(f"device: npu has no working operation for {what}: {'; '.join(errors)}")
 
-    def fallbacks(self, dtype):
+    def fallbacks(self, dtype: torch.dtype) -> list[str]:
         return super().fallbacks(dtype) + self.replaced
 
-    def plan_dispatch(self, sizes):
+    def plan_dispatch(self, sizes: ExchangeSizes) -> DispatchPlan | None:
         missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
         algorithm, why = choose_algorithm(self.product, sizes)
         if missing or algorithm is None:
@@ -122,14 +125,14 @@ class NpuOps(ReferenceOps):
             return None
         return DispatchPlan(algorithm, sizes)
 
-    def refuses_linear_all_reduce(self, ranks):
+    def refuses_linear_all_reduce(self, ranks: int) -> str | None:
         if not hasattr(npu, "npu_mm_all_reduce_base"):
             return "torch_npu lacks the operation"
         if self.product != "A2":
             return f"only possible on Atlas A2, this is {self.product or 'another product'}"
         return None if ranks in (2, 4, 8) else f"parallel_config.attn_tp_size would have to be 2, 4 or 8, it is {ranks}"
 
-    def linear_all_reduce(self, hidden_states, weight, group):
+    def linear_all_reduce(self, hidden_states: Tensor, weight: Weight, group: Group) -> Tensor:
         if hidden_states.shape[0] == 0:
             return super().linear_all_reduce(hidden_states, weight, group)
         data = weight.data.t() if isinstance(weight, DenseWeight) else weight.data
@@ -137,14 +140,14 @@ class NpuOps(ReferenceOps):
         group.count_all_reduce(output)
         return output
 
-    def prefetch(self, weight):
+    def prefetch(self, weight: Weight) -> None:
         if self.side_stream is None:
             self.side_stream = torch_npu.npu.Stream()
         self.side_stream.wait_stream(torch_npu.npu.current_stream())
         with torch_npu.npu.stream(self.side_stream):
             npu.npu_prefetch(weight.data, None, weight.data.nbytes)
 
-    def check_model(self, dtype, head_dim):
+    def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
                 f"model_config.dtype: {str(dtype).removeprefix('torch.')} is not possible on device npu, whose fused "
@@ -154,30 +157,34 @@ class NpuOps(ReferenceOps):
             raise ValueError(f"model_path: head_dim {head_dim} is not possible on device npu, only {HEAD_DIM}")
 
     def prepare_weight(self, weight: Weight) -> Weight:
-        """To FRACTAL_NZ where no padding is needed: [N, K] -> [K, N], or [E, N, K] -> [E, K, N].
+        """Transposes and casts to FRACTAL_NZ where no padding is needed: [N, K] -> [K, N], or [E, N, K] -> [E, K, N].
 
-        The format is for whole contiguous tensors: nothing may slice or view one afterwards.
+        A FRACTAL_NZ tensor must not be sliced or viewed afterwards.
         """
         if any(size % 16 or size > MAX_INNER_SIZE for size in weight.data.shape[-2:]):
             return weight
         data = npu.npu_format_cast(weight.data.transpose(-1, -2).contiguous(), FRACTAL_NZ)
         if self.on_npu and npu.get_npu_format(data) != FRACTAL_NZ:
-            raise RuntimeError("npu_format_cast left a weight in its old format: is allow_internal_format forbidden?")
+            raise RuntimeError("npu_format_cast did not change a weight's format: is allow_internal_format disabled?")
         return TransposedWeight(data)
 
-    def prepare_attention(self, cos_sin, step, dtype):
+    def prepare_attention(
+        self, cos_sin: tuple[Tensor, Tensor], step: StepMetadata, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], NpuStep]:
         cos, sin = (part.to(dtype)[:, None] for part in cos_sin)  # [T, 1, C]
         fields = {name: getattr(step, name) for name in STEP_FIELDS}
         fields["block_table"] = step.block_table.int()
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
 
-    def graph_recorder(self):
+    def graph_recorder(self) -> NpuGraphRecorder:
         return NpuGraphRecorder(LENGTHS_ARGUMENT[self.attend])
 
-    def profiler(self):
+    def profiler(self) -> NpuProfiler:
         return NpuProfiler()
 
-    def add_norm(self, hidden_states, residual, norm_weight, eps):
+    def add_norm(
+        self, hidden_states: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         if hidden_states.shape[0] == 0:
             return hidden_states, hidden_states if residual is None else residual
         if residual is None:
@@ -185,7 +192,7 @@ class NpuOps(ReferenceOps):
         normed, _, residual = npu.npu_add_rms_norm(residual, hidden_states, norm_weight, eps)
         return normed, residual
 
-    def linear(self, hidden_states, weight, bias=None):
+    def linear(self, hidden_states: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, DenseWeight):
             return F.linear(hidden_states, weight.data, bias)
         if hidden_states.shape[0] == 0:
@@ -194,17 +201,27 @@ class NpuOps(ReferenceOps):
             return torch.mm(hidden_states, weight.data)
         return torch.addmm(bias, hidden_states, weight.data)
 
-    def silu_and_mul(self, gate_up):
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         if gate_up.shape[0] == 0:
             return gate_up[:, gate_up.shape[1] // 2 :]
         return npu.npu_swiglu(gate_up, -1)
 
-    def attention(self, qkv, q_norm_weight, k_norm_weight, eps, cos_sin, key_cache, value_cache, step):
+    def attention(  # type: ignore[override] # takes the step that prepare_attention returns
+        self,
+        qkv: Tensor,
+        q_norm_weight: Tensor,
+        k_norm_weight: Tensor,
+        eps: float,
+        cos_sin: tuple[Tensor, Tensor],
+        key_cache: Tensor,
+        value_cache: Tensor,
+        step: NpuStep,
+    ) -> Tensor:
         _, block_size, num_kv_heads, head_dim = key_cache.shape
         num_tokens, width = qkv.shape
         num_heads = width // head_dim - 2 * num_kv_heads
         heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-        # torch.split would spend longer in Python than this takes in all
+        # torch.split has a Python wrapper that costs more than this whole call
         query, key, value = torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), 1)
         if num_tokens == 0:
             return query.flatten(1)
@@ -213,32 +230,44 @@ class NpuOps(ReferenceOps):
         value = value.contiguous()
         query, key = self.rotate(query, key, *cos_sin)
         self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
-        if step.is_prefill:  # lengths of unpaged keys are counted up like those of queries
+        if step.is_prefill:  # contiguous keys take cumulative lengths, as queries do
             lengths, paged = step.query_ends, (None, 0)
-        else:  # and of paged ones are not
+        else:  # a paged cache takes the length of each sequence
             key, value = self.paged(key_cache), self.paged(value_cache)
             lengths, paged = step.seq_lens_list, (step.block_table, block_size)
         output = self.attend(query, key, value, num_kv_heads, self.causal_mask, step.query_ends, lengths, *paged)
         return output.flatten(1)
 
-    def paged(self, cache: torch.Tensor) -> torch.Tensor:
-        """A cache [L, S, G, C] as paged attention takes it, [L, S, G * C]: one view for all steps."""
+    def paged(self, cache: Tensor) -> Tensor:
+        """Returns the view [L, S, G * C] of a cache [L, S, G, C] that paged attention takes, created once per cache."""
         if id(cache) not in self.paged_views:
-            self.paged_views[id(cache)] = cache, cache.flatten(2)  # while the cache is kept, nothing else has its id
+            self.paged_views[id(cache)] = cache, cache.flatten(2)  # a live cache's id is unique
         return self.paged_views[id(cache)][1]
 
-    def route(self, hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize):
+    def route(
+        self,
+        hidden_states: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        router_weight: Tensor,
+        top_k: int,
+        renormalize: bool,
+    ) -> tuple[Tensor, Tensor, Routing]:
         normed, residual = self.add_norm(hidden_states, residual, norm_weight, eps)
         if normed.shape[0] == 0:
             none = normed.new_empty(0, top_k)
             return normed, residual, Routing(none, none.int())
         logits = F.linear(normed, router_weight)
-        return normed, residual, Routing(*self.choose_experts(logits, top_k, renormalize))
+        return normed, residual, Routing(*self.gating(logits, top_k, renormalize))
 
-    def experts(self, hidden_states, routing, gate_up, down):
+    def experts(
+        self, hidden_states: Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+    ) -> Tensor:
         tokens = hidden_states.shape[0]
         if tokens <= MAX_EXPERT_TOKENS or isinstance(routing, GroupedRows):
             return super().experts(hidden_states, routing, gate_up, down) if tokens else hidden_states
+        routing = routing.chosen()
         output = torch.empty_like(hidden_states)
         for start in range(0, tokens, MAX_EXPERT_TOKENS):
             part = slice(start, start + MAX_EXPERT_TOKENS)
@@ -246,9 +275,11 @@ class NpuOps(ReferenceOps):
             output[part] = super().experts(hidden_states[part], share, gate_up, down)
         return output
 
-    def sort_by_expert(self, hidden_states, topk_ids, num_experts):
-        """Where some choices are "elsewhere", that is an expert like the others here: the operation's own way, a range
-        of experts, gives rows outside it the index -1, which the combining operations do not take."""
+    def sort_by_expert(
+        self, hidden_states: Tensor, topk_ids: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sorts rows of other ranks' experts as one more expert: the operation's own active_expert_range would give
+        them row index -1, which the combine operations reject."""
         num_rows = topk_ids.numel()
         if num_rows == 0:
             none = topk_ids.new_empty(0, dtype=torch.int32)
@@ -262,25 +293,25 @@ class NpuOps(ReferenceOps):
             expert_tokens_num_type=1,  # counts
             expert_tokens_num_flag=True,
             quant_mode=-1,
-            active_expert_range=[0, num_experts],  # the default freezes at the first value a process sees
+            active_expert_range=[0, num_experts],  # the default is fixed by the first call of a process
             row_idx_type=0,  # row_index[t * K + k] is the row of choice k of token t
         )
         return rows, row_index, counts
 
-    def weighted_sum(self, rows, row_index, topk_weights):
+    def weighted_sum(self, rows: Tensor, row_index: Tensor, topk_weights: Tensor) -> Tensor:
         if rows.shape[0] == 0:
             return rows
-        if topk_weights.dtype is not rows.dtype:  # asked first: a cast to the same costs the host as much as a view
+        if topk_weights.dtype is not rows.dtype:  # even a no-op cast costs host time
             topk_weights = topk_weights.to(rows.dtype)
         return self.combine(rows, row_index, topk_weights)
 
-    def regroup(self, rows, tokens_per_rank):
+    def regroup(self, rows: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[0] == 0:
             return rows, tokens_per_rank.new_empty(0), tokens_per_rank.sum(0)
         return self.regroup_rows(rows, tokens_per_rank)
 
-    def grouped_experts(self, rows, tokens_per_expert, gate_up, down):
-        """In parts of a bounded number of rows."""
+    def grouped_experts(self, rows: Tensor, tokens_per_expert: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+        """Runs the experts in chunks of MAX_EXPERT_ROWS rows, which bounds the memory of activations."""
         if rows.shape[0] <= MAX_EXPERT_ROWS:
             return super().grouped_experts(rows, tokens_per_expert, gate_up, down)
         output = torch.empty_like(rows)
@@ -291,7 +322,7 @@ class NpuOps(ReferenceOps):
             output[part] = super().grouped_experts(rows[part], counts, gate_up, down)
         return output
 
-    def grouped_linear(self, rows, weight, tokens_per_expert):
+    def grouped_linear(self, rows: Tensor, weight: Weight, tokens_per_expert: Tensor) -> Tensor:
         data = weight.data.transpose(1, 2) if isinstance(weight, DenseWeight) else weight.data  # [E, K, N]
         return npu.npu_grouped_matmul(
             [rows],
@@ -299,6 +330,6 @@ class NpuOps(ReferenceOps):
             group_list=tokens_per_expert,
             split_item=3,
             group_type=0,
-            # one count may not be given as such; its running sum is it
+            # a single count is rejected; for one group the cumulative form is the same
             group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,
         )[0]

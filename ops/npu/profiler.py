@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an NPU spends its time on, by torch_npu's profiler, whose reports are files (docs of torch_npu.profiler)."""
+"""Kernel times of an NPU from torch_npu's profiler, which writes its reports to files (docs of torch_npu.profiler)."""
 
 import csv
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch_npu
 
 from ops.profiler import KernelTime, Profiler
 
 
 class NpuProfiler(Profiler):
-    """Its own folder of reports stays beside the trace."""
+    """Profiles with torch_npu.profiler; its report folder is kept beside the trace."""
 
-    def trace(self, work, file, device):
+    def trace(self, work: Callable[[], object], file: Path, device: torch.device) -> list[KernelTime]:
         folder = file.with_suffix("")
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         profiler = torch_npu.profiler
@@ -28,7 +30,7 @@ class NpuProfiler(Profiler):
 
 
 def kernel_times(file: Path) -> list[KernelTime]:
-    """A line a launch -> a total for each kind of kernel, the most expensive first."""
+    """Sums kernel_details.csv, one line per launch, by kernel type, in descending order of total time."""
     durations_us: dict[str, list[float]] = {}
     with file.open(encoding="utf-8", newline="") as lines:
         for line in csv.DictReader(lines):

