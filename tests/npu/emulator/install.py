@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defines the wheel's schemas, registers the CPU kernels under them, stands in for the module torch_npu."""
+"""Defines the wheel's schemas, registers the CPU kernels for them, and installs a stand-in module torch_npu."""
 
 import logging
 import sys

@@ -171,7 +171,7 @@ def npu_moe_finalize_routing(
 ) -> torch.Tensor:
     """out[t] = skip1[t] + skip2[t] + sum_k scales[t, k] * (rows[index(t, k)] + bias[expert(t, k)]), fp32, rounded once.
 
-    index(t, k) stands at k * T + t for drop_pad_mode 0 and 1, at t * K + k for 2 and 3; rows are [R, H] for 0 and 2,
+    index(t, k) is at k * T + t for drop_pad_mode 0 and 1, at t * K + k for 2 and 3; rows are [R, H] for 0 and 2,
     [E, C, H] for 1 and 3, where index -1 marks a dropped token.
     """
     rows, index = expanded_permuted_rows, expanded_src_to_dst_row
