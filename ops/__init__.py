@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices do: one interface of fused operations, bound once per process to the backend of its device.
+"""Interface of the fused operations, bound once per process to the backend of its device.
 
 Shapes: T tokens of a step, B sequences, D hidden size, H query heads, G kv heads, C head dim, E experts, K top-k,
 F expert width, N output width, L cache blocks, S cache block size.
@@ -62,63 +62,64 @@ class StepMetadata:
 
 
 class Ops:
-    """The operations a model is built of: each is the largest piece of a layer that some backend runs as one kernel.
+    """Operations that models are built from: each is the largest part of a layer that some backend runs as one kernel.
 
-    `residual` is the running sum of the layers' outputs. Operations that take it add `hidden_states` first and return
-    the sum; None stands for a residual that has not begun. Its dtype is the backend's choice.
+    `residual` is the residual stream [T, D], in a dtype that the backend chooses. Operations that take it first add
+    `hidden_states` to it and return the sum; before the first layer it is None.
     """
 
     name = "abstract"
-    can_record = False  # whether a decode step never waits for the device, on a device that has graphs
-    decode_reads_nothing = False  # whether decode steps must not wait for the device to tell the host a number
+    can_record = False  # whether decode steps can be captured: the device has graphs and the step has no host sync
+    decode_reads_nothing = False  # whether decode steps must not contain a host sync
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
-        """ValueError naming the setting if the backend cannot run a model of this dtype and head size."""
+        """Raises ValueError naming the setting if the backend does not support this dtype or head_dim."""
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        """What this backend has no operation of its own for, with a model of `dtype`, and what it had to replace."""
+        """Names the operations that fall back to the reference for a model of `dtype`, and other replacements."""
         return inherited_operations(self)
 
     def prepare_weight(self, weight: Weight) -> Weight:
-        """A loaded weight in the form that the backend's matrix products want; the given one may be freed."""
+        """Converts a loaded weight to the layout of the backend's matmuls; the memory of the original may be freed."""
         return weight
 
     def prepare_attention(
         self, cos_sin: tuple[torch.Tensor, torch.Tensor], step: StepMetadata, dtype: torch.dtype
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], StepMetadata]:
-        """What `attention` of every layer takes, made once a step: cos and sin [T, C] float32 and the step, in the
-        form the backend's kernels want for a model of `dtype`."""
+        """Prepares the inputs that `attention` shares between layers, once per step: cos and sin [T, C] float32 and the
+        step metadata, converted to what the backend's kernels take for a model of `dtype`."""
         return cos_sin, step
 
     def graph_recorder(self) -> GraphRecorder:
-        """Records decode steps where `can_record`."""
+        """Returns the object that captures decode steps in graphs; only used if `can_record`."""
         return GraphRecorder()
 
     def profiler(self) -> Profiler:
-        """Traces what the device does."""
+        """Returns the profiler of this device."""
         return Profiler()
 
     def plan_dispatch(self, sizes: ExchangeSizes) -> Any:
-        """How a fused pair of operations can bring tokens to their experts, or None.
+        """Plans expert-parallel dispatch and combine by a pair of fused operations; None if the backend has none.
 
-        A plan has `set_environment()`, to be called before the ranks meet (ValueError for what the user has to change),
-        and `make(group)`, which gives a `FusedPair` (models/layers/expert_exchange.py) over a group of its own.
+        A plan has `set_environment()`, to be called before the process groups are initialised (raises ValueError for a
+        wrong user setting), and `make(group)`, which returns a `FusedPair` (models/layers/expert_exchange.py) that uses
+        a process group of its own.
         """
         return None
 
     def refuses_linear_all_reduce(self, ranks: int) -> str | None:
-        """Why `linear_all_reduce` over so many ranks is not one operation here, None if it is."""
+        """Returns why `linear_all_reduce` over `ranks` ranks is not fused on this backend; None if it is."""
         return "only possible on device npu"
 
     def linear_all_reduce(self, hidden_states: torch.Tensor, weight: Weight, group: Group) -> torch.Tensor:
-        """`linear`, summed over a group's ranks, each of which has its columns: [T, K] -> [T, N]."""
+        """Row-parallel `linear` (each rank holds a slice of K) followed by all-reduce: [T, K] -> [T, N]."""
         return group.all_reduce(self.linear(hidden_states, weight))
 
     def prefetch(self, weight: Weight) -> None:
-        """Begins to fetch a weight into the cache, beside what is computed meanwhile."""
+        """Starts an asynchronous prefetch of a weight into the L2 cache, overlapping with compute."""
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Rows of `weight` [V, D] for `token_ids` [T] int64 -> [T, D]."""
+        """Embedding lookup in `weight` [V, D]: token_ids [T] int64 -> [T, D]."""
         raise NotImplementedError
 
     def add_norm(
@@ -140,11 +141,11 @@ class Ops:
         weight: Weight,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`add_norm`, then `linear`: [T, D] -> [T, N], residual [T, D]."""
+        """`add_norm` followed by `linear`: [T, D] -> [T, N], residual [T, D]."""
         raise NotImplementedError
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """SiLU of the first half times the second: [T, 2F] -> [T, F]."""
+        """SwiGLU activation, SiLU(gate) * up with the gate in the first half: [T, 2F] -> [T, F]."""
         raise NotImplementedError
 
     def attention(
@@ -161,8 +162,8 @@ class Ops:
         """Per-head RMSNorm of q and k, rotary embedding, cache write, causal attention over the paged cache.
 
         qkv [T, (H + 2G) * C] holds all query heads, then all key heads, then all value heads; the norm weights are [C];
-        cos and sin, whose first half is repeated, and the step are what `prepare_attention` returned; the caches are
-        [L, S, G, C] and written in place. A prefill step starts its sequences (no token of theirs is cached yet).
+        cos and sin (half-split rotary: the second half repeats the first) and the step come from `prepare_attention`;
+        the caches [L, S, G, C] are written in place. Sequences of a prefill step have no cached tokens yet.
         Returns [T, H * C].
         """
         raise NotImplementedError
@@ -179,7 +180,8 @@ class Ops:
     ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
         """`add_norm`, router [E, D], softmax over all experts, top-k; weights sum to 1 if `renormalize`.
 
-        Returns the normed hidden states [T, D], the residual [T, D] and the routing, chosen or still to be.
+        Returns the normed hidden states [T, D], the residual [T, D] and the routing: top-k ids and weights, or the
+        router logits if top-k is fused into `experts`.
         """
         raise NotImplementedError
 
@@ -190,49 +192,49 @@ class Ops:
         gate_up: Weight,
         down: Weight,
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts' MLPs: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D].
+        """Weighted sum of the MLPs of each token's top-k experts: [T, D], gate_up [E, 2F, D], down [E, D, F] -> [T, D].
 
-        Of grouped rows, each row's MLP alone; the output of rows of no expert is undefined. Under expert parallelism E
-        counts the experts of this rank.
+        For `GroupedRows` each row goes through its expert without weighting; rows past the last expert's are undefined.
+        Under expert parallelism E is the number of local experts.
         """
         raise NotImplementedError
 
     def sort_by_expert(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, num_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A row for every choice, by expert: [T, D], ids [T, K] below num_experts -> rows [T * K, D].
+        """Permutes tokens into expert order, one row per top-k choice: [T, D], ids [T, K] < num_experts -> [T * K, D].
 
-        Also returns row_index [T * K], the row of choice k of token t at t * K + k, and tokens_per_expert
+        Also returns row_index [T * K], whose entry t * K + k is the row of choice k of token t, and tokens_per_expert
         [num_experts] int64.
         """
         raise NotImplementedError
 
     def weighted_sum(self, rows: torch.Tensor, row_index: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """Sum of each token's rows: [T * K, D], row_index as from `sort_by_expert`, weights [T, K] -> [T, D]."""
+        """Inverse of `sort_by_expert`, summed with weights [T, K]: rows [T * K, D], row_index [T * K] -> [T, D]."""
         raise NotImplementedError
 
     def regroup(
         self, rows: torch.Tensor, tokens_per_rank: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rows received from several ranks, each rank's by expert, put by expert, each expert's by rank.
+        """Reorders rows received by all-to-all from rank-major (by expert within each rank) to expert-major order.
 
-        rows [R, D], tokens_per_rank [ranks, E] int64 -> rows [R, D], order [R] of integers (row i was row order[i]) and
-        tokens_per_expert [E] int64.
+        rows [R, D], tokens_per_rank [ranks, E] int64 -> rows [R, D], order [R] (integers; output row i is input row
+        order[i]) and tokens_per_expert [E] int64.
         """
         raise NotImplementedError
 
 
-# those of a layer on one rank
+# local experts of a layer
 OPERATIONS = "embedding add_norm linear norm_linear silu_and_mul attention route experts".split()
 
 
 def inherited_operations(ops: Ops) -> list[str]:
-    """Operations that a backend does not define: the reference's."""
+    """Names the operations that a backend inherits from the reference."""
     return [name for name in OPERATIONS if name not in vars(type(ops))]
 
 
 def npu_available() -> bool:
-    """Whether torch_npu is installed and sees a device."""
+    """Returns whether torch_npu is installed and finds a device."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
     import torch_npu
@@ -241,7 +243,7 @@ def npu_available() -> bool:
 
 
 def load_ops(device_type: str) -> Ops:
-    """The operations of a device type ("cpu", "cuda", "npu"); what its backend lacks is the plain torch reference."""
+    """Loads the backend of a device type ("cpu", "cuda", "npu"); operations it lacks use the plain torch reference."""
     if device_type == "npu":
         from ops.npu import NpuOps
 
@@ -256,7 +258,7 @@ def load_ops(device_type: str) -> Ops:
 
 
 def log_bindings(ops: Ops) -> Ops:
-    """Says once which operations are the backend's own; single calls it cannot take still go to the reference."""
+    """Logs which operations have kernels of the backend; single calls may still fall back to the reference."""
     inherited = inherited_operations(ops)
     others = f", reference: {', '.join(inherited)}" if inherited else ""
     logger.info("ops: %s %d/%d%s", ops.name, len(OPERATIONS) - len(inherited), len(OPERATIONS), others)

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dispatch and combine of the Atlas products allow, and the HCCL buffer they need; needs no torch_npu.
+"""Limits and HCCL buffer sizes of fused MoE dispatch and combine on Atlas products; does not need torch_npu.
 
 Source: op-plugin's pages of npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2
-(docs/zh/custom_APIs/torch_npu). They let each rank send its tokens straight to the ranks of their experts.
+(docs/zh/custom_APIs/torch_npu). With them each rank sends tokens directly to the ranks that hold their experts.
 """
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 MIB = 1 << 20
-DEFAULT_BUFFER_MIB = 200  # of a communicator, where HCCL_BUFFSIZE is not set
+DEFAULT_BUFFER_MIB = 200  # HCCL buffer of a communicator if HCCL_BUFFSIZE is not set
 MAX_EXPERTS = 512
-PRODUCTS = {"Ascend910B": "A2", "Ascend910_93": "A3"}  # how the names of their devices begin
+PRODUCTS = {"Ascend910B": "A2", "Ascend910_93": "A3"}  # prefixes of device names
 
 
 def product_of(device_name: str) -> str | None:
-    """The Atlas product that a device belongs to ("Ascend910B3": A2, "Ascend910_9391": A3), None if unknown."""
+    """Returns the Atlas product of a device name ("Ascend910B3": A2, "Ascend910_9391": A3); None if unknown."""
     return next((product for begin, product in PRODUCTS.items() if device_name.startswith(begin)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeSizes:
-    """What decides whether and how tokens can be dispatched."""
+    """Sizes that determine whether dispatch is supported and which algorithm it uses."""
 
     ranks: int
-    tokens: int  # the most that any rank has in a step
+    tokens: int  # maximum per rank and step
     experts: int
     top_k: int
     hidden_size: int
@@ -32,7 +32,7 @@ class ExchangeSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One way in which dispatch and combine may communicate, with its limits."""
+    """A communication algorithm of dispatch and combine, with its limits."""
 
     name: str  # comm_alg of dispatch
     combine_name: str  # comm_alg of combine
@@ -40,12 +40,12 @@ class Algorithm:
     hidden_sizes: range
     max_tokens: int
     max_top_k: int
-    takes_scales: bool  # expert_scales in dispatch, whose expand_scales then go into combine
+    takes_scales: bool  # pass expert_scales to dispatch, and its expand_scales to combine
     shared_expert_num: int
     buffer_bytes: Callable[[ExchangeSizes], int]
 
     def refusal(self, sizes: ExchangeSizes) -> str | None:
-        """Which limit keeps these sizes out, None if they fit."""
+        """Describes the limit that these sizes exceed; None if they are supported."""
         hidden = self.hidden_sizes
         limits = (
             (sizes.ranks in self.ranks, f"does not take {sizes.ranks} ranks"),
@@ -79,8 +79,8 @@ def a2_hierarchy_bytes(sizes: ExchangeSizes) -> int:
 
 
 def a3_bytes(sizes: ExchangeSizes, received_row: int) -> int:
-    """received_row: bytes of a row where it arrives, its routing data and gaps included."""
-    received = sizes.experts * sizes.tokens * received_row  # every local expert has room for all ranks' tokens
+    """Computes the buffer size in bytes; received_row is bytes per received row including metadata and alignment."""
+    received = sizes.experts * sizes.tokens * received_row  # room for all ranks' tokens in each local expert
     return 2 * (received + sizes.top_k * sizes.tokens * round_up(2 * sizes.hidden_size, 512))
 
 
@@ -92,17 +92,17 @@ def a3_fullmesh_v2_bytes(sizes: ExchangeSizes) -> int:
     return a3_bytes(sizes, -(-(round_up(2 * sizes.hidden_size, 32) + 64) // 480) * 512)
 
 
-ALGORITHMS = {  # the best first
+ALGORITHMS = {  # in order of preference
     "A2": (
         Algorithm(
-            name="hierarchy",  # within a node first, then between nodes of 8
+            name="hierarchy",  # hierarchical: within a node of 8 first, then between nodes
             combine_name="hierarchy",
             ranks=(16, 32, 64),
             hidden_sizes=range(32, 10241, 32),
             max_tokens=512,
             max_top_k=16,
             takes_scales=True,
-            shared_expert_num=1,  # the default; there is none, as no rank is given to it
+            shared_expert_num=1,  # unused argument: shared-expert ranks are 0
             buffer_bytes=a2_hierarchy_bytes,
         ),
         Algorithm(
@@ -120,7 +120,7 @@ ALGORITHMS = {  # the best first
     "A3": (
         Algorithm(
             name="fullmesh_v2",
-            combine_name="",  # knows no other but hierarchy
+            combine_name="",  # comm_alg of combine accepts only "hierarchy" here
             ranks=range(2, 769),
             hidden_sizes=range(1024, 8193),
             max_tokens=256,
@@ -145,7 +145,7 @@ ALGORITHMS = {  # the best first
 
 
 def choose_algorithm(product: str | None, sizes: ExchangeSizes) -> tuple[Algorithm | None, str]:
-    """The first algorithm of the product that takes these sizes, or None; and a line that says which, or why none."""
+    """Selects the product's first algorithm that supports these sizes (or None), with a one-line explanation."""
     if product is None:
         return None, "unknown product"
     refusals = []
@@ -158,9 +158,9 @@ def choose_algorithm(product: str | None, sizes: ExchangeSizes) -> tuple[Algorit
 
 
 def buffer_setting(algorithm: Algorithm, sizes: ExchangeSizes, given: str | None) -> str:
-    """HCCL_BUFFSIZE (MB) for these sizes: `given` by the user if that is enough, else at least HCCL's default.
+    """Returns HCCL_BUFFSIZE (MB) for these sizes: `given` by the user if large enough, else at least HCCL's default.
 
-    Raises ValueError where the user's is too small or no number.
+    Raises ValueError if `given` is too small or not a number.
     """
     need = algorithm.buffer_mib(sizes)
     if given is None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Authenticated messages between the launchers of a job's nodes, over TCP.
+"""Authenticated message channel over TCP between the launchers of a job's nodes.
 
-Both sides open with a greeting and a nonce. From then on everything is a frame: length of the body (4 bytes),
-HMAC-SHA256 (32 bytes), body (a JSON object). The key of a connection is made of the job's secret and both nonces, and a
-MAC covers the direction and the number of its frame: none is good a second time, elsewhere, or sent back to its sender.
-Whoever does not know the secret costs a thread for a few seconds, and no more than `MAX_FIRST_BYTES` of memory.
+Handshake: each side sends a greeting and a nonce. All later data is framed: body length (4 bytes), HMAC-SHA256
+(32 bytes), body (a JSON object). The connection key is derived from the job's secret and both nonces; the MAC covers
+the direction and sequence number of a frame, so frames cannot be replayed, reflected or used on another connection.
+An unauthenticated peer costs one thread for a few seconds and at most `MAX_FIRST_BYTES` of memory.
 """
 
 import contextlib
@@ -22,34 +22,34 @@ GREETING = b"moe-job-nodes/1\n"
 NONCE_BYTES = 32
 LENGTH_BYTES = 4
 MAC_BYTES = 32
-MAX_BYTES = 4 << 20  # of a body
-MAX_FIRST_BYTES = 64 << 10  # of the first one, which shows that its sender knows the secret
-WRONG_MAC = bytes(LENGTH_BYTES + MAC_BYTES)  # a node's answer to a first frame that was made with another secret
-MAX_STRANGERS = 32  # connections at a time that have not shown it
+MAX_BYTES = 4 << 20  # maximum body size
+MAX_FIRST_BYTES = 64 << 10  # maximum size of the first body, which authenticates its sender
+WRONG_MAC = bytes(LENGTH_BYTES + MAC_BYTES)  # reply to a first frame with a wrong MAC
+MAX_STRANGERS = 32  # concurrent unauthenticated connections
 SEND_S = 2.0
 
 
 class Stranger(Exception):
-    """What is at the other end does not speak this protocol, or does not know the job's secret."""
+    """The peer does not speak this protocol or does not know the job's secret."""
 
 
 class WrongSecret(Stranger):
-    """The other end says that this side's secret is not its own."""
+    """The peer reports that its secret differs from this side's."""
 
 
 class Channel:
-    """One side of a connection. `send` may be called by several threads, `receive` by one."""
+    """One end of a connection. `send` is thread-safe; only one thread may call `receive`."""
 
     def __init__(self, connection: socket.socket, key: bytes, from_server: bool):
         self.connection = connection
-        self.writer = connection.dup()  # with a timeout of its own
+        self.writer = connection.dup()  # a separate socket object, with its own timeout
         self.key = key
-        self.labels = (b"server", b"client") if from_server else (b"client", b"server")  # of what is sent and received
+        self.labels = (b"server", b"client") if from_server else (b"client", b"server")  # in the MACs: sent, received
         self.sent = self.received = 0
         self.lock = threading.Lock()
 
     def send(self, message: dict[str, Any], timeout_s: float = SEND_S) -> None:
-        """Raises OSError, and closes the connection, if it is not taken in time."""
+        """Sends a message. Raises OSError and closes the connection on timeout."""
         body = json.dumps(message).encode()
         if len(body) > MAX_BYTES:
             raise ValueError(f"a message of {len(body)} bytes is longer than the {MAX_BYTES} that nodes take")
@@ -59,13 +59,13 @@ class Channel:
             try:
                 self.writer.settimeout(timeout_s)
                 self.writer.sendall(frame)
-            except OSError:  # part of the frame may be under way: nothing can follow it
+            except OSError:  # the frame may be partly sent: the stream is unusable
                 self.close()
                 raise
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """The next message. Raises OSError if it does not come in time or the connection is closed, Stranger if it is
-        not what the other side's next message can be, WrongSecret if that is said instead."""
+        """Receives the next message. Raises OSError on timeout or a closed connection, Stranger on an invalid frame,
+        WrongSecret if the peer reports that the secrets differ."""
         deadline_s = time.monotonic() + timeout_s
         header = read(self.connection, LENGTH_BYTES + MAC_BYTES, deadline_s)
         if header == WRONG_MAC and self.received == 0:
@@ -86,7 +86,7 @@ class Channel:
         return message
 
     def close(self) -> None:
-        """Closes the connection; whoever waits for its messages gets an OSError."""
+        """Closes the connection; a blocked `receive` raises OSError."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
@@ -97,7 +97,7 @@ class Channel:
 
 
 def read(connection: socket.socket, count: int, deadline_s: float) -> bytes:
-    """`count` bytes. Raises TimeoutError if they are not all there at the deadline, ConnectionError at the end."""
+    """Reads exactly `count` bytes. Raises TimeoutError at the deadline, ConnectionError at end of stream."""
     data = bytearray()
     while len(data) < count:
         left_s = deadline_s - time.monotonic()
@@ -112,9 +112,9 @@ def read(connection: socket.socket, count: int, deadline_s: float) -> bytes:
 
 
 def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s: float) -> Channel:
-    """Exchanges greetings and nonces; what follows shows whether the other side has the same secret.
+    """Exchanges greetings and nonces; the first frame then proves whether the secrets match.
 
-    Raises Stranger if the other side's greeting is another, OSError if there is none in time.
+    Raises Stranger on an unexpected greeting, OSError on timeout.
     """
     deadline_s = time.monotonic() + timeout_s
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -132,9 +132,9 @@ def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s
 
 
 class Listener:
-    """Takes connections at one address and hands those over whose first message is authentic.
+    """Accepts connections at one address and passes on those whose first message is authenticated.
 
-    join(channel, message): called in a thread of the connection's own, which ends with it.
+    join(channel, message): called in one thread per connection, which ends when it returns.
     """
 
     def __init__(
@@ -145,25 +145,25 @@ class Listener:
         join: Callable[[Channel, dict[str, Any]], None],
         timeout_s: float,
     ):
-        """Raises OSError if the port is not free. timeout_s: for a greeting and the first message."""
+        """Binds the port; raises OSError if it is in use. timeout_s: for the greeting and the first message."""
         self.secret = secret
         self.join = join
         self.timeout_s = timeout_s
-        self.strangers: dict[socket.socket, threading.Thread] = {}  # the oldest first
+        self.strangers: dict[socket.socket, threading.Thread] = {}  # in order of arrival
         self.lock = threading.Lock()
         self.socket = socket.create_server((address, port), backlog=128)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # ends an accept that waits
+            self.socket.shutdown(socket.SHUT_RDWR)  # unblocks accept()
         self.socket.close()
 
     def _accept(self) -> None:
         while self.socket.fileno() != -1:
             try:
                 connection, _ = self.socket.accept()
-            except OSError:  # closed by its sender, or too many open files
+            except OSError:  # connection aborted by the peer, or too many open files
                 time.sleep(0.05)
                 continue
             thread = threading.Thread(target=self._welcome, args=(connection,), daemon=True)
@@ -176,7 +176,7 @@ class Listener:
                 evicted.join(self.timeout_s)
 
     def _evict(self) -> threading.Thread:
-        """Ends the oldest connection of the address that most come from, so that a crowd shuts out only itself."""
+        """Closes the oldest connection of the address with the most connections, so that it cannot block others."""
         addresses = {connection: peer_address(connection) for connection in self.strangers}
         crowded = Counter(addresses.values()).most_common(1)[0][0]
         connection = next(connection for connection, address in addresses.items() if address == crowded)
@@ -205,5 +205,5 @@ class Listener:
 def peer_address(connection: socket.socket) -> str:
     try:
         return connection.getpeername()[0]
-    except OSError:  # gone
+    except OSError:  # peer disconnected
         return ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes of a job, seen from the launcher of each: they meet, and tell each other what failed.
+"""Coordinates the launchers of a job's nodes: rendezvous, heartbeats and failure propagation.
 
-The launcher of node 0 listens at MASTER_PORT, those of the other nodes connect. One node has nobody to talk to. None
-ends well on another's word: that its own ranks have ended well is what only the node itself can know.
+The launcher of node 0 listens on MASTER_PORT, the others connect to it; a job on one node needs no connection. A node
+reports success only after its own ranks have exited successfully, whatever the other nodes report.
 """
 
 import contextlib
@@ -19,30 +19,32 @@ from ops.nodes import TIMING, Nodes, Timing, connect
 
 
 class Job:
-    """A node's view of the job. This one is of a job on one node; `open_job` makes those of several."""
+    """The job as a node's launcher sees it. This class handles one node; `open_job` also creates multi-node jobs."""
 
     def __init__(self, nodes: Nodes, timing: Timing):
         self.nodes = nodes
         self.timing = timing
 
     def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
-        """Returns once all nodes are there what node 0 decides, or a Failure, the same on each, if a node is missing or
-        has other facts than node 0. Raises TimeoutError if node 0 ends, and there what `decide` raises."""
+        """Rendezvous: waits for all nodes, then returns node 0's `decide()` on every node, or on every node the same
+        Failure if a node is missing or its facts differ from node 0's. Raises TimeoutError if node 0 exits; node 0
+        re-raises what `decide` raises."""
         return decide()
 
     def watch(self, end: Callable[[Failure], NoReturn]) -> None:
-        """From here on `end` is called, in a thread, when any node fails or is no longer heard of."""
+        """Starts failure detection: calls `end` in a thread when any node fails or its heartbeat stops."""
 
     def finish(self, failure: Failure | None) -> Failure | None:
-        """Takes what became of this node's ranks. Returns what became of the job, if `end` is not called before."""
+        """Reports the outcome of this node's ranks (None: success), waits for the other nodes and returns the
+        outcome of the job, unless `end` is called first."""
         return failure
 
 
 class JobOfSeveral(Job):
     def __init__(self, nodes: Nodes, timing: Timing):
         super().__init__(nodes, timing)
-        self.state = threading.Condition()  # guards what follows, notified when it changes
-        self.failure: Failure | None = None  # of this node, since failed_s
+        self.state = threading.Condition()  # guards the fields below; notified on every change
+        self.failure: Failure | None = None  # of this node, at time failed_s
         self.failed_s = 0.0
         self.is_posted = False
         self.cause: Failure | None = None  # the job's first failure
@@ -67,7 +69,7 @@ class JobOfSeveral(Job):
         with self.state:
             self.failed_s, self.failure = time.monotonic(), failure
             self.state.notify_all()
-            while not self.has_left:  # as a rule the watch ends the process first
+            while not self.has_left:  # normally `end` exits the process first
                 self.state.wait(self.timing.beat_s)
         return self.cause or failure
 
@@ -77,8 +79,8 @@ class JobOfSeveral(Job):
             time.sleep(self.timing.beat_s)
 
     def _look_at_the_clock(self, now_s: float) -> None:
-        """Posts what has become due; called with `state` held."""
-        # What caused a consequence is posted by its own node, or is that node's loss: that comes first.
+        """Checks timeouts and posts a failure that is due; the caller holds `state`."""
+        # The node with the root cause posts it, or is lost; wait for that before posting its consequence.
         late = self.failure is not None and self.failure.is_consequence
         patience_s = self.timing.lost_after_s + 2 * self.timing.beat_s if late else 0
         if self.failure and not self.is_posted and now_s - self.failed_s >= patience_s:
@@ -93,16 +95,16 @@ class JobOfSeveral(Job):
         raise NotImplementedError
 
     def _post(self, failure: Failure) -> None:
-        """Makes it the cause, if it is the first one."""
+        """Records a failure as the job's cause if it is the first."""
         raise NotImplementedError
 
     def _leave(self, timeout_s: float) -> None:
-        """To be called last: says what is to be said and waits until it is heard."""
+        """Sends the final messages and waits for their acknowledgement; call last."""
         raise NotImplementedError
 
 
 class Member:
-    """Another node, as node 0 knows it."""
+    """Node 0's record of another node."""
 
     def __init__(self, channel: Channel):
         self.channel = channel
@@ -113,10 +115,10 @@ class Member:
 
 
 class Head(JobOfSeveral):
-    """The job in node 0."""
+    """Node 0's side of a multi-node job: the coordinator."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timing: Timing):
-        """Raises ValueError if it cannot listen at `port`."""
+        """Raises ValueError if it cannot listen on `port`."""
         super().__init__(nodes, timing)
         self.members: dict[int, Member] = {}
         self.have_met = False
@@ -147,7 +149,7 @@ class Head(JobOfSeveral):
         self._leave(self.timing.leave_s)
 
     def _judge(self, facts: dict[str, str], timeout_s: float) -> Failure | None:
-        """What node 0 has against the others."""
+        """Returns the Failure if a node is missing or its facts differ from node 0's."""
         others, deadline_s = range(1, len(self.nodes)), time.monotonic() + timeout_s
         with self.state:
             while missing := [i for i in others if i not in self.members or self.members[i].facts is None]:
@@ -168,7 +170,7 @@ class Head(JobOfSeveral):
         return None
 
     def _admit(self, channel: Channel, message: dict[str, Any]) -> None:
-        """Takes a node in, or refuses it, and reads what it says until it leaves."""
+        """Admits or refuses a node, then handles its messages until it disconnects."""
         with contextlib.suppress(OSError, Stranger):
             hello = parse(message, "hello")
             index, ips = hello["index"], " ".join(self.nodes.addresses)
@@ -198,7 +200,7 @@ class Head(JobOfSeveral):
         finally:
             with self.state:
                 member.is_connected = False
-                if not self.have_met:  # it may be started again
+                if not self.have_met:  # the node may be restarted
                     del self.members[index]
                 self.state.notify_all()
 
@@ -206,7 +208,7 @@ class Head(JobOfSeveral):
         with self.state:
             members = [member for member in self.members.values() if member.is_connected]
         for member in members:
-            with contextlib.suppress(OSError):  # what it means when nothing reaches a node, the clock decides
+            with contextlib.suppress(OSError):  # a lost connection is detected by the heartbeat timeout
                 member.channel.send(message)
 
     def _look_at_the_clock(self, now_s: float) -> None:
@@ -232,10 +234,10 @@ class Head(JobOfSeveral):
 
 
 class Guest(JobOfSeveral):
-    """The job in a node other than node 0."""
+    """The other nodes' side of a multi-node job."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing):
-        """Raises TimeoutError if node 0 does not answer, ValueError if something else does."""
+        """Raises TimeoutError if node 0 does not answer, ValueError if another program answers."""
         super().__init__(nodes, timing)
         self.channel = connect(nodes, port, secret, timeout_s, timing)
         self.heard_s = time.monotonic()
@@ -275,7 +277,7 @@ class Guest(JobOfSeveral):
             self.state.notify_all()
 
     def _send(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):  # what it means when nothing reaches node 0, the clock decides
+        with contextlib.suppress(OSError):  # a lost connection is detected by the heartbeat timeout
             self.channel.send(message)
 
     def _look_at_the_clock(self, now_s: float) -> None:
@@ -284,22 +286,22 @@ class Guest(JobOfSeveral):
         super()._look_at_the_clock(now_s)
 
     def _post(self, failure: Failure) -> None:
-        self._send(kind="failure", **dataclasses.asdict(failure))  # node 0 answers with the cause
+        self._send(kind="failure", **dataclasses.asdict(failure))  # node 0 replies with the job's cause
 
     def _leave(self, timeout_s: float) -> None:
         self._send(kind="done")
         deadline_s = time.monotonic() + timeout_s
         with self.state:
-            while self.is_connected and time.monotonic() < deadline_s:  # until node 0 has read it
+            while self.is_connected and time.monotonic() < deadline_s:  # wait until node 0 has read the message
                 self.state.wait(0.1)
             self.has_left = True
         self.channel.close()
 
 
 def open_job(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing = TIMING) -> Job:
-    """This node's view of the job: node 0 listens at `port`, the others connect to it within `timeout_s`.
+    """Opens the job on this node: node 0 listens on `port`, the others connect within `timeout_s` seconds.
 
-    Raises ValueError if the port is not node 0's to use, TimeoutError if node 0 does not come.
+    Raises ValueError if node 0 cannot listen on `port` or another program answers, TimeoutError if node 0 does not.
     """
     if len(nodes) == 1:
         return Job(nodes, timing)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of ranks and what they exchange. A group of one rank exchanges nothing: one process runs the same code.
+"""Process groups and their collectives, which are no-ops for a group of one rank.
 
-Every group counts the bytes this rank sends, by the algorithms that are optimal in bytes: a ring for all_reduce.
+Every group counts the bytes this rank sends, assuming bandwidth-optimal algorithms such as ring all-reduce.
 """
 
 import atexit
@@ -16,18 +16,18 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-# the names since torch 2.13, and those before
+# functions renamed in torch 2.13
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-EXCHANGE_TIMEOUT = datetime.timedelta(hours=1)  # ranks may load for very different times; faults are found elsewhere
+EXCHANGE_TIMEOUT = datetime.timedelta(hours=1)  # loading times of ranks differ widely; the launcher detects failures
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 @dataclass
 class Traffic:
-    """Bytes this rank has sent to others, by group name."""
+    """Counts the bytes that this rank has sent, by group name."""
 
     sent_bytes: dict[str, float] = field(default_factory=dict)
 
@@ -35,12 +35,12 @@ class Traffic:
         self.sent_bytes[name] = self.sent_bytes.get(name, 0) + count
 
     def since(self, before: dict[str, float]) -> dict[str, float]:
-        """Bytes sent since `sent_bytes` was `before`."""
+        """Returns the bytes sent since the snapshot `before` of `sent_bytes`."""
         return {name: count - before.get(name, 0) for name, count in self.sent_bytes.items()}
 
 
 class SmallExchange(Protocol):
-    """A faster way between the ranks of a group, for the tensors it says it takes."""
+    """Low-latency all-reduce and all-gather for the small tensors that `sums` and `gathers` accept."""
 
     def sums(self, tensor: torch.Tensor) -> bool: ...
 
@@ -53,11 +53,11 @@ class SmallExchange(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Some ranks of the job, this one among them, in the order of their data. Tensors are split along dimension 0."""
+    """A process group that contains this rank, with collectives over dimension 0 in the order of its ranks."""
 
     name: str
     ranks: tuple[int, ...] = (0,)
-    index: int = 0  # of this rank among them
+    index: int = 0  # of this rank within the group
     process_group: dist.ProcessGroup | None = None
     small: SmallExchange | None = None
     traffic: Traffic = field(default_factory=Traffic)
@@ -67,7 +67,7 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place."""
+        """Sums over the ranks in place."""
         if self.size > 1:
             self.count_all_reduce(tensor)
             if self.small is not None and self.small.sums(tensor):
@@ -77,11 +77,11 @@ class Group:
         return tensor
 
     def count_all_reduce(self, tensor: torch.Tensor) -> None:
-        """Adds what an all_reduce of the tensor sends, also where another operation does it."""
+        """Adds the bytes of an all-reduce of this tensor to the traffic, for fused operations too."""
         self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[N, ...] of each rank, all of one shape -> [size * N, ...]."""
+        """Concatenates [N, ...] of every rank (equal shapes) -> [size * N, ...]."""
         if self.size == 1:
             return tensor
         self.traffic.add(self.name, (self.size - 1) * tensor.nbytes)
@@ -92,7 +92,7 @@ class Group:
         return gathered
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[size * N, ...] -> [N, ...]: this rank's part of the sum over the ranks."""
+        """Sums over the ranks and returns this rank's shard: [size * N, ...] -> [N, ...]."""
         if self.size == 1:
             return tensor
         part = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
@@ -101,7 +101,7 @@ class Group:
         return part
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """Rows [sum(send), ...] in the order of their receivers -> rows [sum(receive), ...] in the order of senders."""
+        """Exchanges rows: [sum(send), ...] by destination rank -> [sum(receive), ...] by source rank."""
         if self.size == 1:
             return tensor
         row_bytes = tensor[:1].nbytes if len(tensor) else 0
@@ -112,7 +112,7 @@ class Group:
 
     @cached_property
     def hccl_name(self) -> str:
-        """The name of the group's HCCL communicator, by which torch_npu's operations that communicate know it."""
+        """Name of the group's HCCL communicator, which torch_npu's fused communication operations take."""
         assert self.process_group is not None, "a group of one rank has no communicator"
         backend = self.process_group._get_backend(torch.device("npu"))
         return backend.get_hccl_comm_name(self.ranks[self.index])
@@ -124,12 +124,11 @@ SINGLE = {name: Group(name=name) for name in GROUP_NAMES}
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """The groups this rank belongs to; docs/parallelism.md shows which ranks make one.
+    """The process groups of this rank; docs/parallelism.md shows their layout.
 
-    attn_tp: split the heads of the same tokens. attn_dp: hold the same heads, for different requests. moe_ep: hold
-    different experts. moe_tp: hold different columns of the same experts. embed_tp, lmhead_tp: split the vocabulary.
-    control: all ranks again, for what the ranks tell each other about the requests. dispatch: all ranks, over
-    communicators that nothing else uses, as fused dispatch and combine want it; None where those are not used.
+    attn_tp: shards attention heads. attn_dp: same heads, different requests. moe_ep: shards experts. moe_tp: shards
+    the columns of each expert. embed_tp, lmhead_tp: shard the vocabulary. control: all ranks, to exchange request
+    state. dispatch: all ranks on a communicator reserved for fused dispatch and combine; None if those are not used.
     """
 
     world: Group = SINGLE["world"]
@@ -147,24 +146,24 @@ class ParallelContext:
         return self.world.traffic
 
     def holds_same_tokens(self, group: Group) -> bool:
-        """Whether all ranks of a vocabulary group belong to one group of attention ranks, so hold the same tokens."""
+        """Whether a vocabulary group lies within one attention TP group, so that its ranks hold the same tokens."""
         return self.attn_tp.size % group.size == 0
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """As the launcher set them; (0, 1) without one."""
+    """Reads RANK and WORLD_SIZE from the environment; (0, 1) without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This rank's place on its node."""
+    """Reads LOCAL_RANK, the index of this rank on its node."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def group_members(
     world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Which ranks make each group: blocks of neighbours for what splits a tensor, strides for what is across them."""
+    """Lists the ranks of each group: contiguous ranks for groups that shard a tensor, strided for those across them."""
 
     def blocks(size: int) -> list[tuple[int, ...]]:
         return [tuple(range(start, start + size)) for start in range(0, world_size, size)]
@@ -187,7 +186,7 @@ def group_members(
 def init_parallel(
     device: torch.device, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int, with_dispatch: bool = False
 ) -> ParallelContext:
-    """Joins the other ranks (torchrun's environment) and builds all groups. Without a launcher: a context of one."""
+    """Initialises torch.distributed from torchrun's environment and all groups; one rank if there is no launcher."""
     rank, world_size = rank_and_world_size()
     if world_size == 1:
         return ParallelContext()
@@ -197,7 +196,7 @@ def init_parallel(
             device_id=device if device.type == "cuda" else None,
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120"))),  # to meet
+            timeout=datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120"))),  # rendezvous only
         )
         atexit.register(dist.destroy_process_group)
     traffic = Traffic()
@@ -207,7 +206,7 @@ def init_parallel(
     for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
         for ranks in members:
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # by all ranks, its members or not
+                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # collective: non-members call it too
                 if rank in ranks:
                     small[ranks] = connect_small(made[ranks], device)
             if rank in ranks:
@@ -226,7 +225,7 @@ def init_parallel(
 
 
 def connect_small(group: dist.ProcessGroup, device: torch.device) -> SmallExchange | None:
-    """The way of the device's backend for small tensors, if it has one."""
+    """Sets up the backend's low-latency exchange of small tensors, if it has one."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from ops.cuda.peer_exchange import connect

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers of a job's nodes tell each other, and how strictly it is read."""
+"""Message types between the launchers of a job's nodes, with strict validation."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from ops.channel import Stranger
 
-MAX_TEXT = 1000  # characters of a message
-MAX_FACT = 120  # characters of a fact that is quoted in one
+MAX_TEXT = 1000  # maximum characters of a message
+MAX_FACT = 120  # maximum characters of a fact quoted in a message
 
 FAILURE = {"message": str, "exit_code": int, "is_consequence": bool}
 # kind of a message -> the types of its fields
@@ -18,15 +18,15 @@ FIELDS: dict[str, dict[str, type]] = {
     "facts": {"facts": dict},
     "start": {"port": int, "run_name": str},
     "beat": {},
-    "failure": FAILURE,  # of the node that says it
-    "end": FAILURE,  # of the job, by node 0
+    "failure": FAILURE,  # failure of the sending node
+    "end": FAILURE,  # cause of the job's failure, sent by node 0
     "done": {},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why the job ends; the message names rank and node. A consequence is a failure that another rank's may explain."""
+    """Failure that ends the job; the message names rank and node. is_consequence: the cause may be another rank."""
 
     message: str
     exit_code: int = 1
@@ -35,14 +35,14 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What node 0 decides before ranks start: the port of the ranks' store, the name of the result folder."""
+    """Decisions of node 0 before the ranks start: port of the ranks' store, name of the result folder."""
 
     port: int
-    run_name: str = ""  # none is wanted
+    run_name: str = ""  # no result folder
 
 
 def parse(message: dict[str, Any], *kinds: str) -> dict[str, Any]:
-    """The message, if it is one of these kinds and has their fields and no others. Raises Stranger if it is not."""
+    """Validates a message: one of `kinds`, with exactly its fields and types. Raises Stranger otherwise."""
     kind = message.get("kind")
     if not isinstance(kind, str) or kind not in kinds or message.keys() != {"kind", *FIELDS[kind]}:
         raise Stranger
@@ -72,7 +72,7 @@ def parse_start(message: dict[str, Any]) -> Start:
 
 
 def clean(text: str, limit: int = MAX_TEXT) -> str:
-    """At most `limit` characters of what another process says, control characters escaped."""
+    """Sanitises text from another process: control characters escaped, truncated to `limit` characters."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text[:limit]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes of a job, the times they keep, and how one finds node 0."""
+"""Node addresses, heartbeat and timeout settings, and the connection to node 0."""
 
 import socket
 import time
@@ -11,7 +11,7 @@ from ops.messages import MAX_FACT, clean, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """The addresses of all nodes in rank order, and which of them this one is."""
+    """Addresses of all nodes in node-rank order, and the index of this node."""
 
     addresses: tuple[str, ...]
     index: int
@@ -25,17 +25,17 @@ class Nodes:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The heartbeat is that of a node's launcher, not of its ranks: it does nothing else, so that a rank which keeps
-    Python busy for minutes (loading, compiling) is not taken for dead, and a rank that dies is seen at once."""
+    """Timeouts and heartbeat interval, in seconds. The launcher sends the heartbeats, not the ranks: a rank that holds
+    the GIL for minutes (loading, compiling) is not considered lost, and the launcher sees at once when a rank dies."""
 
     beat_s: float = 1.0
-    lost_after_s: float = 15.0  # several times what a beat may be late on an overloaded machine
-    answer_s: float = 5.0  # for a greeting, or an answer to one
-    strange_s: float = 20.0  # how long a node tries to get a proper answer from what listens at node 0's port
+    lost_after_s: float = 15.0  # several times the delay of a heartbeat on an overloaded machine
+    answer_s: float = 5.0  # timeout of the handshake
+    strange_s: float = 20.0  # how long to retry after invalid answers at node 0's port
 
     @property
     def leave_s(self) -> float:
-        """How long node 0 waits until the others have heard how the job ended."""
+        """Seconds that node 0 waits for the other nodes to receive the job's outcome."""
         return 3 * self.beat_s
 
 
@@ -43,9 +43,9 @@ TIMING = Timing()
 
 
 def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing) -> Channel:
-    """A channel to node 0 that has welcomed this node. Raises ValueError and TimeoutError as `open_job` does."""
+    """Connects to node 0 with retries until it accepts this node. Raises ValueError and TimeoutError as `open_job`."""
     deadline_s, there = time.monotonic() + timeout_s, f"port {port} of {nodes.name(0)}"
-    strange_until_s: float | None = None  # while something listens there that gives no proper answer
+    strange_until_s: float | None = None  # deadline while invalid answers come from the port
     while True:
         connection = None
         try:
@@ -76,9 +76,9 @@ def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Ti
 
 
 def introduce(connection: socket.socket, nodes: Nodes, secret: bytes, timing: Timing) -> Channel:
-    """The channel, once node 0 has welcomed this node.
+    """Performs the handshake with node 0 and returns the channel.
 
-    Raises ValueError if node 0 refuses it, Stranger if it is not node 0, OSError if it does not answer.
+    Raises ValueError if node 0 refuses this node, Stranger if the peer is not node 0, OSError if it does not answer.
     """
     own_ips = " ".join(nodes.addresses)
     channel = greet(connection, secret, False, timing.answer_s)

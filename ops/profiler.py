@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device spends its time on, by torch's profiler."""
+"""Kernel times and Chrome traces from torch.profiler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTime:
-    """All calls of one kernel; on a CPU, of one operation without those it calls."""
+    """Total time of all calls of one kernel; on a CPU, self time of one operation."""
 
     name: str
     calls: int
@@ -20,13 +20,13 @@ class KernelTime:
 
 
 class Profiler:
-    """CPUs and NVIDIA GPUs."""
+    """Profiler for CPUs and NVIDIA GPUs."""
 
     def trace(self, work: Callable[[], object], file: Path, device: torch.device) -> list[KernelTime]:
-        """Runs the work, writes a Chrome trace of it, and returns the kernels, the most expensive first."""
+        """Profiles `work`, writes a Chrome trace and returns the kernels sorted by total time, descending."""
         on_gpu = device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # else some versions warn
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # avoids a warning
             work()
         profiler.export_chrome_trace(str(file))
         kernels = [

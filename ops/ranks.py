@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node's ranks, seen from its launcher: the store at which they meet, torchrun, and what became of them."""
+"""Starts a node's ranks with torchrun, hosts their rendezvous store and finds the root cause of failures."""
 
 import datetime
 import os
@@ -17,24 +17,24 @@ from torch.distributed.run import parse_args, run
 from ops.messages import Failure, clean
 from ops.nodes import Nodes
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository
+ROOT = Path(__file__).resolve().parents[1]  # root of the repository
 PORTS_TRIED = 100
-# `python -m` with ROOT in place of the current folder, which may hold a random.py, in sys.path
+# `python -m` with ROOT in sys.path instead of the current folder, whose files may shadow modules (random.py)
 RUN_MODULE = """import sys
 sys.path = [sys.argv.pop(1), *(folder for folder in sys.path if folder)]
 module, sys.argv = sys.argv[1], ["-m", *sys.argv[2:]]
 import runpy
 runpy.run_module(module, run_name="__main__", alter_sys=True)"""
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torchrun
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # set by torchrun
 
 
 def open_store(address: str, port: int, timeout_s: float) -> TCPStore:
-    """The store of the ranks' process groups, which listens on `address` alone: at `port`, or at the next that is free.
+    """Opens the TCPStore of the ranks' process groups, listening on `address` only: on `port` or the next free one.
 
     Raises ValueError if this machine cannot listen there.
     """
     reason = ""
-    for candidate in [*range(port, min(port + PORTS_TRIED, 65536)), 0]:  # 0: any
+    for candidate in [*range(port, min(port + PORTS_TRIED, 65536)), 0]:  # 0: any free port
         try:
             listener = socket.create_server((address, candidate), backlog=1024)
         except OSError as error:
@@ -42,7 +42,7 @@ def open_store(address: str, port: int, timeout_s: float) -> TCPStore:
             continue
         taken = listener.getsockname()[1]
         timeout, fd = datetime.timedelta(seconds=timeout_s), listener.detach()
-        # torchrun's own store of that port finds this one's server in the process and shares it
+        # torchrun's own store on that port reuses the server in this process
         return TCPStore(
             address,
             taken,
@@ -58,10 +58,10 @@ def open_store(address: str, port: int, timeout_s: float) -> TCPStore:
 def run_ranks(
     nodes: Nodes, address: str, port: int, processes: int, timeout_s: float, scratch: str, command: list[str]
 ) -> Failure | None:
-    """Runs `command` (a module and its arguments) in `processes` ranks on this node, by torchrun, until all have ended.
+    """Runs `command` (a module and its arguments) in `processes` ranks on this node with torchrun; blocks until exit.
 
-    torchrun runs in this process, so that no signal ends the one and leaves the other. address, port: of the store.
-    scratch: a folder for torchrun's files.
+    torchrun runs in this process, so that a signal cannot end one without the other. address, port: of the store.
+    scratch: folder for torchrun's files.
     """
     arguments = [f"--nnodes={len(nodes)}", f"--node_rank={nodes.index}", f"--nproc_per_node={processes}"]
     arguments += [f"--master_addr={address}", f"--master_port={port}", f"--log_dir={scratch}"]
@@ -69,7 +69,7 @@ def run_ranks(
     arguments += [sys.executable, "-u", "-c", RUN_MODULE, str(ROOT), *command]
     here = nodes.name(nodes.index)
     options = parse_args(arguments)
-    # Newer torchruns then leave this process's handlers of the other signals alone. On what those raise they end the
+    # With this, newer torchruns keep this process's handlers of the other signals. When those raise, torchrun ends the
     # ranks by SIGTERM; SIGINT, which older ones pass on, prints a traceback in a rank that is still importing.
     options.signals_to_handle = "SIGQUIT"
     handlers = {number: signal.getsignal(number) for number in HANDLED}
@@ -89,7 +89,7 @@ def run_ranks(
 
 
 def first_failure(here: str, failures: dict[int, ProcessFailure]) -> Failure:
-    """The failure that caused the others, as far as this node can tell; `failures` by rank, in the order seen."""
+    """Finds the root cause among this node's failures; `failures` by rank, in the order of detection."""
     described = [describe(f"rank {rank} on {here}", failure) for rank, failure in failures.items()]
     return min(described, key=lambda failure: failure.is_consequence)
 
@@ -110,7 +110,7 @@ def describe(where: str, failure: ProcessFailure) -> Failure:
 
 
 def read_report(report: Any) -> tuple[str, int, bool] | None:
-    """Message, exit code and whether another rank is to blame, as executor.rank.fail writes them; else None."""
+    """Parses the error file of executor.rank.fail: message, exit code, is_consequence; None if it is not one."""
     if not isinstance(report, dict) or report.get("exit_code") not in (1, 2):
         return None
     return clean(str(report.get("message", ""))), report["exit_code"], report.get("is_consequence") is True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work of a device recorded once and replayed from then on, without what launching it costs the host."""
+"""Graph capture and replay, which removes the kernel launch overhead on the host."""
 
 import atexit
 import contextlib
@@ -11,20 +11,20 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-Replay = Callable[[list[int]], None]  # repeats what was recorded; takes the sequences' lengths of this time
+Replay = Callable[[list[int]], None]  # replays a graph; takes the current seq_lens
 
-WARMUP_RUNS = 2  # before recording, so that one-time work of libraries is not recorded
+WARMUP_RUNS = 2  # before capture, so that one-time initialisation of libraries is not captured
 
 
 class GraphRecorder:
-    """CUDA graphs that share one memory pool: what a graph returns is valid until another one of them is replayed."""
+    """Captures CUDA graphs in a shared memory pool: outputs are valid until another of these graphs is replayed."""
 
     def __init__(self, device: ModuleType = torch.cuda):
         self.device = device
         self.pool = device.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Runs the work outside the stream that the tensors of other work live on."""
+        """Runs `work` on a side stream, as needed before capture."""
         side_stream = self.device.Stream()
         side_stream.wait_stream(self.device.current_stream())
         with self.device.stream(side_stream):
@@ -33,7 +33,7 @@ class GraphRecorder:
         self.device.current_stream().wait_stream(side_stream)
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
-        """What `work` returns, whose tensors each replay fills anew. The work must not wait for the device."""
+        """Captures `work` (no host sync allowed); returns its outputs, which replays overwrite, and the replay."""
         graph = torch.cuda.CUDAGraph()
         atexit.register(release, weakref.ref(graph))
         with torch.cuda.graph(graph, pool=self.pool):
@@ -42,11 +42,11 @@ class GraphRecorder:
 
 
 def release(graph: "weakref.ref[torch.cuda.CUDAGraph]") -> None:
-    """Frees a graph that is still there when the process ends: NCCL waits for those that recorded its exchanges.
+    """Frees a graph at process exit: NCCL waits for graphs that captured its collectives.
 
-    Registered after `ops.comm` has registered the end of the process groups, so that it is called before.
+    Registered with atexit after the destruction of the process groups (`ops.comm`), so that it runs before that.
     """
     alive = graph()
     if alive is not None:
-        with contextlib.suppress(RuntimeError):  # of a device that has failed: why is being said already
+        with contextlib.suppress(RuntimeError):  # the device has failed, which is reported elsewhere
             alive.reset()

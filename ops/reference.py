@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain torch: the oracle every other backend is compared with, and the path of CPUs.
+"""Plain torch reference: the oracle for all other backends, and the CPU backend.
 
-The residual is kept in float32: over many layers a bfloat16 residual drifts enough to change the next token. Shape
-letters are explained in `ops/__init__.py`.
+The residual is float32: over many layers, rounding it to bfloat16 changes next tokens. Shape letters as in
+`ops/__init__.py`.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata, Weight
 
-# torch 2.8 and 2.9 have the latter
+# the latter in torch 2.8 and 2.9
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-MAX_GATHERED_ROWS = 1024  # more rows than that are no decode step, and need not be capturable
-GATHER_CHUNK = 32  # rows whose weights are copied at once
+MAX_GATHERED_ROWS = 1024  # larger steps are prefill and need not be capturable
+GATHER_CHUNK = 32  # rows per chunk of gathered weights
 
 
 class ReferenceOps(Ops):
-    """Every operation of the interface, written for clarity, on whatever device its tensors are.
+    """Reference implementation of every operation, device-independent and written for clarity.
 
-    `grouped_mm` is for devices where asking which experts were chosen would stall the host: the decode step then holds
-    no host synchronisation, so that it can be captured. On a CPU a loop over the chosen experts is as fast.
+    `grouped_mm` avoids the host sync of reading tokens_per_expert, so that decode steps can be captured on
+    accelerators. On a CPU a loop over the active experts is as fast.
     """
 
     name = "reference"
@@ -31,7 +31,7 @@ class ReferenceOps(Ops):
         self.grouped_mm = self.can_record = grouped_mm
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        """All of them where this stands in for an accelerator's backend; for a CPU it is the backend."""
+        """Names all operations on an accelerator, none on a CPU, where this is the backend."""
         stands_in = type(self) is ReferenceOps and self.grouped_mm
         return OPERATIONS if stands_in else super().fallbacks(dtype)
 
@@ -92,7 +92,7 @@ class ReferenceOps(Ops):
     def prefill_attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: StepMetadata
     ) -> torch.Tensor:
-        """Causal attention of each packed sequence to itself: [T, H, C], [T, G, C], [T, G, C] -> [T, H, C]."""
+        """Causal self-attention of packed sequences: [T, H, C], [T, G, C], [T, G, C] -> [T, H, C]."""
         outputs = []
         for sequence in zip(*(packed.split(step.query_lens_list) for packed in (query, key, value)), strict=True):
             q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in sequence)
@@ -103,12 +103,12 @@ class ReferenceOps(Ops):
     def decode_attention(
         self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: StepMetadata
     ) -> torch.Tensor:
-        """One query token a sequence over its cached tokens: [B, H, C] -> [B, H, C]."""
+        """Paged attention of one query token per sequence: [B, H, C] -> [B, H, C]."""
         num_kv_heads = key_cache.shape[2]
-        query = query.unflatten(1, (num_kv_heads, -1))  # a kv head's query heads stand as the rows of one attention
+        query = query.unflatten(1, (num_kv_heads, -1))  # GQA: query heads of a kv head as query rows
         table, block_size = step.block_table, key_cache.shape[1]
         cached = torch.arange(table.shape[1] * block_size, device=table.device) < step.seq_lens[:, None]
-        # unused entries stand for a block that padding rows write to: NaN there would be NaN here, with a weight of 0
+        # unused entries point to the padding block, where NaN would propagate in spite of a weight of 0
         table = torch.where(cached[:, ::block_size], table, table[:, :1])
         key = key_cache[table].flatten(1, 2).transpose(1, 2)  # [B, G, max_blocks * S, C]
         value = value_cache[table].flatten(1, 2).transpose(1, 2)
@@ -135,12 +135,12 @@ class ReferenceOps(Ops):
             return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
         routing = routing.chosen()
         num_experts = gate_up.data.shape[0]
-        num_groups = num_experts + routing.has_elsewhere  # "elsewhere" is the last, of which nothing is multiplied
+        num_groups = num_experts + routing.has_elsewhere  # the last group is "on another rank" and is not computed
         rows, row_index, counts = self.sort_by_expert(hidden_states, routing.topk_ids, num_groups)
         if routing.has_elsewhere:
             counts = counts[:num_experts]
         output = self.grouped_experts(rows, counts, gate_up, down)
-        if routing.has_elsewhere:  # undefined rows may hold NaN, which a weight of 0 would not undo
+        if routing.has_elsewhere:  # undefined rows may hold NaN, and 0 * NaN is NaN
             undefined = torch.arange(output.shape[0], device=output.device) >= counts.sum()
             output.masked_fill_(undefined[:, None], 0)
         return self.weighted_sum(output, row_index, routing.topk_weights)
@@ -172,14 +172,17 @@ class ReferenceOps(Ops):
     def grouped_experts(
         self, rows: torch.Tensor, tokens_per_expert: torch.Tensor, gate_up: Weight, down: Weight
     ) -> torch.Tensor:
-        """The MLP of each row's expert: [R, D] by expert, tokens_per_expert [E] -> [R, D], undefined beyond the sum."""
+        """Expert MLPs of rows in expert order: [R, D], tokens_per_expert [E] -> [R, D], undefined past their sum."""
         if rows.shape[0] == 0:
             return rows
         activated = self.silu_and_mul(self.grouped_linear(rows, gate_up, tokens_per_expert))
         return self.grouped_linear(activated, down, tokens_per_expert)
 
     def grouped_linear(self, rows: torch.Tensor, weight: Weight, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-        """rows [R, K] by expert, weight [E, N, K], tokens_per_expert [E] int64 -> [R, N], undefined beyond the sum."""
+        """Grouped matmul: rows [R, K] in expert order, weight [E, N, K], tokens_per_expert [E] int64 -> [R, N].
+
+        Rows past the sum of tokens_per_expert are undefined.
+        """
         if not self.grouped_mm:
             return looped_linear(rows, weight.data, tokens_per_expert)
         ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
@@ -189,7 +192,7 @@ class ReferenceOps(Ops):
 
 
 def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` as one matrix product for every expert that got a row."""
+    """`grouped_linear` as a loop with one matmul per active expert."""
     output = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
     for expert, count in enumerate(tokens_per_expert.tolist()):
@@ -200,9 +203,9 @@ def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: t
 
 
 def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` by copying each row's weight; ends [E] int32, the row after each expert's last.
+    """`grouped_linear` by gathering the weight of each row; ends [E] int32: cumulative tokens_per_expert.
 
-    torch's grouped product stops a capture unless it is bfloat16.
+    For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured.
     """
     places = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     experts = torch.searchsorted(ends, places, right=True).clamp(max=len(weight) - 1)

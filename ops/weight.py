@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A weight knows its number format; operations dispatch on its type, models never ask."""
+"""Weight types, one per number format; operations dispatch on the type."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ import torch
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A matrix [N, K], or a stack of them [E, N, K], in the model's own dtype."""
+    """Unquantised weight [N, K], or stacked experts [E, N, K], in the model's dtype."""
 
     data: torch.Tensor
 
 
 @dataclass(frozen=True)
 class TransposedWeight:
-    """A matrix [K, N], or a stack of them [E, K, N], possibly in a tiled format of the device: not to be sliced."""
+    """Weight [K, N], or stacked experts [E, K, N], possibly in a tiled device format: must not be sliced."""
 
     data: torch.Tensor
 
