@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels behind the interface of operations: NVIDIA GPUs.
+"""CUDA backend: Triton kernels for NVIDIA GPUs.
 
-Steps of up to MAX_TOKENS tokens take one to four kernels an operation, bound at an operation's first call for every
-weight and number of tokens: the choice between kernel and reference is made there and buffers for the results are
-allocated there, so that a result is valid until the same weight meets as many tokens again. Larger steps take
-elementwise kernels around torch's matrix products and attention, and own grouped products for the experts.
+Steps of up to MAX_TOKENS tokens run one to four kernels per operation. The first call for each pair of weight and
+number of tokens selects kernel or reference and allocates the output buffers, so an output is valid until the next call
+with the same pair. Larger steps use elementwise kernels, torch's matmuls and attention, and grouped GEMM kernels for
+the experts.
 """
 
 import logging
@@ -34,28 +34,28 @@ from ops.weight import Weight
 
 logger = logging.getLogger(__name__)
 
-LEAST_CAPABILITY = (8, 0)  # Ampere: before, a tile of attention does not fit shared memory
+LEAST_CAPABILITY = (8, 0)  # Ampere: earlier GPUs have too little shared memory for an attention tile
 MAX_NORM_WIDTH = 16384
 ELEMENTWISE_BLOCK = 1024
 DTYPES = (torch.bfloat16, torch.float16)
 
 
 class CudaOps(ReferenceOps):
-    """Binds kernels to the operations; what they do not support goes to the reference."""
+    """Operations as Triton kernels; unsupported inputs fall back to the reference."""
 
     name = "cuda"
-    embedding = ReferenceOps.embedding  # one kernel of torch's
+    embedding = ReferenceOps.embedding  # torch runs it as one kernel
 
     def __init__(self) -> None:
         super().__init__(grouped_mm=True)
         self.pdl = has_pdl()
         if not KNOWS_LAUNCHER:
             logger.warning("triton %s: kernels start the slow way, eager steps take longer", triton.__version__)
-        # (operation, id of a weight, tokens) -> what runs it, and that weight: while it lives nothing else has its id
+        # (operation, id(weight), tokens) -> bound call; `weights` keeps the weights alive, so that ids stay unique
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
-        self.orders: dict[int, ExpertOrder] = {}  # by number of experts
+        self.orders: dict[int, ExpertOrder] = {}  # key: number of experts
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if not torch.cuda.is_available():
@@ -149,7 +149,7 @@ class CudaOps(ReferenceOps):
         value_cache: torch.Tensor,
         step: StepMetadata,
     ) -> torch.Tensor:
-        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # a prefill's call fits any number of tokens
+        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # a prefill call takes any number of tokens
         key = ("attention", id(q_norm_weight), num_tokens)
         call = self.calls.get(key)
         if call is None:
@@ -227,7 +227,7 @@ class CudaOps(ReferenceOps):
         top_k: int,
         renormalize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
-        """`route` for any number of tokens; the experts are chosen at once."""
+        """`route` for any number of tokens, with top-k computed here."""
         num_tokens, num_experts = hidden_states.shape[0], router_weight.shape[0]
         if num_tokens == 0 or not takes(hidden_states, residual):
             return super().route(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
@@ -238,7 +238,7 @@ class CudaOps(ReferenceOps):
         kernel = self.elementwise_kernel(
             choose_experts_kernel,
             logits.dtype,
-            warps=1,  # its chain of maxima would have to wait for other warps
+            warps=1,  # its serial max reductions would need syncs between warps
             E=num_experts,
             BLOCK_E=triton.next_power_of_2(num_experts),
             TOP_K=top_k,
@@ -268,7 +268,7 @@ class CudaOps(ReferenceOps):
     def experts_sorted(
         self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> torch.Tensor:
-        """`experts` of any number of tokens, sorted by expert."""
+        """`experts` for any number of tokens, by sorting and grouped GEMMs."""
         if not isinstance(routing, GroupedRows):
             routing = routing.chosen()
         if hidden_states.shape[0] == 0 or not takes(hidden_states):
@@ -284,7 +284,7 @@ class CudaOps(ReferenceOps):
     def sorted_experts_call(
         self, hidden_states: torch.Tensor, gate_up: Weight, down: Weight, top_k: int | None
     ) -> Callable[..., Any]:
-        """What runs `experts_sorted` with these weights; top_k None: of rows that stand by expert already."""
+        """Returns the bound call of `experts_sorted` for these weights; top_k None: rows already in expert order."""
         if not grouped_experts_support(hidden_states, gate_up.data, down.data):
             return partial(super().experts, gate_up=gate_up, down=down)
         num_experts = gate_up.data.shape[0]
@@ -298,7 +298,7 @@ class CudaOps(ReferenceOps):
         self.weights.append(weight)
 
     def elementwise_kernel(self, kernel: Any, dtype: torch.dtype, warps: int = 4, **constants: Any) -> BoundKernel:
-        """A kernel for any number of programs; the caller sets the grid."""
+        """Returns a bound elementwise kernel, cached; the caller sets the grid."""
         key = (kernel, dtype, *constants.values())
         if key not in self.elementwise:
             self.elementwise[key] = BoundKernel(kernel, (1,), warps, constants.get("PDL", False), **constants)
@@ -306,6 +306,6 @@ class CudaOps(ReferenceOps):
 
 
 def takes(hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether kernels take these activations."""
+    """Returns whether the kernels support the dtype and layout of these activations."""
     right_type = hidden_states.dtype in DTYPES and (residual is None or residual.dtype is torch.float32)
     return right_type and fits(hidden_states, residual)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of decode steps: over the paged cache, with all that stands between the qkv product and it."""
+"""Decode attention over the paged cache, fused with q/k norm, rotary embedding and cache write."""
 
 import torch
 import triton
@@ -16,10 +16,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def splitting(
     seq_lens, b, BLOCK: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MAX_ROUNDS: tl.constexpr
 ):
-    """Cached tokens of a sequence, how many a split takes, and the number of the split with the new token.
+    """Computes the cached tokens of a sequence, the tokens per split, and the index of the new token's split.
 
-    A sequence's length alone decides, not the size of the grid. The new token has a split of its own where one is left,
-    else it goes with the last one. One tile is not split.
+    Depends on the sequence length only, not on the grid. The new token gets its own split if one is left, else it joins
+    the last one. A single tile is not split.
     """
     num_cached = (tl.load(seq_lens + b) - 1).to(tl.int32)
     tiles = tl.cdiv(num_cached, BLOCK)
@@ -42,7 +42,7 @@ def cached_tile(
     S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Tokens `start` to `start` + BLOCK of a sequence, zero from `end` on: both halves of the keys, and the values."""
+    """Loads cached tokens [start, start + BLOCK), zero from `end` on: the two halves of the keys, and the values."""
     half = tl.arange(0, C // 2)
     c = tl.arange(0, C)
     j = tl.arange(0, BLOCK)
@@ -57,9 +57,9 @@ def cached_tile(
 
 @triton.jit
 def add_tile(scores, value, maximum, total, accumulated):
-    """A running softmax (Dao et al. 2022) with one more tile: scores [Q, BLOCK] to base 2, value [BLOCK, C].
+    """Online softmax update (Dao et al. 2022) with one tile: scores [Q, BLOCK] in log2 units, value [BLOCK, C].
 
-    maximum and total [Q]: of the scores, and the sum of their weights; accumulated [Q, C]: the weighted values.
+    State: running maximum [Q], sum of exponentials total [Q], accumulated values [Q, C].
     """
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_maximum[:, None])
@@ -72,7 +72,7 @@ def add_tile(scores, value, maximum, total, accumulated):
 @triton.jit(do_not_specialize=["max_blocks"])
 def decode_attention_kernel(
     qkv,  # [B, (H + 2G) * C]
-    cos,  # [B, C] float32, of which the second half repeats the first
+    cos,  # [B, C] float32; the second half repeats the first
     sin,  # [B, C] float32
     key_cache,  # [L, S, G, C]
     value_cache,  # [L, S, G, C]
@@ -83,29 +83,29 @@ def decode_attention_kernel(
     q_norm_weight,  # [C]
     k_norm_weight,  # [C]
     partial_output,  # [B, H, MAX_SPLITS, C] float32
-    log_sums,  # [B, H, MAX_SPLITS] float32: logarithm to base 2 of the sum of a split's weights
+    log_sums,  # [B, H, MAX_SPLITS] float32: log2-sum-exp2 of a split
     output,  # [B, H * C]
     H: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
     S: tl.constexpr,
-    HEADS: tl.constexpr,  # query heads of a program, all of one kv head
-    PADDED_HEADS: tl.constexpr,  # at least 16, as the tensor cores want
-    SPLITS: tl.constexpr,  # of a sequence, until each has MAX_ROUNDS tiles
-    MAX_SPLITS: tl.constexpr,  # of a longer one; then each takes more tiles
+    HEADS: tl.constexpr,  # query heads per program, all of one kv head
+    PADDED_HEADS: tl.constexpr,  # at least 16, for tensor cores
+    SPLITS: tl.constexpr,  # splits of a sequence, until each has MAX_ROUNDS tiles
+    MAX_SPLITS: tl.constexpr,  # splits of a longer sequence; then tiles per split grow
     MAX_ROUNDS: tl.constexpr,
-    BLOCK: tl.constexpr,  # cached tokens of a tile; divides S
+    BLOCK: tl.constexpr,  # cached tokens per tile; divides S
     EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); `combine_splits_kernel` ends it.
+    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); `combine_splits_kernel` reduces.
 
-    The grid must have all splits of the longest sequence: programs without work end at once. The new token's key and
+    The grid must cover all splits of the longest sequence; programs without work exit early. The new token's key and
     value come from `qkv`.
 
-    o_proj requests its weights when it starts, and what this kernel reads after that queues behind them. So a program
-    with the only split lets the next kernel start after its reads of the cache; one of several splits at once, as the
-    combination still stands before o_proj.
+    o_proj prefetches its weights when it starts, and later loads of this kernel queue behind them. So with one split
+    `pdl_trigger` comes after the cache loads; with several splits it comes first, since the combine kernel runs before
+    o_proj.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -121,7 +121,7 @@ def decode_attention_kernel(
         start = split * per_split
         end = tl.minimum(start + per_split, num_cached)
         table = block_table + b * max_blocks
-        # the first tile is requested before the query is there
+        # load the first tile before waiting for the query
         key_1, key_2, value = cached_tile(key_cache, value_cache, table, start, end, kv_head, G, C, S, BLOCK)
         cos_half = tl.load(cos + b * C + half)
         sin_half = tl.load(sin + b * C + half)
@@ -134,7 +134,7 @@ def decode_attention_kernel(
             pdl_trigger(PDL)
         pdl_wait(PDL)
 
-        # all of qkv is requested before any of it is used
+        # issue all loads of qkv before the first use
         token_qkv = qkv + b * ((H + 2 * G) * C)
         h = tl.arange(0, PADDED_HEADS)
         is_head = h < HEADS
@@ -205,7 +205,7 @@ def combine_splits_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H, B): the weighted sum of a head's splits, where a sequence has several."""
+    """Grid (H, B): combines the splits of a head if there are several."""
     b = tl.program_id(1)
     head = b * tl.num_programs(0) + tl.program_id(0)
     pdl_trigger(PDL)
@@ -225,7 +225,7 @@ def combine_splits_kernel(
 
 
 def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key_cache: torch.Tensor) -> bool:
-    """Whether the kernels of this file and of prefill_attention.py take these tensors."""
+    """Returns whether the kernels of this file and of prefill_attention.py support these tensors."""
     cos, sin = cos_sin
     block_size, _, head_dim = key_cache.shape[1:]
     sizes_fit = is_power_of_two(head_dim) and 32 <= head_dim <= 256 and block_size % ATTENTION_BLOCK == 0
@@ -234,12 +234,12 @@ def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key
         and qkv.dtype == key_cache.dtype
         and cos.dtype == torch.float32
         and fits(qkv, cos, sin, key_cache)
-        and key_cache.numel() < 2**31  # offsets are 32 bits wide
+        and key_cache.numel() < 2**31  # 32-bit offsets
     )
 
 
 def head_sizes(qkv: torch.Tensor, key_cache: torch.Tensor) -> tuple[int, int, int]:
-    """Query heads, kv heads and head dim of qkv [T, (H + 2G) * C] and a cache [L, S, G, C]."""
+    """Derives (H, G, C) from qkv [T, (H + 2G) * C] and a cache [L, S, G, C]."""
     num_kv_heads, head_dim = key_cache.shape[2:]
     return qkv.shape[1] // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim
 
@@ -298,7 +298,7 @@ class DecodeAttentionCall:
         table = step.block_table
         if table.shape[1] != self.table_width:
             if self.table_width < 0:
-                self.combine(step.seq_lens)  # compiled now, not in the middle of a text; what it writes is replaced
+                self.combine(step.seq_lens)  # compile now, not in mid-generation; its output is overwritten
             self.table_width = table.shape[1]
             groups, _, num_sequences = self.kernel.grid
             self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)
@@ -308,7 +308,7 @@ class DecodeAttentionCall:
         return self.output
 
     def splits_of(self, num_tokens: int) -> int:
-        """Programs that any sequence of up to so many tokens may need."""
+        """Returns the maximum number of splits for sequences of up to so many tokens."""
         tiles = triton.cdiv(num_tokens, ATTENTION_BLOCK)
         if tiles <= 1:
             return 1

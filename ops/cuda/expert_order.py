@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sorts a step's (token, expert) pairs by expert: a counting sort in two kernels, without atomics, in a fixed order.
+"""Sorts (token, expert) pairs by expert: a deterministic counting sort in two kernels without atomics.
 
-A pair's number is token * K + choice. Each block of pairs counts its experts; then each block knows from all counts
-where its pairs of an expert go; further programs cut every expert's rows into tiles.
+The index of a pair is token * K + choice. The first kernel computes a histogram of experts per block of pairs; the
+second derives output positions by prefix sums over the histograms and splits the rows of each expert into tiles.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ops.cuda.launch import BoundKernel
 
-CHUNK = 128  # pairs or slots of an iteration
+CHUNK = 128  # pairs or slots per iteration
 MAX_BLOCKS = 128
 PREFIX = 64
 SLOT_FIELDS = tl.constexpr(5)
@@ -20,7 +20,7 @@ SLOT_FIELDS = tl.constexpr(5)
 
 @triton.jit(do_not_specialize=["num_pairs", "per_block"])
 def count_kernel(
-    expert_ids,  # [P]; E or more stands for "elsewhere"
+    expert_ids,  # [P]; >= E: expert on another rank
     counts,  # [blocks, BLOCK_E] int32
     num_pairs,
     per_block,
@@ -28,7 +28,7 @@ def count_kernel(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a block of `per_block` pairs."""
+    """Histogram of experts. One program per block of `per_block` pairs."""
     block = tl.program_id(0)
     total = tl.zeros([BLOCK_E], tl.int32)
     end = tl.minimum((block + 1) * per_block, num_pairs)
@@ -43,7 +43,7 @@ def count_kernel(
 def place_kernel(
     expert_ids,  # [P]
     counts,  # [blocks, BLOCK_E] int32
-    order,  # [P] int32: the pair of each sorted row; unset beyond the rows of this rank's experts
+    order,  # [P] int32: pair of each sorted row; undefined past the rows of local experts
     slots,  # [num_slots, SLOT_FIELDS] int32: expert or -1, first and end of its rows, its first slot, its slots
     num_pairs,
     per_block,
@@ -52,10 +52,10 @@ def place_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
-    PREFIX: tl.constexpr,  # blocks whose counts are read at once
-    ROWS: tl.constexpr,  # of a slot's tile
+    PREFIX: tl.constexpr,  # histograms loaded per iteration
+    ROWS: tl.constexpr,  # rows per tile
 ):
-    """One program a block, which places its pairs, then one for every CHUNK slots, which fills them."""
+    """Scatters pairs to sorted rows (one program per block) and writes tiles (one further program per CHUNK slots)."""
     block = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     total = tl.zeros([BLOCK_E], tl.int32)
@@ -94,7 +94,7 @@ def place_kernel(
 
 
 class ExpertOrder:
-    """Bound to a number of experts and the rows of a tile."""
+    """Sort by expert, bound to a number of experts and rows per tile."""
 
     def __init__(self, num_experts: int, tile_rows: int):
         self.num_experts = num_experts
@@ -105,8 +105,8 @@ class ExpertOrder:
         self.place = BoundKernel(place_kernel, (1,), 4, **sizes, PREFIX=PREFIX, ROWS=tile_rows)
 
     def __call__(self, expert_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S follows from P, so that the host
-        need not know where a token goes."""
+        """[P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S depends on P only,
+        which avoids a host sync."""
         num_pairs = expert_ids.numel()
         per_block = triton.cdiv(triton.cdiv(num_pairs, MAX_BLOCKS), CHUNK) * CHUNK
         num_blocks = triton.cdiv(num_pairs, per_block)
@@ -120,14 +120,14 @@ class ExpertOrder:
         return order, slots
 
     def slots_of(self, tokens_per_expert: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """[E] int64 -> the slots of `num_rows` rows, or fewer, that stand by expert already."""
+        """tokens_per_expert [E] int64 -> slots for up to `num_rows` rows already in expert order."""
         slots = self.new_slots(tokens_per_expert, num_rows)
-        counts = F.pad(tokens_per_expert.int(), (0, self.block_e - self.num_experts))  # as if of one block of pairs
+        counts = F.pad(tokens_per_expert.int(), (0, self.block_e - self.num_experts))  # one block's histogram
         self.place.grid = (1 + triton.cdiv(slots.shape[0], CHUNK), 1, 1)
         self.place(tokens_per_expert, counts, slots, slots, 0, CHUNK, 1, slots.shape[0])
         return slots
 
     def new_slots(self, like: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """As many as the rows can need, however they fall to the experts."""
+        """Allocates the maximum number of slots over all distributions of the rows to experts."""
         num_slots = num_rows // self.tile_rows + min(num_rows, self.num_experts)
         return like.new_empty(num_slots, SLOT_FIELDS.value, dtype=torch.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Ops.experts` of a decode step, bound to the weights of a layer."""
+"""`Ops.experts` for decode steps, bound to the weights of a layer."""
 
 import torch
 import triton
@@ -16,25 +16,25 @@ from ops.cuda.shared_experts import (
 )
 from ops.cuda.tiles import MAX_TOKENS, down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
 
-MAX_D = 8192  # a row lies in the registers of one program
-MIN_CHUNK, MAX_CHUNK = 16, 256  # columns of the down projection that a tile has
-MAX_PARTS = 64  # tiles of one program of it
+MAX_D = 8192  # one program holds a row in registers
+MIN_CHUNK, MAX_CHUNK = 16, 256  # columns of a down_proj tile
+MAX_PARTS = 64  # tiles per program of down_proj
 SUM_BLOCK = 256
 PLAN_WARPS = 4
 
 
 def experts_support(normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Whether the decode kernels of this file take these tensors."""
+    """Returns whether the decode kernels of this file support these tensors."""
     d, f = down.shape[1:]
     chunks = f // power_of_two_factor(f, MAX_CHUNK)
-    few_enough = normed.shape[0] <= MAX_TOKENS  # else they do not fit the plan
+    few_enough = normed.shape[0] <= MAX_TOKENS  # otherwise they do not fit the plan
     sizes_fit = is_power_of_two(d) and 16 <= d <= MAX_D and f % MIN_CHUNK == 0 and chunks * routing.top_k <= MAX_PARTS
     dtypes_fit = normed.dtype == gate_up.dtype == down.dtype and routing.logits.dtype is torch.float32
     return few_enough and sizes_fit and dtypes_fit and fits(normed, routing.logits, gate_up, down)
 
 
 class ExpertsCall:
-    """One token: gate/up with SiLU; down with the weights, summed over the experts."""
+    """Experts for one token: gate_up_proj with SwiGLU, then down_proj with the weighted sum over experts."""
 
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool
@@ -70,7 +70,7 @@ class ExpertsCall:
 
 
 class SharedExpertsCall:
-    """A few tokens: each expert's weights are read once for all tokens that chose it."""
+    """Experts for a few tokens: the weights of an expert are read once for all tokens routed to it."""
 
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool
@@ -79,7 +79,7 @@ class SharedExpertsCall:
         count, d, f = down.shape
         sizes = {"D": d, "F": f, "TOP_K": top_k}
         num_slots = min(num_tokens * top_k, count)
-        # one past the last pair may be read
+        # the kernels may read one element past the last pair
         slots = normed.new_empty(num_slots + 1, PLAN_FIELDS.value, dtype=torch.int32)
         weights = normed.new_empty(num_tokens, top_k, dtype=torch.float32)
         self.activated = normed.new_empty(num_tokens, top_k, f)

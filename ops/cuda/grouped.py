@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of many tokens: two grouped matrix products on the tensor cores, each row with its expert's weight.
+"""Experts for many tokens: two grouped GEMMs on tensor cores.
 
-The first takes its rows from where the tokens stand and applies SiLU(gate) * up, the second puts each row where its
-(token, choice) pair stands, so that nothing else reads or writes the sorted rows. Weights come through tensor
-descriptors (on Hopper: the bulk copy engine). An expert's tiles run next to each other and share its weight in L2; a
-last tile of few rows is computed as half a tile.
+The first gathers its rows from the unsorted tokens and applies SwiGLU in the epilogue, the second scatters rows
+to their (token, choice) pairs, so that no separate permutation pass is needed. Weights are loaded through tensor
+descriptors (TMA on Hopper). Tiles of an expert run consecutively and share its weight in L2; a last tile with few rows
+is computed as half a tile.
 """
 
 import torch
@@ -18,14 +18,14 @@ from ops.cuda.launch import BoundKernel, fits, power_of_two_factor
 from ops.cuda.moe import combine_kernel
 from ops.cuda.tiles import GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_WARPS, grouped_stages
 
-LEAST_BLOCK = 16  # of the tensor cores
+LEAST_BLOCK = 16  # minimum tile size for tensor cores
 COMBINE_BLOCK = 1024
 MAX_EXPERTS = 512
 
 
 @triton.jit
 def find_tile(slots, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
-    """-> expert (-1: nothing to do), first row, end of the expert's rows, column tile of this program."""
+    """Maps a program to (expert or -1 for no work, first row, end of the expert's rows, column tile)."""
     program = tl.program_id(0)
     fields = slots + program // COLUMN_TILES * SLOT_FIELDS
     expert = tl.load(fields)
@@ -74,7 +74,7 @@ def gate_up_tile(
 
 @triton.jit
 def grouped_gate_up_kernel(
-    hidden,  # [T, D]; [P, D] if the rows stand by expert already (SORTED)
+    hidden,  # [T, D]; [P, D] if the rows are already in expert order (SORTED)
     order,  # [P] int32, or anything if SORTED
     slots,  # [S, SLOT_FIELDS] int32
     output,  # [P, F], rows in `order`
@@ -88,7 +88,7 @@ def grouped_gate_up_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (S * F / COLUMNS,): SiLU(gate) * up of a tile of rows of one expert."""
+    """Grid (S * F / COLUMNS,): SiLU(gate) * up for one tile of rows of one expert."""
     expert, row, end, column = find_tile(slots, ROWS, F // COLUMNS)
     if expert < 0:
         return
@@ -141,7 +141,7 @@ def grouped_down_kernel(
     activated,  # [P, F], rows in `order`
     order,  # [P] int32, or anything if SORTED
     slots,  # [S, SLOT_FIELDS] int32
-    output,  # [P, D], a row for each pair, or `activated`'s rows if SORTED; those of no expert here stay unset
+    output,  # [P, D], a row per pair, or in the row order of `activated` if SORTED; non-local rows undefined
     weight,  # descriptor of [E * D, F] in blocks [COLUMNS, DEPTH]
     D: tl.constexpr,
     F: tl.constexpr,
@@ -151,7 +151,7 @@ def grouped_down_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (S * D / COLUMNS,): a tile of rows of one expert."""
+    """Grid (S * D / COLUMNS,): down_proj for one tile of rows of one expert."""
     expert, row, end, column = find_tile(slots, ROWS, D // COLUMNS)
     if expert < 0:
         return
@@ -165,14 +165,14 @@ def grouped_down_kernel(
 
 
 def grouped_experts_support(hidden_states: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Whether the kernels of this file take these tensors."""
+    """Returns whether the kernels of this file support these tensors."""
     num_experts, d, f = down.shape
     sizes_fit = num_experts <= MAX_EXPERTS and d % LEAST_BLOCK == 0 and f % LEAST_BLOCK == 0
     return sizes_fit and hidden_states.dtype == gate_up.dtype == down.dtype and fits(hidden_states, gate_up, down)
 
 
 class GroupedLinear:
-    """The two products of a layer's experts, for any number of rows."""
+    """The two grouped GEMMs of a layer's experts, for any number of rows."""
 
     def __init__(self, gate_up: torch.Tensor, down: torch.Tensor, tile_rows: int, top_k: int, is_sorted: bool):
         num_experts, d, f = down.shape
@@ -204,7 +204,7 @@ class GroupedLinear:
 
 
 class GroupedExpertsCall:
-    """`Ops.experts` of any number of tokens, bound to the weights of a layer."""
+    """`Ops.experts` for any number of tokens, bound to the weights of a layer."""
 
     def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor, top_k: int):
         num_experts, d, _ = down.shape
@@ -224,7 +224,7 @@ class GroupedExpertsCall:
 
 
 class SortedExpertsCall:
-    """`Ops.experts` of rows that stand by expert already, bound to the weights of a layer."""
+    """`Ops.experts` for rows already in expert order, bound to the weights of a layer."""
 
     def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor):
         self.order = order

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How kernels are started: bound once with grid and constants, then launched for about two microseconds each.
+"""Kernel launch with low overhead: grid and constants are bound once, each launch then takes about 2 us on the host.
 
-Triton's own `kernel[grid](...)` takes twenty to thirty, which is more than most kernels of a decode step run.
+Triton's own `kernel[grid](...)` takes 20 to 30 us, longer than most kernels of a decode step run.
 
-Programmatic dependent launch (PDL) lets a kernel start while the one before it still runs. Three rules keep it safe:
-1. Every kernel of a decode step waits (`pdl_wait`) before it reads what a kernel wrote and before it writes anything.
-   Then whoever has waited knows that everything before the previous kernel is finished, too.
-2. Before the wait a kernel may read weights, and what is older than the step: cached keys and values, step metadata.
-3. A kernel lets the next one start (`pdl_trigger`) at once, except where that one reads more before its own wait: the
-   first kernel of a step (torch has just written the metadata), and gate_up (down reads the router logits early).
-   Attention may do so later, for speed.
+Programmatic dependent launch (PDL) lets a kernel start while the previous one still runs. Three rules make it safe:
+1. Every kernel of a decode step calls `pdl_wait` before it reads the output of a kernel and before any write. After its
+   wait, all earlier kernels are complete, not only the previous one.
+2. Before the wait a kernel may read weights and data from before the step: cached keys and values, step metadata.
+3. A kernel calls `pdl_trigger` at once, except where the next one reads more before its wait: the first kernel of a
+   step (torch has just written the metadata), and gate_up (down reads the router logits early). Attention may trigger
+   later, for speed.
 """
 
 import math
@@ -23,11 +23,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.cuda.triton_internals import COMPILES_PDL, INTERPRETED, KNOWS_LAUNCHER, argument_names, launcher_of
 
-ALIGNMENT = 16  # bytes; kernels are compiled for pointers that are multiples of it
+ALIGNMENT = 16  # bytes; kernels are compiled for pointers with this alignment
 
 
 def has_pdl() -> bool:
-    """Whether a kernel can start before the previous one has finished: on Hopper and later, by this Triton."""
+    """Returns whether GPU (Hopper or later) and Triton version support programmatic dependent launch."""
     on_gpu = not INTERPRETED and torch.cuda.is_available()
     return on_gpu and COMPILES_PDL and torch.cuda.get_device_capability()[0] >= 9
 
@@ -45,10 +45,10 @@ def pdl_wait(PDL: tl.constexpr):
 
 
 class BoundKernel:
-    """A kernel with its grid, its constants and those of its arguments that stay the same.
+    """A kernel bound to its grid, constexprs and fixed arguments.
 
-    It is called with the others, tensors and ints, which the kernel takes first; the fixed ones follow, then the
-    constants. Tensors of later calls may be other ones, but of the same dtypes and as well aligned.
+    Call it with the remaining arguments (tensors and ints), which come first in the kernel's signature; then follow the
+    fixed ones, then the constexprs. Tensors may differ between calls, but must keep dtype and alignment.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class BoundKernel:
         self.launch(*self.grid, current_stream(self.device_index), *self.head, *addresses, *self.tail)
 
     def first_call(self, varying: tuple[torch.Tensor | int, ...]) -> None:
-        """Compiles where need be, runs, and keeps what Triton's launcher is to be called with from now on."""
+        """Compiles the kernel if needed, runs it, and caches the launcher for later calls."""
         compiled = self.kernel[self.grid](*varying, *self.fixed, **self.constants, **self.options)
         if INTERPRETED or not KNOWS_LAUNCHER:
-            return  # every call is a first call
+            return  # no cached launcher: every call takes this path
         launch, self.head = launcher_of(compiled)
         self.device_index = torch.cuda.current_device()
         names = argument_names(self.kernel)[len(varying) + len(self.fixed) :]
@@ -99,10 +99,10 @@ def is_power_of_two(number: int) -> bool:
 
 
 def power_of_two_factor(number: int, limit: int) -> int:
-    """The largest power of two that divides `number` and is at most `limit`."""
+    """Returns the largest power of two that divides `number` and is at most `limit`."""
     return math.gcd(number, limit)
 
 
 def fits(*tensors: torch.Tensor | None) -> bool:
-    """Whether kernels can take these tensors: contiguous and aligned."""
+    """Returns whether all tensors are contiguous and aligned, as the kernels require."""
     return all(tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0) for tensor in tensors)

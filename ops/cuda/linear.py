@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a decode step: one token times a matrix, or a few times a small one.
+"""GEMV kernels of decode steps: one token times a matrix, or a few tokens times a small one.
 
-Each program holds some whole rows of the matrix in registers, requested before the previous kernel has finished. Add
-and RMSNorm of the input are repeated in every program: they read far less than the program's share of the matrix.
+Each program holds whole rows of the matrix in registers, loaded before the previous kernel has finished (PDL). Every
+program recomputes add and RMSNorm of the input, which reads far less than its part of the matrix.
 """
 
 import torch
@@ -13,16 +13,16 @@ from ops import RouterLogits
 from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl_wait
 from ops.cuda.tiles import MAX_TOKENS, gemv_tile
 
-MAX_K = 8192  # a row lies in the registers of one program
-STREAMED_BYTES = 32 << 20  # of a matrix that does not stay in the L2 cache from step to step
-SMALL_BYTES = 1 << 20  # of a matrix that may well be read again for every token; larger ones: ops/cuda/matmul.py
-ROUTER_BYTES = 8 << 20  # the same of a router, without which the experts' kernels would not be there either
+MAX_K = 8192  # one program holds a row in registers
+STREAMED_BYTES = 32 << 20  # size above which a matrix does not stay in L2 between steps
+SMALL_BYTES = 1 << 20  # size up to which a matrix is re-read for every token; larger: matmul.py
+ROUTER_BYTES = 8 << 20  # same limit for a router, whose logits the experts' kernels need
 
 
 @triton.jit
 def gemv_kernel(
     hidden,  # [T, K]
-    residual,  # [T, K] float32, or anything where there is none
+    residual,  # [T, K] float32; unused without residual
     norm_weight,  # [K]
     weight,  # [N, K]
     bias,  # [N]
@@ -30,15 +30,15 @@ def gemv_kernel(
     residual_output,  # [T, K] float32
     normed_output,  # [T, K]
     K: tl.constexpr,
-    ROWS: tl.constexpr,  # of a tile
-    TILES: tl.constexpr,  # of a program
+    ROWS: tl.constexpr,  # rows per tile
+    TILES: tl.constexpr,  # tiles per program
     EPS: tl.constexpr,
     NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_NORMED: tl.constexpr,
-    STREAMED: tl.constexpr,  # whether the matrix is too large to be found in the L2 cache by the next step
-    FIRST: tl.constexpr,  # of a step
+    STREAMED: tl.constexpr,  # whether the matrix is too large to stay in L2 until the next step
+    FIRST: tl.constexpr,  # whether it is the first kernel of a step
     PDL: tl.constexpr,
 ):
     """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias.
@@ -80,16 +80,16 @@ def gemv_kernel(
 
 
 def gemv_supports(x: torch.Tensor, weight: torch.Tensor, is_router: bool = False) -> bool:
-    """Whether `gemv_kernel` takes x [T, K] and weight [N, K]."""
+    """Returns whether `gemv_kernel` supports x [T, K] and weight [N, K]."""
     k = weight.shape[1]
     is_small = weight.nbytes <= (ROUTER_BYTES if is_router else SMALL_BYTES)
     few_enough = x.shape[0] <= (MAX_TOKENS if is_small else 1)
-    sizes_fit = is_power_of_two(k) and 16 <= k <= MAX_K and weight.numel() < 2**31  # offsets are 32 bits wide
+    sizes_fit = is_power_of_two(k) and 16 <= k <= MAX_K and weight.numel() < 2**31  # 32-bit offsets
     return few_enough and sizes_fit and x.dtype == weight.dtype and fits(x, weight)
 
 
 class GemvCall:
-    """One matrix product of a decode step, bound to its weights and results; see `gemv_kernel` for the variants."""
+    """GEMV of a decode step, bound to its weight and output buffers; variants as in `gemv_kernel`."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class GemvCall:
 
 
 class LinearCall(GemvCall):
-    """`Ops.linear`."""
+    """`Ops.linear` as a GEMV."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.kernel(x, x)
@@ -138,7 +138,7 @@ class LinearCall(GemvCall):
 
 
 class NormLinearCall(GemvCall):
-    """`Ops.norm_linear`."""
+    """`Ops.norm_linear` as a GEMV."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.kernel(x, x if residual is None else residual)
@@ -146,7 +146,7 @@ class NormLinearCall(GemvCall):
 
 
 class RouteCall(GemvCall):
-    """`Ops.route`; the choice is left to the experts."""
+    """`Ops.route` as a GEMV; top-k is fused into the experts' kernels."""
 
     def __init__(
         self,

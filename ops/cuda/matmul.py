@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of a decode step of several tokens, on the tensor cores: the matrix is read once for all tokens.
+"""Skinny GEMM for decode steps of several tokens, on tensor cores: the matrix is read once for all tokens.
 
-Each program holds some whole rows of the matrix, requested before the previous kernel has finished. Its warps share the
-columns out, so that each has a short chain of products, and their parts are added at the end. A matrix too large for a
-Hopper GPU to hold at once is torch's to multiply.
+Each program holds whole rows of the matrix, loaded before the previous kernel has finished (PDL). Its warps split K, so
+that each has a short chain of MMAs, and partial sums are reduced at the end. Matrices larger than the shared memory of
+a Hopper GPU are left to torch.
 """
 
 import torch
@@ -15,12 +15,12 @@ from ops.cuda.norm import add_norm_constants, add_norm_kernel
 from ops.cuda.tiles import MAX_TOKENS, matmul_tile
 from ops.cuda.triton_internals import COMPILES_NARROW_DOT
 
-ROWS_STEP = 8  # what the rows of a matrix are a multiple of
-LEAST_COLUMNS = 16  # of a warp's tile
-TOKENS_ELEMENTS = 4096  # of the tokens in shared memory at a time; with more, fewer programs would fit beside it
-MAX_ROUNDS = 16  # tiles of a warp, for each of which there is code
-MAX_K = 8192  # rows lie in the shared memory of one program
-MAX_BYTES = 24 << 20  # of a matrix: 132 multiprocessors with three programs of 64 KB
+ROWS_STEP = 8  # the number of rows of a matrix is a multiple of this
+LEAST_COLUMNS = 16  # columns per warp tile
+TOKENS_ELEMENTS = 4096  # activations in shared memory at a time; more would lower occupancy
+MAX_ROUNDS = 16  # tiles per warp; the loop is unrolled
+MAX_K = 8192  # one program holds its rows in shared memory
+MAX_BYTES = 24 << 20  # matrix size limit: 132 SMs with three programs of 64 KB
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -32,9 +32,9 @@ def matmul_kernel(
     num_tokens,  # T
     BLOCK_T: tl.constexpr,
     K: tl.constexpr,
-    ROWS: tl.constexpr,  # of a program
-    PARTS: tl.constexpr,  # of the columns, at most one a warp
-    COLUMNS: tl.constexpr,  # of a part's tile; PARTS * COLUMNS divides K
+    ROWS: tl.constexpr,  # rows per program
+    PARTS: tl.constexpr,  # split-K parts, at most one per warp
+    COLUMNS: tl.constexpr,  # columns per tile of a part; PARTS * COLUMNS divides K
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -61,7 +61,7 @@ def matmul_kernel(
 
 
 def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `matmul_kernel` takes x [T, K] and weight [N, K]."""
+    """Returns whether `matmul_kernel` supports x [T, K] and weight [N, K]."""
     (num_tokens, k), n = x.shape, weight.shape[0]
     if not COMPILES_NARROW_DOT or not 1 < num_tokens <= MAX_TOKENS or weight.nbytes > MAX_BYTES:
         return False
@@ -72,13 +72,13 @@ def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def shares_of_columns(k: int, num_tokens: int, warps: int) -> tuple[int, int]:
-    """How many warps share K columns out, and how many columns each takes at a time."""
+    """Returns the number of warps that split K, and the columns that each takes per tile."""
     parts = power_of_two_factor(k // LEAST_COLUMNS, warps)
     return parts, power_of_two_factor(k // parts, TOKENS_ELEMENTS // (parts * triton.next_power_of_2(num_tokens)))
 
 
 class MatmulCall:
-    """`Ops.linear` of several tokens, bound to its weight and result."""
+    """`Ops.linear` for several tokens, bound to its weight and output buffer."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pdl: bool):
         (num_tokens, k), n = x.shape, weight.shape[0]
@@ -106,7 +106,7 @@ class MatmulCall:
 
 
 class NormMatmulCall:
-    """`Ops.norm_linear` of several tokens: one kernel normalises, as every program of the product would read all."""
+    """`Ops.norm_linear` for several tokens; a separate norm kernel avoids that every program reads all tokens."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a decode step, and what stands around the grouped matrix products of larger steps.
+"""Expert kernels of decode steps; top-k and combine kernels around the grouped GEMMs of larger steps.
 
-In a decode step nobody waits for a routing kernel: every program finds its experts from the router logits itself.
+Decode steps have no separate routing kernel: every program computes top-k from the router logits itself.
 """
 
 import triton
@@ -10,17 +10,16 @@ import triton.language as tl
 from ops.cuda.launch import pdl_trigger, pdl_wait
 
 NAN_BITS = tl.constexpr(0x7FC00000)
-TAKEN = tl.constexpr(-(2**31))  # no key is below
+TAKEN = tl.constexpr(-(2**31))  # lower bound of all keys
 
 
 @triton.jit
 def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys int32 in the order of a token's logits at addresses `logits` + `i`, 0 <= i < BLOCK.
+    """Packs a token's logits at `logits` + `i`, 0 <= i < BLOCK, into int32 keys in the order of the logits.
 
-    The lowest bits hold the expert instead, so that a maximum is one instruction and its place is known: logits count
-    as equal if they differ by less than 2^-23 * BLOCK of themselves, and then the lower expert has the larger key. NaN
-    of either sign comes first. A logit that is not there is -inf, which even a real -inf comes before.
-    Read past the L1 cache, which may hold an older layer's.
+    The lowest bits hold the expert index, so that argmax is a single max: logits tie if their relative difference is
+    below 2^-23 * BLOCK, and ties go to the lower expert. NaN of either sign sorts first; masked logits sort last, after
+    -inf. Loads bypass the L1 cache, which may hold the logits of an earlier layer.
     """
     values = tl.load(logits + i, mask=i < E, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
     bits = tl.where(values != values, NAN_BITS, values.to(tl.int32, bitcast=True))
@@ -30,7 +29,7 @@ def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_at(keys, place):
-    """The key at a place of the descending order, 0 for the largest."""
+    """Returns the key of a rank in descending order, 0 for the largest."""
     best = tl.max(keys, axis=0)
     for _ in range(place):
         keys = tl.where(keys == best, TAKEN, keys)
@@ -45,7 +44,7 @@ def expert_of(key, BLOCK: tl.constexpr):
 
 @triton.jit
 def logit_of(key, BLOCK: tl.constexpr):
-    """The logit of a key, rounded towards 0; infinities are kept."""
+    """Recovers the logit from a key, rounded towards 0; infinities are preserved."""
     return tl.where(key < 0, (key | (BLOCK - 1)) ^ 0x7FFFFFFF, key & -BLOCK).to(tl.float32, bitcast=True)
 
 
@@ -60,12 +59,12 @@ def gate_up_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
-    FIRST: tl.constexpr,  # expert on this rank, which has
-    COUNT: tl.constexpr,  # of the E
+    FIRST: tl.constexpr,  # first local expert
+    COUNT: tl.constexpr,  # number of local experts
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up of one token and one of its experts, if that is here."""
+    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up for one token and one of its experts, if local."""
     pair = tl.program_id(1)
     token = pair // TOP_K
     d = tl.arange(0, D)
@@ -98,21 +97,21 @@ def down_kernel(
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
-    FIRST: tl.constexpr,  # expert on this rank, which has
-    COUNT: tl.constexpr,  # of the E
+    FIRST: tl.constexpr,  # first local expert
+    COUNT: tl.constexpr,  # number of local experts
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,  # a power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, T): a token's experts that are here, weighted and summed.
+    """Grid (D / ROWS, T): down_proj of a token's local experts, weighted and summed.
 
-    All their rows are requested before the wait.
+    The weight rows of all of them are loaded before the wait.
     """
     token = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # complete: gate_up has waited for them
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # gate_up has waited for them
     highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
     total = 0.0
     if not RENORMALIZE:
@@ -159,7 +158,7 @@ def choose_experts_kernel(
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """One program a token."""
+    """Softmax and top-k. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)
     highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
@@ -184,11 +183,11 @@ def combine_kernel(
     topk_ids,  # [T, TOP_K] int64
     output,  # [T, D]
     D: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,  # an id of that many stands for "elsewhere": the row holds anything
+    NUM_EXPERTS: tl.constexpr,  # this id means expert on another rank: its row is undefined
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T, ceil(D / BLOCK)): the weighted sum of a token's rows."""
+    """Grid (T, ceil(D / BLOCK)): weighted sum of a token's rows."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

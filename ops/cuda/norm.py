@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Elementwise kernels for any number of tokens."""
+"""RMSNorm and SwiGLU kernels for any number of tokens."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from ops.cuda.launch import pdl_trigger, pdl_wait
 @triton.jit
 def add_norm_kernel(
     hidden,  # [T, D]
-    residual,  # [T, D] float32, or anything where there is none
+    residual,  # [T, D] float32; unused without residual
     norm_weight,  # [D]
     normed_output,  # [T, D]
     residual_output,  # [T, D] float32
@@ -22,12 +22,12 @@ def add_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a token."""
+    """Add and RMSNorm. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     pdl_trigger(PDL and HAS_RESIDUAL)
     pdl_wait(PDL)
-    pdl_trigger(PDL and not HAS_RESIDUAL)  # the first kernel of a step
+    pdl_trigger(PDL and not HAS_RESIDUAL)  # whether it is the first kernel of a step
     x = tl.load(hidden + token * D + d, mask=d < D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual + token * D + d, mask=d < D, other=0.0)
@@ -38,7 +38,7 @@ def add_norm_kernel(
 
 
 def add_norm_constants(d: int, eps: float, has_residual: bool, pdl: bool) -> dict[str, Any]:
-    """Those of `add_norm_kernel` for tokens of width `d`."""
+    """Returns the constexprs of `add_norm_kernel` for hidden size `d`."""
     return {"D": d, "BLOCK": triton.next_power_of_2(d), "EPS": eps, "HAS_RESIDUAL": has_residual, "PDL": pdl}
 
 
@@ -49,7 +49,7 @@ def silu_and_mul_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a token and BLOCK columns."""
+    """SwiGLU. One program per token and BLOCK columns."""
     token = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + token * (2 * F) + f, mask=f < F, other=0.0).to(tl.float32)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small exchanges between the GPUs of one host: every rank writes straight into the others' memory.
+"""Low-latency one-shot all-reduce and all-gather between the GPUs of one host, by direct peer memory writes.
 
-A number travels in one 64-bit word with the count of its exchange. Words arrive whole, so the count tells the receiver
-that the number beside it is the new one: neither flags nor fences nor barriers are needed. Two sets of slots take
-turns: who writes for exchange c + 2 has received all words of c + 1, and these were sent by ranks done with c.
+Each value is packed with the sequence number of its exchange into one 64-bit word, written atomically, so the receiver
+polls for the sequence number without flags, fences or barriers. Slots are double-buffered: a rank that writes for
+exchange c + 2 has received all words of c + 1, whose senders have finished c.
 """
 
 import logging
@@ -20,18 +20,18 @@ from ops.cuda.launch import BoundKernel, fits, has_pdl, pdl_trigger, pdl_wait
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 128  # numbers of a program: one warp, so that waiting for all of them needs no barrier
-CAPACITY = 512 * BLOCK  # numbers of an exchange; NCCL is as fast with more
+BLOCK = 128  # values per program: one warp, so that polling needs no barrier
+CAPACITY = 512 * BLOCK  # maximum values per exchange; NCCL is as fast beyond
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit(do_not_specialize=["n"])
 def exchange_kernel(
-    values,  # [n] of this rank
-    output,  # [n] the sum over the ranks in float32, added in their order; or [SIZE, n] what each has sent
+    values,  # [n] values of this rank
+    output,  # [n] sum in float32, in rank order; or [SIZE, n] gathered values
     n,
-    addresses,  # [SIZE] int64, of the ranks' slots [2, SIZE, CAPACITY] int64
-    counts,  # [CAPACITY / BLOCK] int32, exchanges that a program has taken part in
+    addresses,  # [SIZE] int64, addresses of the ranks' slots [2, SIZE, CAPACITY] int64
+    counts,  # [CAPACITY / BLOCK] int32, sequence number of each program's last exchange
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -39,7 +39,7 @@ def exchange_kernel(
     SUM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(n / BLOCK),): programs of one number on all ranks talk to each other and to nobody else."""
+    """Grid (ceil(n / BLOCK),): programs with the same index on all ranks exchange data."""
     program = tl.program_id(0)
     i = program * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)
@@ -74,10 +74,10 @@ def exchange_kernel(
 
 
 class PeerExchange:
-    """all_reduce and all_gather of a group's ranks, for what `sums` and `gathers` say: by shape and dtype alone, which
-    are the same on all ranks, so that all decide alike.
+    """All-reduce and all-gather for tensors that `sums` and `gathers` accept: by shape and dtype only, which are equal
+    on all ranks, so that all ranks take the same path.
 
-    addresses: of the slots of each rank, zeroed, in this process's address space; memory: what keeps them alive.
+    addresses: each rank's zeroed slots, mapped into this process; memory: the object that keeps them alive.
     """
 
     def __init__(self, rank: int, addresses: list[int], device: torch.device, memory: object):
@@ -96,7 +96,7 @@ class PeerExchange:
         return 0 < tensor.nbytes <= 4 * CAPACITY and tensor.nbytes % 4 == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """The sum over the ranks, in place."""
+        """Sums over the ranks in place."""
         if fits(tensor):
             self.run(tensor, tensor, tensor.numel(), summed=True)
         else:
@@ -105,7 +105,7 @@ class PeerExchange:
             tensor.copy_(aligned)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[N, ...] of each rank -> [size * N, ...]."""
+        """Concatenates [N, ...] of every rank -> [size * N, ...]."""
         own = tensor if fits(tensor) else tensor.clone(memory_format=torch.contiguous_format)
         gathered = own.new_empty(self.size * own.shape[0], *own.shape[1:])
         self.run(own.view(-1).view(torch.int32), gathered.view(-1).view(torch.int32), own.nbytes // 4, summed=False)
@@ -124,12 +124,12 @@ class PeerExchange:
 
 
 def slot_words(size: int) -> int:
-    """Words that each rank of a group of `size` keeps for the others."""
+    """Number of 64-bit words of a rank's slots in a group of `size`."""
     return 2 * size * CAPACITY
 
 
 def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | None:
-    """To be called by all ranks of a group. None, with the reason in the log, where they share no memory."""
+    """Sets up a PeerExchange (collective over the group); logs why and returns None if peer memory is unavailable."""
     size, ranks = dist.get_world_size(group), dist.get_process_group_ranks(group)
     own = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
     hosts = torch.empty(size, len(own), dtype=torch.uint8, device=device)
@@ -140,10 +140,10 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | No
     exchange, reason = None, "another rank has no access to its peers' memory"
     try:
         exchange = share_memory(group, device)
-    except (AttributeError, ImportError, RuntimeError) as error:  # the interface is private: versions differ
+    except (AttributeError, ImportError, RuntimeError) as error:  # private interface, differs between versions
         reason = str(error).splitlines()[0]
     everywhere = torch.tensor(exchange is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)  # behind it, everybody's slots are zero
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)  # after it, the slots of all ranks are zero
     if not everywhere.item():
         logger.warning("ranks %s: all exchanges by %s: %s", ranks, dist.get_backend(group), reason)
         return None
@@ -152,8 +152,8 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | No
 
 
 def share_memory(group: dist.ProcessGroup, device: torch.device) -> PeerExchange:
-    """Slots in torch's symmetric memory. RuntimeError where the driver does not map it to all ranks."""
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, and not every host can
+    """Allocates slots in torch's symmetric memory; raises RuntimeError if the driver cannot map it on all ranks."""
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # not needed, often unavailable
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     slots = symmetric_memory.empty(slot_words(dist.get_world_size(group)), dtype=torch.int64, device=device).zero_()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill: q/k norm, rotary and cache write in one kernel; causal attention of all short packed prompts in another."""
+"""Prefill kernels: fused q/k norm, rotary embedding and cache write; causal attention over short packed prompts."""
 
 import torch
 import triton
@@ -8,10 +8,10 @@ import triton.language as tl
 from ops.cuda.attention import LOG2_E, add_tile, head_sizes
 from ops.cuda.launch import BoundKernel
 
-LONGEST = 1024  # tokens of a prompt; beyond, torch's attention is faster than this kernel is quick to start
+LONGEST = 1024  # maximum tokens per prompt; beyond, torch's attention is faster
 BLOCK = 64
-CACHE_HEADS = 8  # of a program that writes to the cache
-LOWEST = tl.constexpr(-1e30)  # finite: a row may see nothing of its first keys
+CACHE_HEADS = 8  # heads per program of the cache write
+LOWEST = tl.constexpr(-1e30)  # finite, since all first keys of a row may be masked
 
 
 @triton.jit
@@ -28,10 +28,10 @@ def norm_rotary_cache_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,
-    HEADS: tl.constexpr,  # of a program
+    HEADS: tl.constexpr,  # heads per program
     EPS: tl.constexpr,
 ):
-    """Grid (T, ceil((H + 2G) / HEADS)): q and k are normalised and rotated; k and v are written to the cache."""
+    """Grid (T, ceil((H + 2G) / HEADS)): q/k norm, rotary embedding, cache write of k and v."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = tl.arange(0, C // 2)
@@ -72,7 +72,7 @@ def norm_rotary_cache_kernel(
 def count_not_finite(
     qkv, first_start, end, kv_head, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """0 where the values of all columns from `first_start` to `end` are finite."""
+    """Returns 0 if all values in columns `first_start` to `end` are finite."""
     c = tl.arange(0, C)
     zeros = tl.zeros([BLOCK, C], tl.float32)
     for first_column in range(first_start, end, BLOCK):
@@ -99,10 +99,10 @@ def attend_to_columns(
     BLOCK: tl.constexpr,
     SORTS_OUT: tl.constexpr,
 ):
-    """The running softmax of a tile of rows, after all columns from `first_start` to `end`.
+    """Online softmax of a tile of rows over columns `first_start` to `end`.
 
-    SORTS_OUT: whether NaN of one prompt may stand beside another. There it must count for nothing: it moves from the
-    values, where 0 times it were NaN, to the scores of the rows that see it.
+    SORTS_OUT: the tile spans several prompts and the values may hold NaN. To keep it out of other prompts (0 * NaN is
+    NaN), it is zeroed in the values and set in the scores instead, where the mask removes it.
     """
     i = tl.arange(0, BLOCK)
     c = tl.arange(0, C)
@@ -112,7 +112,7 @@ def attend_to_columns(
     accumulated = tl.zeros([BLOCK, C], tl.float32)
     for first_column in range(first_start, end, BLOCK):
         columns = first_column + i
-        in_columns = (columns < end)[:, None]  # beyond, there may be another prompt
+        in_columns = (columns < end)[:, None]  # later columns may belong to another prompt
         key_rows = query_key + (columns * (H + G) + H + kv_head).to(tl.int64) * C
         key = tl.load(key_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
         value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
@@ -131,7 +131,7 @@ def attend_to_columns(
 @triton.jit(do_not_specialize=["num_tokens"])
 def prefill_attention_kernel(
     query_key,  # [T, H + G, C]
-    qkv,  # [T, (H + 2G) * C], of which the values are read
+    qkv,  # [T, (H + 2G) * C], only the values are read
     positions,  # [T] int64, of each token in its prompt
     output,  # [T, H * C]
     num_tokens,
@@ -140,7 +140,7 @@ def prefill_attention_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (ceil(T / BLOCK), H): flash attention (Dao et al. 2022) of BLOCK tokens, which may be of several prompts."""
+    """Grid (ceil(T / BLOCK), H): flash attention (Dao et al. 2022), BLOCK tokens of one or several prompts."""
     first_row = tl.program_id(0) * BLOCK
     head = tl.program_id(1)
     kv_head = head // (H // G)
@@ -148,13 +148,13 @@ def prefill_attention_kernel(
     c = tl.arange(0, C)
     rows = first_row + i
     in_rows = rows < num_tokens
-    starts = rows - tl.load(positions + rows, mask=in_rows, other=0).to(tl.int32)  # of each row's prompt
+    starts = rows - tl.load(positions + rows, mask=in_rows, other=0).to(tl.int32)  # first token of each row's prompt
     first_start = first_row - tl.load(positions + first_row).to(tl.int32)
     query_rows = query_key + (rows * (H + G) + head).to(tl.int64) * C
     query = tl.load(query_rows[:, None] + c[None, :], mask=in_rows[:, None], other=0.0)
     end = tl.minimum(first_row + BLOCK, num_tokens)
     not_finite = 0
-    if tl.max(tl.where(in_rows, starts, first_start), axis=0) > first_start:  # rows of several prompts
+    if tl.max(tl.where(in_rows, starts, first_start), axis=0) > first_start:  # the tile spans several prompts
         not_finite = count_not_finite(qkv, first_start, end, kv_head, H, G, C, BLOCK)
     if not_finite > 0:
         total, accumulated = attend_to_columns(
@@ -169,7 +169,7 @@ def prefill_attention_kernel(
 
 
 class NormRotaryCacheCall:
-    """q/k norm, rotary embedding and cache write of a prefill step, bound to the norms of a layer."""
+    """q/k norm, rotary embedding and cache write of a prefill step, bound to a layer's norm weights."""
 
     def __init__(
         self,
@@ -202,7 +202,7 @@ class NormRotaryCacheCall:
         value_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        """-> queries and keys [T, H + G, C]."""
+        """Returns queries and keys [T, H + G, C]."""
         output = qkv.new_empty(qkv.shape[0], self.num_heads + self.num_kv_heads, self.head_dim)
         self.kernel.grid = (qkv.shape[0], self.programs_per_token, 1)
         self.kernel(qkv, *cos_sin, key_cache, value_cache, slot_mapping, output)
@@ -210,7 +210,7 @@ class NormRotaryCacheCall:
 
 
 class PrefillAttentionCall:
-    """The kernel for any number of prompts, bound to a number of heads."""
+    """Prefill attention over any number of packed prompts, bound to the head counts."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         self.num_heads = num_heads

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of a decode step of several tokens: an expert's weights are read once for all tokens that chose it.
+"""Experts of decode steps with several tokens: an expert's weights are read once for all tokens routed to it.
 
-A pair is a token with one of its choices: token * TOP_K + choice. A plan says who does what: a slot for every chosen
-expert holds its number, how many pairs it has, and these, up to MAX_TOKENS; a slot left over holds the number -1.
+Pair index: token * TOP_K + choice. The plan has a slot per active expert: expert id, number of pairs, pair indices (up
+to MAX_TOKENS); unused slots have expert id -1.
 
-How many tokens there are is no constant of the kernels, so that not every number of them has to be compiled.
+The number of tokens is a runtime argument, so that kernels are not recompiled for each.
 """
 
 import triton
@@ -28,18 +28,18 @@ def plan_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
-    FIRST: tl.constexpr,  # expert on this rank, which has
-    COUNT: tl.constexpr,  # of the E
+    FIRST: tl.constexpr,  # first local expert
+    COUNT: tl.constexpr,  # number of local experts
     RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program."""
+    """Builds the plan and computes top-k weights, in a single program."""
     t = tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     is_token = t < num_tokens
     pdl_wait(PDL)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + (t * is_token)[:, None] * E, e[None, :], E, BLOCK_E)  # padding repeats a token
+    keys = sortable_keys(logits + (t * is_token)[:, None] * E, e[None, :], E, BLOCK_E)  # padding rows repeat a token
     highest = logit_of(tl.max(keys, axis=1), BLOCK_E)
     exponentials = tl.exp(logit_of(keys, BLOCK_E) - highest[:, None])
     places = tl.full([BLOCK_T, BLOCK_E], TOP_K, tl.int32)
@@ -81,7 +81,7 @@ def gate_up_shared_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, num_slots): SiLU(gate) * up."""
+    """Grid (F / ROWS, num_slots): SiLU(gate) * up of all pairs of an expert."""
     d = tl.arange(0, D)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = slots + tl.program_id(1) * PLAN_FIELDS
@@ -115,15 +115,15 @@ def down_shared_kernel(
     F: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,  # a power of two that divides F
+    CHUNK: tl.constexpr,  # power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, num_slots): what each expert adds to its tokens, not weighted yet."""
+    """Grid (D / ROWS, num_slots): down_proj of all pairs of an expert, not yet weighted."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     slot = slots + tl.program_id(1) * PLAN_FIELDS
     pdl_trigger(PDL)
-    # the plan is complete: gate_up has waited for it
+    # the plan is complete, since gate_up has waited for it
     expert = tl.load(slot, cache_modifier=".cg").to(tl.int64)
     count = tl.load(slot + 1, cache_modifier=".cg")
     pairs = slot + 2
@@ -153,10 +153,10 @@ def weighted_sum_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
-    ELSEWHERE: tl.constexpr,  # whether experts may be on other ranks: their weight is 0 and `partial` holds anything
+    ELSEWHERE: tl.constexpr,  # expert parallelism: experts on other ranks have weight 0 and undefined `partial`
     PDL: tl.constexpr,
 ):
-    """Grid (D / BLOCK, T)."""
+    """Grid (D / BLOCK, T): weighted sum over the experts of a token."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)
@@ -167,6 +167,6 @@ def weighted_sum_kernel(
         address = partial + (token * TOP_K + i) * D + n
         is_here = (n >= 0) & (
             factor.to(tl.int32, bitcast=True) != 0
-        )  # Triton's interpreter combines no float comparisons
+        )  # Triton's interpreter cannot combine float comparisons
         y += (tl.load(address, mask=is_here, other=0.0) if ELSEWHERE else tl.load(address)) * factor
     tl.store(output + token * D + n, y.to(output.dtype.element_ty))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of kernels: what `ops/cuda/tiles.json` says for this device and shape, else a rule that fits any.
+"""Tile sizes of kernels: tuned ones from `ops/cuda/tiles.json` for this device and shape, else a heuristic.
 
-The file has a table for every kind of device, by a part of its name. `python -m ops.cuda.tune` measures one.
+The file maps a substring of the device name to a table. `python -m ops.cuda.tune` measures a table.
 """
 
 import functools
@@ -14,26 +14,26 @@ import torch
 
 from ops.cuda.launch import power_of_two_factor
 
-MAX_TOKENS = 8  # of a step that takes the kernels for a few tokens
+MAX_TOKENS = 8  # maximum tokens of a step that uses the decode kernels
 TABLES_FILE = Path(__file__).with_name("tiles.json")
-Table = dict[str, dict[str, list[int]]]  # kernel -> shape of its weight -> sizes
+Table = dict[str, dict[str, list[int]]]  # kernel -> weight shape -> tile sizes
 
-ATTENTION_BLOCK = 128  # cached tokens of a tile
-ATTENTION_MAX_ROUNDS = 4  # tiles of a split before a sequence gets more splits than its batch size says
-# sequences, query heads of a program, splits of the cache, warps
+ATTENTION_BLOCK = 128  # cached tokens per tile
+ATTENTION_MAX_ROUNDS = 4  # tiles per split above which a sequence gets more splits than its batch size implies
+# sequences, query heads per program, splits, warps
 ATTENTION_SPLITS = ((2, 4, 20, 4), (8, 8, 8, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
-# grouped products: rows, columns and depth of a tile, its stages in shared memory, warps
+# grouped GEMM: rows, columns and depth of a tile, pipeline stages, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
-GROUPED_BARRIERS = 256  # bytes of shared memory, more than stand beside the stages
-# of the matrix in the shared memory or the registers of a program, or of a warp
+GROUPED_BARRIERS = 256  # upper bound of the shared memory besides the stages, in bytes
+# bytes of the matrix that a program or a warp holds
 MATMUL_ELEMENTS, GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 32768, 16384
 DOWN_WARP_ELEMENTS, SHARED_DOWN_WARP_ELEMENTS = 12288, 6144
 
 
 @functools.cache
 def measured() -> Table:
-    """The table of this device; empty where none was measured."""
+    """Returns the tuned table of this device; empty if there is none."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return table_of(name)
 
@@ -43,17 +43,17 @@ def table_of(device_name: str) -> Table:
 
 
 def name_of_table(device_name: str) -> str:
-    """The part of the device's name that its table has; empty if none has one."""
+    """Returns the key of the device's table: a substring of its name; empty if there is none."""
     return next((part for part in tables() if part in device_name), "")
 
 
 def tables() -> dict[str, Table]:
-    """By part of a device's name."""
+    """Loads all tables, by substring of the device name."""
     return json.loads(TABLES_FILE.read_text(encoding="utf-8"))
 
 
 def text_of(tables: dict[str, Table]) -> str:
-    """JSON with a line a kernel."""
+    """Serialises tables to JSON with one line per kernel."""
     devices = []
     for part, table in tables.items():
         lines = [f"  {json.dumps(kernel)}: {json.dumps(sizes)}" for kernel, sizes in table.items()]
@@ -73,7 +73,7 @@ class GemvTile:
 
 
 def gemv_tile(n: int, k: int) -> GemvTile:
-    """For a matrix [n, k]; the rows of a program divide n."""
+    """Tile of the GEMV kernel for a matrix [n, k]; its rows divide n."""
     if sizes := sizes_of("gemv", n, k):
         return GemvTile(*sizes)
     rows = power_of_two_factor(n, rounded_down(min(4, GEMV_ELEMENTS // k, n // 128)))
@@ -82,27 +82,27 @@ def gemv_tile(n: int, k: int) -> GemvTile:
 
 
 def matmul_tile(n: int, k: int, num_tokens: int) -> tuple[int, int]:
-    """Rows and warps of a program, for a matrix [n, k] and several tokens."""
+    """Rows per program and warps of the skinny GEMM kernel for a matrix [n, k]."""
     rows = power_of_two_factor(n, rounded_down(min(16, MATMUL_ELEMENTS // k)))
     return rows, 8 if num_tokens <= 4 else 4
 
 
 def gate_up_tile(f: int, d: int) -> tuple[int, int]:
-    """Rows (of the gate and as many of the up part) and warps of a program."""
+    """Rows per program (of gate and of up each) and warps of the gate_up kernel."""
     if sizes := sizes_of("gate_up", f, d):
         return sizes[0], sizes[1]
     return power_of_two_factor(f, rounded_down(min(8, GEMV_ELEMENTS // (2 * d)))), 4
 
 
 def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
-    """Rows and warps of a program that holds them of `top_k` experts."""
+    """Rows per program and warps of the down kernel, which holds rows of `top_k` experts."""
     if sizes := sizes_of("down", f, d):
         return sizes[0], sizes[1]
     return rows_and_warps(d, f * top_k, DOWN_WARP_ELEMENTS)
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
-    """The same where several tokens share experts."""
+    """Tile of the gate_up kernel for several tokens."""
     if sizes := sizes_of("shared_gate_up", f, d):
         return sizes[0], sizes[1]
     return power_of_two_factor(f, rounded_down(min(8, SHARED_GATE_UP_ELEMENTS // (2 * d)))), 4
@@ -115,36 +115,36 @@ def shared_down_tile(f: int, d: int) -> tuple[int, int]:
 
 
 def rows_and_warps(n: int, k: int, warp_elements: int) -> tuple[int, int]:
-    """As many rows of a matrix [n, k] as fit one warp, up to 8; more warps where one row does not."""
+    """Heuristic: up to 8 rows of a matrix [n, k] per warp, several warps if one row does not fit a warp."""
     rows = power_of_two_factor(n, rounded_down(min(8, warp_elements // k)))
     return rows, rounded_up(rows * k / warp_elements)
 
 
 def grouped_stages(device: torch.device) -> int:
-    """As many as were fastest, or as the device's shared memory holds."""
-    if device.type != "cuda":  # interpreted
+    """Pipeline stages of the grouped GEMM: the fastest number, limited by the device's shared memory."""
+    if device.type != "cuda":  # Triton interpreter
         return GROUPED_STAGES
     return stages_within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def stages_within(shared_memory: int) -> int:
-    """Stages of the grouped products that fit so many bytes."""
+    """Pipeline stages of the grouped GEMM that fit into so many bytes of shared memory."""
     stage_bytes = (GROUPED_ROWS + GROUPED_COLUMNS) * GROUPED_DEPTH * 2
     return min(GROUPED_STAGES, (shared_memory - GROUPED_BARRIERS) // stage_bytes)
 
 
 def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]:
-    """Query heads of a program (a power of two that divides the kv head's group), splits of the cache, warps."""
+    """Query heads per program (power of two that divides the GQA group), splits, warps of decode attention."""
     fitting = (sizes for most, *sizes in ATTENTION_SPLITS if num_sequences <= most)
     heads, splits, warps = next(fitting, MANY_SEQUENCES_SPLITS)
     return power_of_two_factor(group_size, heads), splits, warps
 
 
 def rounded_down(number: int) -> int:
-    """The largest power of two up to `number`, at least 1."""
+    """Rounds down to a power of two, at least 1."""
     return 1 << max(0, number.bit_length() - 1)
 
 
 def rounded_up(number: float) -> int:
-    """The smallest power of two from `number` on, at least 1."""
+    """Rounds up to a power of two, at least 1."""
     return 1 << (max(1, math.ceil(number)) - 1).bit_length()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures which sizes of kernels are fastest on this GPU: `python -m ops.cuda.tune CONFIG.JSON [--write NAME]`.
+"""Tunes kernel tile sizes on this GPU: `python -m ops.cuda.tune CONFIG.JSON [--write NAME]`.
 
-Every candidate is timed inside a decode step of some layers with random weights, as one graph: the best size of a
-kernel alone is often not the best beside its neighbours. One kernel is tuned after the other, each with the best before
-it. The kernels of one tensor-parallel rank are tuned alone, without the exchanges between ranks.
+Every candidate is timed within a captured decode step of a few layers with random weights, since the best size in
+isolation is often not the best in context. Kernels are tuned one after the other, keeping the best sizes so far. The
+kernels of a tensor-parallel rank are tuned without collectives.
 """
 
 import argparse
@@ -18,19 +18,19 @@ from tqdm import tqdm
 from ops import DenseWeight, StepMetadata
 from ops.cuda import CudaOps, tiles
 
-LAYERS = 8  # far more weights than the L2 cache holds
+LAYERS = 8  # weights much larger than the L2 cache
 CONTEXT, BLOCK_SIZE = 1024, 128
 REPLAYS, ROUNDS = 20, 5
-SHARED_TOKENS = 4  # of a step whose tokens share experts
+SHARED_TOKENS = 4  # tokens of a step that uses the kernels for shared experts
 EPS = 1e-6
-WARP_ELEMENTS = 12288  # of a matrix in the registers of a warp, at most
-# kernel, shape of its weight, tokens of the step to time, candidates: the first is what is in force
+WARP_ELEMENTS = 12288  # maximum bytes of a matrix in the registers of a warp
+# kernel, weight shape, tokens of the timed step, candidates; the first is the current one
 Search = tuple[str, tuple[int, int], int, list[list[int]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's sizes, letters as in ops/__init__.py."""
+    """Model sizes; letters as in ops/__init__.py."""
 
     d: int
     h: int
@@ -43,7 +43,7 @@ class Shape:
 
     @classmethod
     def read(cls, path: Path) -> "Shape":
-        """From a checkpoint's config.json."""
+        """Reads the sizes from a checkpoint's config.json."""
         raw = json.loads(path.read_text(encoding="utf-8"))
         d, h = raw["hidden_size"], raw["num_attention_heads"]
         return cls(
@@ -58,9 +58,9 @@ class Shape:
         )
 
     def of_rank(self, tp_size: int) -> "Shape":
-        """What one of `tp_size` tensor-parallel ranks holds; ValueError if they cannot share it evenly.
+        """Returns the sizes of one of `tp_size` tensor-parallel ranks; raises ValueError if they do not divide evenly.
 
-        More ranks than kv heads hold one each.
+        With more ranks than kv heads, kv heads are replicated, one per rank.
         """
         split = {"query heads": self.h, "expert columns": self.f, "vocabulary": self.v}
         split |= {"kv heads": max(self.g, tp_size)}
@@ -71,7 +71,7 @@ class Shape:
 
 
 class Layers:
-    """Some layers and a head with random weights, and what a decode step of `num_tokens` sequences needs."""
+    """A few layers and an LM head with random weights, and the inputs of a decode step of `num_tokens` sequences."""
 
     def __init__(self, shape: Shape, num_layers: int, num_tokens: int, device: str, dtype: torch.dtype):
         def random(*size: int, std: float = 0.02) -> torch.Tensor:
@@ -122,7 +122,7 @@ class Layers:
 
 
 def graph_us(work: Callable[[], object]) -> float:
-    """Microseconds of a replay, the median of some rounds."""
+    """Time of a graph replay in microseconds, median of several rounds."""
     recorder = CudaOps().graph_recorder()
     recorder.warm_up(work)
     _, replay = recorder.record(work)
@@ -139,7 +139,7 @@ def graph_us(work: Callable[[], object]) -> float:
 
 
 def searches(shape: Shape) -> Iterator[Search]:
-    """In the order of the tokens of their steps."""
+    """Lists the searches, sorted by tokens per step."""
     f, d = shape.f, shape.d
     qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
     yield from (gemv_search(n, k) for n, k in (qkv, o, router, lm_head))
@@ -150,7 +150,7 @@ def searches(shape: Shape) -> Iterator[Search]:
 
 
 def rows_and_warps(n: int, k: int) -> list[list[int]]:
-    """Of programs whose registers hold whole rows of a matrix [n, k]."""
+    """Candidate rows and warps for programs that hold whole rows of a matrix [n, k] in registers."""
     return [
         [rows, warps]
         for rows in (1, 2, 4, 8, 16)
@@ -160,7 +160,7 @@ def rows_and_warps(n: int, k: int) -> list[list[int]]:
 
 
 def gemv_search(n: int, k: int) -> Search:
-    """For a matrix [n, k]."""
+    """Search over GEMV tiles for a matrix [n, k]."""
     current = tiles.gemv_tile(n, k)
     sizes = [[rows, count, warps] for rows in (1, 2, 4, 8) for count in (1, 2) for warps in (4, 8)]
     sizes = [size for size in sizes if n % (size[0] * size[1]) == 0 and size[0] * size[1] * k <= tiles.GEMV_ELEMENTS]
@@ -170,12 +170,12 @@ def gemv_search(n: int, k: int) -> Search:
 def tune(
     shape: Shape, num_layers: int, device: str, dtype: torch.dtype, time_of: Callable[..., float] = graph_us
 ) -> tiles.Table:
-    """Puts the fastest sizes into the table of this process and returns it."""
+    """Tunes all kernels; updates this process's table with the fastest sizes and returns it."""
     table = tiles.measured()
     layers: Layers | None = None
     for kernel, (n, k), num_tokens, candidates in searches(shape):
         if layers is None or len(layers.hidden_states) != num_tokens:
-            layers = None  # its memory is needed
+            layers = None  # free its memory
             layers = Layers(shape, num_layers, num_tokens, device, dtype)
         sizes, times = table.setdefault(kernel, {}), []
         for candidate in tqdm(candidates, desc=f"{kernel} {n}x{k}", leave=False):
@@ -188,12 +188,12 @@ def tune(
 
 
 def step_us(layers: Layers, time_of: Callable[..., float]) -> float:
-    ops = CudaOps()  # binds its kernels anew
+    ops = CudaOps()  # rebinds the kernels
     return time_of(lambda: layers.run(ops))
 
 
 def refuses_name(name: str, device_name: str) -> str | None:
-    """Why a table of this name would not be the device's, or None."""
+    """Returns why `name` cannot be the key of this device's table, or None."""
     if not name or name not in device_name:
         return f"{name!r} is no part of this device's name, {device_name}"
     existing = tiles.name_of_table(device_name)
