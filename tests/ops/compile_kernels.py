@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the kernels for a GPU that need not be there: `python -m tests.ops.compile_kernels 90 232448`.
+"""Cross-compiles the kernels without a GPU: `python -m tests.ops.compile_kernels 90 232448`.
 
-The numbers are its compute capability and how many bytes of shared memory a program may have.
+The arguments are compute capability and bytes of shared memory per program.
 
-Every operation is called at the 30B shape, on memory never touched; what would be launched is compiled instead. Prints
-a JSON object for each compiled kernel. Triton must not be set to interpret.
+Calls every operation at the 30B shape on untouched memory and compiles instead of launching. Prints a JSON object per
+compiled kernel. Triton must not be set to interpret.
 """
 
 import json
@@ -60,7 +60,7 @@ def compile_kernel(bound: BoundKernel, varying: tuple[Any, ...], capability: int
         "shared_memory": compiled.metadata.shared,
         "pdl": bound.options["launch_pdl"],
         "first": bound.constants.get("FIRST", bound.constants.get("HAS_RESIDUAL") is False),  # of a step
-        # places in the code, -1 if there is none
+        # positions in the PTX, -1 if absent
         "wait": ptx.find("griddepcontrol.wait"),
         "trigger": ptx.find("griddepcontrol.launch_dependents"),
         "first_store": min(place for place in map(ptx.find, ("st.global", "atom.global")) if place >= 0),
@@ -100,7 +100,7 @@ def prefill(num_tokens: int, has_pdl: bool) -> None:
 
 
 class Layer:
-    """Weights that nobody reads."""
+    """Weights of the 30B shape, never read."""
 
     def __init__(self) -> None:
         self.qkv, self.o = DenseWeight(empty((H + 2 * G) * C, D)), DenseWeight(empty(D, H * C))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dispatch the Atlas products allow, and the HCCL buffer it needs."""
+"""Tests algorithm selection and HCCL buffer sizes of fused dispatch on Atlas products."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from ops.ascend import ALGORITHMS, MIB, ExchangeSizes, buffer_setting, choose_al
 
 SHAPES = {"30b": {"hidden_size": 2048}, "235b": {"hidden_size": 4096}}
 BY_NAME = {algorithm.name: algorithm for algorithms in ALGORITHMS.values() for algorithm in algorithms}
-# algorithm, shape, ranks; MB for 1, 8, 32, 64, 128, 256 tokens a rank; the most tokens in HCCL's default of 200 MB
+# algorithm, shape, ranks; MB for 1, 8, 32, 64, 128, 256 tokens per rank; most tokens in HCCL's default of 200 MB
 BUFFERS = [
     ("fullmesh_v1", "30b", (8, 16, 128), (1.2, 9.5, 38, 76, 152, 304), 168),
     ("fullmesh_v1", "235b", (8, 16, 128), (2.2, 18, 72, 144, 288, 576), 88),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames between nodes, and what a listener makes of those who do not know the secret; over real sockets."""
+"""Tests framing, authentication and limits on unauthenticated peers over real sockets."""
 
 import json
 import socket
@@ -28,7 +28,7 @@ ANSWER_S = 0.5
 
 
 class Host:
-    """A listener that keeps what authentic nodes say first."""
+    """A listener that records the first messages of authenticated nodes."""
 
     def __init__(self) -> None:
         self.joined: list[tuple[Channel, dict[str, Any]]] = []
@@ -65,7 +65,7 @@ def host() -> Iterator[Host]:
 
 
 def pair(first: bytes = b"secret", second: bytes = b"secret") -> tuple[Channel, Channel, socket.socket, socket.socket]:
-    """Client and server that have greeted each other, and the sockets of both."""
+    """Client and server channels after the handshake, and their sockets."""
     client, server = connected()
     found: dict[str, Channel] = {}
     thread = threading.Thread(target=lambda: found.update(server=greet(server, second, True, 5)))
@@ -82,7 +82,7 @@ def connected() -> tuple[socket.socket, socket.socket]:
 
 
 def frame_of(channel: Channel, message: dict[str, Any]) -> bytes:
-    """What the channel would send next."""
+    """The bytes of the channel's next frame."""
     ours, theirs = socket.socketpair()
     writer, channel.writer = channel.writer, ours
     channel.send(message)
@@ -148,7 +148,7 @@ def too_long(client: Channel, server: Channel, raw: socket.socket) -> None:
 
 def empty(client: Channel, server: Channel, raw: socket.socket) -> None:
     raw.sendall(bytes(36))
-    server.received = 1  # nor later, when it cannot mean another secret
+    server.received = 1  # later it does not mean a wrong secret
 
 
 def no_object(client: Channel, server: Channel, raw: socket.socket) -> None:
@@ -224,7 +224,7 @@ def test_slow_drip_is_dropped_in_time(host: Host) -> None:
 
 def test_flood_keeps_no_node_out_and_costs_little() -> None:
     host = Host()
-    host.listener.timeout_s = 30  # only the limit can make room
+    host.listener.timeout_s = 30  # only eviction frees a slot
     before, threads = psutil.Process().memory_info().rss, threading.active_count()
     header = GREETING + bytes(32) + MAX_FIRST_BYTES.to_bytes(4, "big") + bytes(32)
     crowd = []

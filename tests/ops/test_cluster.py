@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How nodes meet and end together, with threads in the place of launchers; and what else may be at node 0's port."""
+"""Tests rendezvous and failure propagation, with threads as launchers, and other programs at node 0's port."""
 
 import contextlib
 import socket
@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float = 5) -> None:
 
 
 class Pair:
-    """Two nodes that have met, watched; `ended` gets what each of them would end with."""
+    """Two nodes after rendezvous, with failure detection; `ended` collects the outcome of each."""
 
     def __init__(self, timing: Timing = FAST):
         port = free_port()
@@ -50,7 +50,7 @@ class Pair:
             job.watch(lambda failure, index=index: self.ended.update({index: failure}))
 
     def finish(self, index: int, failure: Failure | None) -> None:
-        """What a launcher does once its ranks have ended, in a thread of its own."""
+        """Runs a launcher's `finish` in a thread."""
         job = (self.head, self.guest)[index]
         threading.Thread(target=job.finish, args=(failure,), daemon=True).start()
 
@@ -69,7 +69,7 @@ def two() -> Iterator[Pair]:
 
 def both_meet(facts: list[dict[str, str]], nodes: list[Nodes] = TWO_NODES, secrets: tuple[bytes, bytes] = (SECRET,) * 2,
               decide: Callable[[], Start] = lambda: START) -> list[Start | Failure | Exception]:  # fmt: skip
-    """What comes of it on each node."""
+    """Returns the rendezvous outcome of each node."""
     port = free_port()
 
     def one(index: int) -> Start | Failure | Exception:
@@ -120,7 +120,7 @@ def test_node_1_does_not_come() -> None:
 
 def test_nodes_that_agree() -> None:
     assert both_meet([{"a": "1"}, {"a": "1"}]) == [START, START]
-    assert both_meet([{}, {}], secrets=(b"", b"")) == [START, START]  # no secret is one that both know
+    assert both_meet([{}, {}], secrets=(b"", b"")) == [START, START]  # without a secret on both sides
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_consequence_without_a_cause_is_the_cause_at_last(two: Pair) -> None:
 @pytest.mark.parametrize("silent", [0, 1])
 def test_node_that_is_no_longer_heard_of(two: Pair, silent: int) -> None:
     job, other = (two.head, two.guest)[silent], 1 - silent
-    job._send = lambda **message: None  # as a cut cable would
+    job._send = lambda **message: None  # like a network partition
     wait_for(lambda: other in two.ended, 10)
     lost = f"node {silent} ({ADDRESSES[silent]}) is lost: nothing was heard of it for 2 s"
     assert two.ended[other].message == lost
@@ -267,7 +267,7 @@ def test_node_that_has_left_is_not_lost(two: Pair) -> None:
 
 
 def say(port: int, message: dict[str, Any], secret: bytes = SECRET, index: int = 1) -> Channel:
-    """A node that says hello as it should, and then something of its own."""
+    """A node that sends a valid hello, then an arbitrary message."""
     channel = greet(socket.create_connection(("127.0.0.1", port)), secret, False, 5)
     channel.send({"kind": "hello", "index": index, "ips": " ".join(ADDRESSES)})
     assert channel.receive(5) == {"kind": "welcome"}
@@ -306,7 +306,7 @@ def test_node_0_takes_no_other_message(message: dict[str, Any]) -> None:
 
 
 class FalseHead:
-    """Something at node 0's port that knows the secret and says what it likes."""
+    """A server at node 0's port that knows the secret and sends arbitrary messages."""
 
     def __init__(self, *messages: dict[str, Any]):
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -343,7 +343,7 @@ def test_other_nodes_take_no_other_message(message: dict[str, Any]) -> None:
 
 def test_nobody_ends_well_on_anothers_word(two: Pair) -> None:
     two.head._send(kind="end", message="all is well", exit_code=0, is_consequence=False)
-    wait_for(lambda: 1 in two.ended, 10)  # node 0 is taken for lost
+    wait_for(lambda: 1 in two.ended, 10)  # node 0 is considered lost
     assert two.ended[1].exit_code == 1
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton's interpreter cannot see: that kernels compile, fit a GPU's shared memory and wait where they must."""
+"""Tests what Triton's interpreter cannot: compilation, shared memory limits and the order of PDL instructions."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton")
 
 ROOT = Path(__file__).parents[2]
-TRIGGER_LATE = {"gate_up_kernel", "gate_up_shared_kernel"}  # as the next kernel reads early what an older one wrote
+TRIGGER_LATE = {"gate_up_kernel", "gate_up_shared_kernel"}  # the next kernel reads an older output before its wait
 
 
 @pytest.mark.parametrize(

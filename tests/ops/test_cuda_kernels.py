@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels against the reference in float32: small shapes in Triton's interpreter, real ones on a GPU."""
+"""Compares the Triton kernels with the float32 reference: small shapes in the interpreter, real ones on a GPU."""
 
 import os
 from dataclasses import replace
@@ -23,7 +23,7 @@ from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter multiplies bfloat16 matrices as integers
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter treats bfloat16 matrices as integers in tl.dot
 EPS = 1e-6
 TOLERANCE = 1e-2
 BLOCK = 128
@@ -42,7 +42,7 @@ def random(*shape, std=1.0, dtype=DTYPE):
 
 
 def poison(ops: CudaOps) -> None:
-    """NaN in every buffer for results, so that an element nobody writes is seen."""
+    """Fills all output buffers with NaN, so that unwritten elements are detected."""
     for call in ops.calls.values():
         for name in ("output", "residual", "normed", "activated", "partial"):
             buffer = getattr(call, name, None)
@@ -51,23 +51,23 @@ def poison(ops: CudaOps) -> None:
 
 
 def test_fallbacks():
-    """Of the dtypes that kernels take every operation is there."""
+    """For supported dtypes no operation falls back."""
     ops = CudaOps()
     assert [ops.fallbacks(dtype) for dtype in (torch.bfloat16, torch.float16)] == [[], []]
     assert ops.fallbacks(torch.float32) == OPERATIONS
 
 
 def kind_of_product(weight: DenseWeight, num_tokens: int, by_rows: type, on_tensor_cores: type) -> type:
-    """With several tokens the tensor cores win, unless the matrix is small; where they cannot, torch's product."""
+    """Expected kernel: for several tokens the skinny GEMM unless the matrix is small; torch if unsupported."""
     if num_tokens == 1 or weight.data.nbytes <= SMALL_BYTES:
         return by_rows
     return on_tensor_cores if COMPILES_NARROW_DOT else partial
 
 
 def run_twice(ops: CudaOps, run, *kinds: type):
-    """Runs a call when it is bound and again over poisoned buffers; the two must agree to the bit.
+    """Runs a call twice, at binding and with poisoned buffers; the results must be bitwise equal.
 
-    `kinds` of calls must be all that was bound; unless given, any but torch's.
+    Exactly the call types `kinds` must be bound; by default any except torch's.
     """
     first = [tensor.clone() for tensor in run()]
     bound = {type(call) for call in ops.calls.values()}
@@ -100,7 +100,7 @@ def test_linear(k, n, num_tokens, has_bias):
 @pytest.mark.parametrize("num_tokens", [2, 3, 5, 8])
 @pytest.mark.parametrize("k, n", [(1536, 2000), (8192, 1024), (2560, 264)] if ON_GPU else [(64, 48), (96, 8), (32, 24)])
 def test_products_on_tensor_cores(k, n, num_tokens, has_residual, monkeypatch):
-    """Of widths that are no powers of two, too; rows of padding change no other row."""
+    """Includes widths that are not powers of two; padding rows do not change other rows."""
     monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 0)
     padded_x, weight, bias = random(8, k), DenseWeight(random(n, k, std=k**-0.5)), random(n)
     x, gain = padded_x[:num_tokens], 1 + random(k, std=0.2)
@@ -122,7 +122,7 @@ def test_products_on_tensor_cores(k, n, num_tokens, has_residual, monkeypatch):
     [(1, 64, 8), (9, 64, 8), (2, 64, 4), (2, 24, 8), (2, 16 * 17, 8), (2, 16384, 8), (2, 2048, 6152)],
 )
 def test_what_tensor_cores_do_not_take(num_tokens, k, n):
-    """One token, many, few rows, odd columns, columns in too many parts, long rows, a matrix too large to be held."""
+    """One or many tokens, few rows, odd columns, too many parts, long rows, a matrix too large for shared memory."""
     assert not matmul_supports(random(num_tokens, k), torch.empty(n, k, dtype=DTYPE, device=DEVICE))
 
 
@@ -165,7 +165,7 @@ def test_silu_and_mul():
 
 
 def attention_inputs(seq_lens: list[int], is_prefill: bool, num_heads: int, num_kv_heads: int, head_dim: int):
-    """Sequences in shuffled cache blocks, with NaN in every cache entry that no token may see."""
+    """Sequences in shuffled cache blocks, with NaN in every cache entry that must be masked."""
     query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
     blocks_of = [-(-length // BLOCK) for length in seq_lens]
     order = (torch.randperm(sum(blocks_of)) + 1).split(blocks_of)
@@ -206,7 +206,7 @@ LENGTHS = (
     else [
         *([1], [2], [64], [65], [128], [129], [1024], [4081], [1, 4000]),
         *([3, 500, 128, 1000], [700, 1, 64, 65, 128, 129, 2000, 31], [40] * 13),
-        # just two splits; so long for their batch that no split is left for the new token
+        # exactly two splits; so long that no split is left for the new token
         *([130], [16000], [8000, 129, 130, 1], [1, 1600] * 9),
     ]
 )
@@ -227,7 +227,7 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
 
 
 def test_combination_is_compiled_with_the_first_token():
-    """And not when a text outgrows one tile, which would stop it for a second; until then nobody calls it again."""
+    """Not when a sequence outgrows one tile, where compiling would stall generation; until then it is not called."""
     qkv, norms, cos_sin, caches, step = attention_inputs([7], False, *HEADS[0])
     ops = CudaOps()
     ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)
@@ -243,7 +243,7 @@ def test_combination_is_compiled_with_the_first_token():
 
 @pytest.mark.parametrize("num_tiles", [2, 3, 5, 8, 9])
 def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
-    """Two splits, then up to four from two tiles each, then more tiles each: all right, and alike in a wider table.
+    """Results are correct, and the same with a wider block table, as splits and then tiles per split grow.
 
     With eight tiles no split is left for the new token.
     """
@@ -291,7 +291,7 @@ def test_route(num_tokens, renormalize):
     assert relative_error(normed, expected[0]) < TOLERANCE
     assert relative_error(summed, expected[1]) < 1e-6
     chosen = routing.chosen()
-    # experts of nearly equal logits may change places: their weights then hardly differ
+    # near-tied experts may swap; their weights then hardly differ
     assert relative_error(chosen.topk_weights, expected[2].topk_weights) < 2 * TOLERANCE
     assert all(len(set(ids)) == top_k and max(ids) < num_experts for ids in chosen.topk_ids.tolist())
     assert isinstance(routing, RouterLogits if num_tokens <= 8 else Routing)
@@ -323,7 +323,7 @@ def test_experts_of_few_tokens(num_experts, d, f, top_k, num_tokens, renormalize
 
 
 def test_experts_that_all_of_eight_tokens_chose():
-    """An expert of the plan then has as many tokens as it has room for."""
+    """A slot of the plan is then full."""
     num_experts, d, f, top_k = EXPERT_SIZES[0]
     ops, x = CudaOps(), random(8, d)
     gate_up, down = expert_weights(num_experts, d, f)
@@ -339,7 +339,7 @@ def test_experts_that_all_of_eight_tokens_chose():
 @pytest.mark.parametrize("num_tokens", TOKEN_COUNTS)
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_experts_of_few_tokens_on_one_of_three_ranks(rank, num_tokens, renormalize):
-    """The last rank has experts that no token chose; there, the sum is of nothing."""
+    """The last rank has only experts without tokens and returns zeros."""
     num_experts, d, f, top_k = (96, 2048, 768, 8) if ON_GPU else (9, 64, 48, 3)
     count = num_experts // 3
     ops, x = CudaOps(), random(num_tokens, d)
@@ -373,7 +373,7 @@ def test_experts_of_many_tokens(num_experts, d, f, top_k, has_elsewhere, num_tok
     ops, x = CudaOps(), random(num_tokens, d)
     gate_up, down = expert_weights(num_experts, d, f)
     logits = random(num_tokens, num_experts, std=2, dtype=torch.float32)
-    logits[:, 1] = -1e4  # an expert without a row, and one that has many
+    logits[:, 1] = -1e4  # one expert without rows, one with many
     logits[:, 2] += 4
     routing = RouterLogits(logits, top_k, True).chosen()
     if has_elsewhere:
@@ -401,7 +401,7 @@ def test_experts_that_fill_their_tiles(d, f):
 @pytest.mark.parametrize("num_pairs", [1, 64, 1000, 32640, 131072] if ON_GPU else [1, 64, 300])
 @pytest.mark.parametrize("num_experts, tile_rows", [(100, 128), (128, 128)] if ON_GPU else [(5, 16), (8, 16)])
 def test_expert_order(num_experts, tile_rows, num_pairs):
-    expert_ids = torch.randint(0, num_experts + 1, (num_pairs,), device=DEVICE)  # the last stands for elsewhere
+    expert_ids = torch.randint(0, num_experts + 1, (num_pairs,), device=DEVICE)  # last id: expert on another rank
     expert_ids[expert_ids == 1] = 3
     order, slots = ExpertOrder(num_experts, tile_rows)(expert_ids)
     counts = torch.bincount(expert_ids, minlength=num_experts + 1)[:num_experts]
@@ -421,7 +421,7 @@ def test_experts_of_grouped_rows(spare_rows):
     rows = GroupedRows(torch.tensor([64, 0, 65, 130, 0], device=DEVICE))
     here = int(rows.tokens_per_expert.sum())
     ops, x = CudaOps(), random(here + spare_rows, d)
-    x[here:] = float("nan")  # of no expert
+    x[here:] = float("nan")  # rows without an expert
     gate_up, down = expert_weights(len(rows.tokens_per_expert), d, f)
     [output] = run_twice(ops, lambda: [ops.experts(x, rows, gate_up, down)[:here]])
     expected = REFERENCE.experts(x[:here].float(), rows, float_weight(gate_up), float_weight(down))

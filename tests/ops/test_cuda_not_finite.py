@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NaN and infinity in the Triton kernels: they stay in their own rows, and choose no expert that does not exist."""
+"""Tests that NaN and infinity do not spread to other rows in the Triton kernels nor select invalid experts."""
 
 import os
 
@@ -41,7 +41,7 @@ def seed(request):
 
 
 def special_logits(num_experts: int) -> dict[str, torch.Tensor]:
-    """Router logits [E] by name: "sound" ones, "tie"s, whose experts may differ, and others, which end in NaN."""
+    """Router logits [E] by name: "sound", "tie" (experts may differ), and others, whose outputs are NaN."""
     rows = {name: torch.randn(num_experts) for name in ("one NaN", "one -NaN", "infinities", "sound random")}
     rows["one NaN"][1] = NAN
     rows["one -NaN"][2] = NEGATIVE_NAN[0]
@@ -56,7 +56,7 @@ def special_logits(num_experts: int) -> dict[str, torch.Tensor]:
 
 
 def assert_equal_where_sound(found: torch.Tensor, expected: torch.Tensor, names: list[str]) -> None:
-    """Rows [N] of each name: close where they are sound; what ends in NaN has no number."""
+    """Compares rows [N] by name: sound rows are close, ties finite, all other rows not finite in both."""
     for row, expected_row, name in zip(found, expected, names, strict=True):
         if name.startswith("sound"):
             assert relative_error(row, expected_row) < TOLERANCE, name
@@ -88,7 +88,7 @@ def test_choice_of_experts(num_experts, top_k, renormalize):
 @pytest.mark.parametrize("num_tokens", [1, 3, 8])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_experts_of_few_tokens(ranks, num_tokens, renormalize):
-    """On one rank or in parts on two: the rows that are not finite are no others than with the reference."""
+    """On one rank or split over two: the same rows are not finite as in the reference."""
     num_experts, d, f, top_k = (100, 512, 128, 8) if ON_GPU else (10, 32, 16, 3)
     special = special_logits(num_experts)
     gate_up, down = expert_weights(num_experts, d, f)
@@ -107,7 +107,7 @@ def test_experts_of_few_tokens(ranks, num_tokens, renormalize):
 
 
 def products() -> dict[str, tuple]:
-    """Operations on several tokens: sizes of a layer, and what runs it on x [T, D]."""
+    """Operations on several tokens: layer sizes and a function of x [T, D]."""
     d, n, num_experts, f = (1024, 512, 16, 128) if ON_GPU else (32, 48, 6, 16)
     weight, small = DenseWeight(random(n, d)), DenseWeight(random(8, d))
     router, gain = random(num_experts, d), random(d)
@@ -130,7 +130,7 @@ def products() -> dict[str, tuple]:
 @pytest.mark.parametrize("num_tokens", [2, 8, 70])
 @pytest.mark.parametrize("name", ["linear", "small linear", "norm_linear", "add_norm", "silu_and_mul", "layer"])
 def test_other_rows_do_not_change(name, num_tokens, monkeypatch):
-    """Among them the rows of tokens that chose the same experts."""
+    """Including rows of tokens routed to the same experts."""
     monkeypatch.setattr("ops.cuda.linear.SMALL_BYTES", 32 * 48)
     d, run = products()[name]
     ops, x = CudaOps(), random(num_tokens, d)
@@ -149,7 +149,7 @@ def test_other_rows_do_not_change(name, num_tokens, monkeypatch):
 @pytest.mark.parametrize("part", ["all", "query", "key", "value"])
 @pytest.mark.parametrize("seq_lens", [[5, 40, 30], [1, 2, 3, 70, 1]], ids=str)
 def test_packed_prompts_do_not_see_each_others_numbers(seq_lens, part):
-    """Nor an earlier token a later one's: the kernel's tiles hold several prompts."""
+    """Neither other prompts in the same tile nor later tokens affect a row."""
     num_heads, num_kv_heads, head_dim = HEADS[0]
     qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, True, num_heads, num_kv_heads, head_dim)
     first_key, first_value = num_heads * head_dim, (num_heads + num_kv_heads) * head_dim

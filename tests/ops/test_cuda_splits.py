@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How decode attention splits sequences, for every length: what the kernels reckon beside what is launched."""
+"""Checks for every length that the splits computed by the decode attention kernels fit the launched grid."""
 
 import os
 
@@ -39,9 +39,9 @@ def splitting_kernel(
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 8, 16, 17])
 def test_every_length_has_its_splits_in_the_grid(batch_size):
-    """In the narrowest block table that holds a sequence; in a wider one there are no fewer programs.
+    """For the narrowest block table that holds a sequence; a wider one launches at least as many programs.
 
-    Its splits have all its tokens, and none has no token.
+    The splits cover all tokens, and no split is empty.
     """
     num_heads, num_kv_heads, head_dim = 8, 1, 32
     qkv = torch.empty(batch_size, (num_heads + 2 * num_kv_heads) * head_dim, dtype=torch.float16, device=DEVICE)
@@ -58,7 +58,7 @@ def test_every_length_has_its_splits_in_the_grid(batch_size):
     assert (launched.diff() >= 0).all() and launched[-1] == call.max_splits
     assert (newest < launched.repeat_interleave(BLOCK)).all()
     assert ((newest == 0) == (num_cached <= BLOCK)).all()
-    shares_a_split = newest * per_split < num_cached  # the new token, with cached ones
+    shares_a_split = newest * per_split < num_cached  # the new token shares a split with cached ones
     is_last = newest == call.max_splits - 1
     assert (is_last | (newest == 0) | ~shares_a_split).all() and (is_last & shares_a_split).any()
     assert ((newest + 1) * per_split >= num_cached).all()

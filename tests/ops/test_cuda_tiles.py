@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of kernels: a table for every device, a rule elsewhere, and the search for the best."""
+"""Tests tile sizes: tables per device, the heuristic without a table, and tuning."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def table(monkeypatch) -> tiles.Table:
-    """An empty one, in force."""
+    """Installs an empty tile table."""
     own: tiles.Table = {}
     monkeypatch.setattr(tiles, "measured", lambda: own)
     return own
@@ -30,14 +30,14 @@ def test_a_device_is_found_by_a_part_of_its_name(table):
     h100, h200 = (tiles.table_of(f"NVIDIA {name}") for name in ("H100 80GB HBM3", "H200"))
     assert h100["gate_up"] != h200["gate_up"]
     assert tiles.table_of("Some other GPU") == {} == tiles.table_of("")
-    assert tiles.gate_up_tile(768, 2048) == (8, 4)  # the rule
+    assert tiles.gate_up_tile(768, 2048) == (8, 4)  # the heuristic
     table.update(h200)
     assert tiles.gate_up_tile(768, 2048) == tuple(h200["gate_up"]["768x2048"])
     assert tiles.gemv_tile(5120, 2048) == tiles.GemvTile(*h200["gemv"]["5120x2048"])
 
 
 def test_rules_fit_a_warp_to_what_it_holds(table):
-    """The 30B and 235B shapes, halved, and an expert too wide for one warp."""
+    """30B and 235B shapes, their halves, and an expert too wide for one warp."""
     assert [tiles.down_tile(f, 2048, 8) for f in (384, 768, 1536, 3072)] == [(4, 1), (2, 1), (1, 1), (1, 2)]
     assert [tiles.shared_down_tile(f, 2048) for f in (384, 768, 1536, 12288)] == [(8, 1), (8, 1), (4, 1), (1, 2)]
 
@@ -59,7 +59,7 @@ def test_tables_divide_their_weights(part):
 
 @torch.inference_mode()
 def test_tune_takes_the_fastest(table, monkeypatch, capsys):
-    """Candidates run and give the same result; the table then has the one that was fastest by the clock."""
+    """All candidates give the same result; the table then holds the fastest one by the test's clock."""
     monkeypatch.setattr(tune, "CONTEXT", 128)
     monkeypatch.setattr(tune, "SHARED_TOKENS", 2)
     searches = tune.searches
@@ -82,7 +82,7 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
     def clock(work):
         asked_for.clear()
         result = work().clone()
-        assert searched[-1] in asked_for  # else its sizes would change nothing
+        assert searched[-1] in asked_for  # otherwise the sizes have no effect
         first = results.setdefault(len(result), result)
         torch.testing.assert_close(result, first, rtol=2e-2, atol=2e-2)
         return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the ranks' store listens, and what a launcher makes of ranks that failed."""
+"""Tests the address of the ranks' store and root-cause detection for failed ranks."""
 
 import socket
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is left of recorded work when a process ends."""
+"""Tests that captured graphs are freed at process exit."""
 
 import weakref
 

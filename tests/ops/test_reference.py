@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plain torch operations against formulas written out in float64."""
+"""Compares the reference operations with formulas in float64."""
 
 import math
 
@@ -21,7 +21,7 @@ def fresh_inputs():
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """Equal up to the rounding of `dtype`, measured by the largest expected value."""
+    """Asserts equality up to the rounding of `dtype`, relative to the largest expected value."""
     assert found.shape == expected.shape
     atol = TOLERANCES[dtype] * expected.abs().max().item()
     torch.testing.assert_close(found.double(), expected.double(), atol=atol, rtol=0)
@@ -39,7 +39,7 @@ def test_every_operation_is_there(device_type):
 
 
 def test_fallbacks():
-    """On a CPU plain torch is the backend; on an accelerator it stands for every operation."""
+    """On a CPU the reference is the backend; on an accelerator every operation is a fallback."""
     assert ReferenceOps().fallbacks(torch.bfloat16) == []
     assert ReferenceOps(grouped_mm=True).fallbacks(torch.bfloat16) == OPERATIONS
     assert {"embedding", "norm_linear", "attention", "linear", "route", "experts"} <= set(OPERATIONS)
@@ -89,14 +89,14 @@ def test_silu_and_mul(dtype):
 
 
 def rotated(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """[T, H, C] turned by `angles` [T, C / 2]: pair i of a head is a complex number, (i, i + C / 2)."""
+    """Rotary embedding of [T, H, C] by `angles` [T, C / 2]: (i, i + C / 2) of a head form a complex number."""
     half = heads.shape[-1] // 2
     turned = torch.complex(heads[..., :half], heads[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
 def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """One query token [H, C] over the tokens it may see, [t, G, C] each -> [H * C]."""
+    """Attention of one query token [H, C] over its visible keys and values [t, G, C] -> [H * C]."""
     per_kv_head = query.shape[0] // key.shape[1]
     outputs = []
     for head, row in enumerate(query):
@@ -108,7 +108,7 @@ def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 
 
 class Attention:
-    """Random inputs for a step of sequences with these lengths, their cache blocks shuffled, and what must come out."""
+    """Random attention inputs for sequences with these lengths in shuffled cache blocks, and the expected output."""
 
     def __init__(self, seq_lens: list[int], num_heads: int, num_kv_heads: int, is_prefill: bool, dtype: torch.dtype):
         head_dim, self.num_heads, self.num_kv_heads = 8, num_heads, num_kv_heads
@@ -142,7 +142,7 @@ class Attention:
         return OPS.attention(self.qkv, *self.norm_weights, 1e-6, cos_sin, *self.caches, self.step)
 
     def expected(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Output and caches, from the inputs as they are before `run`."""
+        """Computes expected output and caches from the inputs; call it before `run`."""
         heads = self.qkv.double().unflatten(-1, (-1, 8))
         h, g = self.num_heads, self.num_kv_heads
         query = rotated(normed(heads[:, :h], self.norm_weights[0], 1e-6), self.angles)
@@ -192,7 +192,7 @@ def test_route(top_k, renormalize, dtype):
     total = hidden_states.double() + residual.double()
     assert_near(new_residual, total, torch.float32)
     assert_near(found, normed(total, norm_weight, 1e-6), dtype)
-    # From the normed states as rounded, so that a near tie goes the same way.
+    # Uses the rounded normed states, so that near ties resolve the same way.
     probabilities = (found @ router_weight.T).double().softmax(dim=-1)
     assert routing.topk_weights.dtype == torch.float32 and routing.topk_ids.dtype == torch.int64
     for token, row in enumerate(probabilities.tolist()):
@@ -205,7 +205,7 @@ def test_route(top_k, renormalize, dtype):
 
 
 class Experts:
-    """Random experts, a routing of tokens to the first `used` of them, and what must come out."""
+    """Random experts, a routing to the first `used` of them, and the expected output."""
 
     def __init__(self, num_tokens: int, num_experts: int, top_k: int, used: int, dtype: torch.dtype):
         hidden, width = 32, 16
@@ -225,7 +225,7 @@ class Experts:
         output = torch.zeros_like(self.hidden_states, dtype=torch.float64)
         for token, row in enumerate(self.hidden_states.double()):
             for weight, expert in zip(self.topk_weights[token].double(), self.topk_ids[token].tolist(), strict=True):
-                if expert == len(self.gate_up):  # elsewhere
+                if expert == len(self.gate_up):  # expert on another rank
                     continue
                 gate, up = (self.gate_up[expert].double() @ row).chunk(2)
                 output[token] += weight * (self.down[expert].double() @ (gate / (1 + (-gate).exp()) * up))
@@ -260,7 +260,7 @@ def test_grouped_products_of_any_number_of_rows(max_gathered_rows, dtype, monkey
 def test_experts_elsewhere_add_nothing(share, grouped_mm, dtype):
     case = Experts(12, 6, 3, 6, dtype)
     case.topk_ids[torch.rand(case.topk_ids.shape) < share] = 6
-    case.hidden_states[(case.topk_ids == 6).all(dim=1)] = torch.nan  # nobody here looks at these
+    case.hidden_states[(case.topk_ids == 6).all(dim=1)] = torch.nan  # unused here
     found, expected = case.run(ReferenceOps(grouped_mm), has_elsewhere=True), case.expected()
     assert_near(found, expected, dtype)
 
@@ -279,7 +279,7 @@ def test_experts_leave_their_inputs_alone(dtype):
 @pytest.mark.parametrize("counts", [[3, 0, 1, 5], [0, 0, 0, 0], [0, 0, 9, 0]])
 @pytest.mark.parametrize("spare", [0, 2])
 def test_grouped_rows(counts, spare, grouped_mm, dtype):
-    """Each row through its expert alone; rows of no expert may hold anything."""
+    """Each row goes through its expert; rows without an expert are undefined."""
     case = Experts(sum(counts) + spare, 4, 1, 4, dtype)
     case.topk_ids = torch.arange(4).repeat_interleave(torch.tensor(counts))[:, None]
     case.topk_weights = torch.ones(sum(counts), 1)
@@ -306,7 +306,7 @@ def test_rows_sorted_by_expert_come_back(num_tokens):
 
 
 def test_regroup():
-    """Rows of three ranks by expert; one rank has none, one expert gets none."""
+    """Rows of three ranks; one rank sends none, one expert receives none."""
     counts = torch.tensor([[2, 0, 1], [0, 0, 0], [1, 0, 3]])
     names = [f"{rank}{expert}" for rank in range(3) for expert in range(3) for _ in range(counts[rank, expert])]
     rows = torch.randn(len(names), 4)

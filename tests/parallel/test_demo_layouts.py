@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""infer.sh runs the demo's YAML files of two ranks, with one process's tokens."""
+"""Tests that infer.sh with the demo's two-rank YAML files generates the tokens of a single process."""
 
 import json
 

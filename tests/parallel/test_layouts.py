@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every layout computes what one process computes, over Gloo, and sends the bytes its formula says."""
+"""Compares every layout with a single process, over Gloo, and its traffic with the formula."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "repetition
 
 
 def results_of(folder: str, token_ids: list[int], prompts: list[list[int]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Logits of one sequence, greedy and sampled tokens of several, with batch sizes 1 and 3."""
+    """Returns logits of one sequence, greedy and sampled tokens of several, with batch sizes 1 and 3."""
     results = {}
     for batch_size in (1, 3):
         llm = LLM(folder, device="cpu", dtype="float32", batch_size=batch_size, cache_tokens=2048, **settings)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small exchanges by writes to the other ranks' memory: between GPUs where there are two, else between processes that
-share a file's pages, in Triton's interpreter."""
+"""Tests all-reduce and all-gather by peer memory writes: between GPUs if there are two, else in Triton's interpreter
+between processes that map the same file."""
 
 import dataclasses
 import os
@@ -19,14 +19,14 @@ from ops.cuda.peer_exchange import CAPACITY, PeerExchange, slot_words  # noqa: E
 from tests.parallel.ranks import run_ranks  # noqa: E402
 
 SIZE = 2 if ON_GPUS else 3
-# the last is too large: torch.distributed gets it
+# the last is too large and uses torch.distributed
 SHAPES = [(1,), (3, 128), (2, 129), (1, 1), (5, 24), *([(8, 2048), (CAPACITY,)] if ON_GPUS else []), (CAPACITY + 1,)]
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPUS else [])  # which the interpreter cuts off
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if ON_GPUS else [])  # which the interpreter truncates
 ROUNDS = 2
 
 
 def connected(rank: int, folder: Path) -> Group:
-    """A group of all ranks, over slots in files where there are no GPUs."""
+    """Creates a group of all ranks, with slots in files without GPUs."""
     if ON_GPUS:
         torch.cuda.set_device(rank)
         group = init_parallel(torch.device("cuda", rank), SIZE, SIZE, SIZE, SIZE).attn_tp
@@ -46,7 +46,7 @@ def values_of(rank: int, round_number: int, shape: tuple[int, ...], dtype: torch
 
 
 def exchange_all(folder: Path) -> tuple[list[torch.Tensor], int]:
-    """Everything that the ranks got, and how many exchanges the first program of the kernel took part in."""
+    """Returns all results of this rank and the sequence number of the kernel's first program."""
     rank = int(os.environ["RANK"])
     group = connected(rank, folder)
     counts = group.small.counts
@@ -86,7 +86,7 @@ def test_ranks_get_the_same_sums_and_everybodys_values(tmp_path):
             own[:, 1] = sum(columns[1:], columns[0])[:, 1]
             assert torch.equal(next(found), own)
         exchanged = [shape for shape in SHAPES if shape[0] <= CAPACITY]
-        gathered = [shape for shape in SHAPES if shape[0] <= CAPACITY // 2]  # 64 bits are two numbers
+        gathered = [shape for shape in SHAPES if shape[0] <= CAPACITY // 2]  # two values per 64-bit element
         assert count == ROUNDS * (len(exchanged) * len(DTYPES) + len(gathered) + 2)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks forked from a warm server are processes of their own: the environment of the call, fresh modules, one cause."""
+"""Tests the isolation of ranks from the fork server: environment of the call, fresh modules, one root cause."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from tests.parallel.ranks import run_ranks
 
 
 def seen() -> dict[str, object]:
-    """What a rank finds, before it leaves a mark that the next must not find."""
+    """Returns the state that a rank sees, then modifies it; the next rank must not see that."""
     dist.init_process_group("gloo")
     total = torch.tensor([dist.get_rank() + 1])
     dist.all_reduce(total)
@@ -34,7 +34,7 @@ def seen() -> dict[str, object]:
 def fail_on_one() -> None:
     if os.environ["RANK"] == "1":
         raise RuntimeError("this is why")
-    dist.init_process_group("gloo")  # waits for the other
+    dist.init_process_group("gloo")  # blocks on the other rank
 
 
 def test_each_is_a_process_of_its_own(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts that ranks read make up every tensor of the checkpoint, and impossible layouts are refused."""
+"""Tests that the ranks' shards cover every tensor of the checkpoint, and that impossible layouts are refused."""
 
 import time
 
@@ -26,7 +26,7 @@ CONFIG = {
 
 
 def layouts(world_size: int, **sizes: int) -> list[Layout]:
-    """The layout of every rank."""
+    """Lists the layouts of all ranks."""
     members = group_members(world_size, **sizes)
     return [
         Layout(

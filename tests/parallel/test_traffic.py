@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks send the bytes the formulas say, and every rank works on its own tokens and no others."""
+"""Tests that traffic matches the formulas and that each rank computes only its own tokens."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ LAYOUTS = [
     (2, 1, 1, 1, True),
     (1, 4, 1, 1, False),
 ]
-EVEN = CONFIG | {"num_experts": 8, "num_experts_per_tok": 8}  # every token goes to every expert
+EVEN = CONFIG | {"num_experts": 8, "num_experts_per_tok": 8}  # every token is routed to every expert
 EVEN_LAYOUTS = [(1, 1, 1, 1, False), (2, 1, 1, 1, False), (2, 1, 1, 1, True), (1, 2, 1, 1, False), (2, 4, 1, 1, False)]
-PROMPT_TOKENS = [300, 200, 40]  # groups take them in turn
+PROMPT_TOKENS = [300, 200, 40]  # assigned to groups round-robin
 NEW_TOKENS = 4
 
 
 def measure(folder: str, prompts: list[list[int]], layouts: list[tuple], all_to_all: bool) -> list[dict[str, float]]:
-    """all_to_all: that exchange, however much it sends."""
+    """Runs every layout and returns its counters. all_to_all: force this exchange whatever its traffic."""
     if all_to_all:
         executor.exchanges.sent_bytes_per_token = lambda *_: {"gather": 1, "all_to_all": 0}
     results = []
