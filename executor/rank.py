@@ -12,7 +12,7 @@ from pathlib import Path
 
 from executor.interrupts import Interrupted
 from executor.terminal import drain, print_error
-from executor.utils.text import one_line
+from executor.utils.text import one_line, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +29,31 @@ def join() -> int:
 
     Call before importing torch, which sizes its thread pool by the affinity.
     """
-    if not os.environ.get("RANK", "0").isdecimal():
-        raise ValueError(f"RANK: {os.environ['RANK']!r} is not a whole number")
-    rank = int(os.environ.get("RANK", "0"))
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    rank, world_size = rank_among("RANK", "WORLD_SIZE")
+    local_rank, local_size = rank_among("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if world_size == 1:
         return rank
     logging.captureWarnings(True)  # to the rank's log file
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would run only after a collective
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(LAUNCHER_VARIABLE, str(os.getppid())) != str(os.getppid()):
         os._exit(1)  # the launcher died before prctl
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     os.sched_setaffinity(0, share_of_cores(sorted(os.sched_getaffinity(0), key=cpu_topology), local_rank, local_size))
     return rank
+
+
+def rank_among(rank_variable: str, size_variable: str) -> tuple[int, int]:
+    """Reads a rank and the number of ranks from the environment. ValueError for anything a launcher cannot have set."""
+    values = []
+    for name, default in ((rank_variable, "0"), (size_variable, "1")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            raise ValueError(f"{name}: {quoted(text)} is not a whole number")
+        values.append(int(text))
+    rank, size = values
+    if size < 1 or (rank >= size and size_variable in os.environ):  # not every launcher sets LOCAL_WORLD_SIZE
+        raise ValueError(f"{rank_variable}: {rank} must be below {size_variable}, which is {size}")
+    return rank, size
 
 
 def forget_rank() -> None:
