@@ -10,12 +10,12 @@ DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # 
 
 
 def one_line(text: object, limit: int = MAX_LINE) -> str:
-    """`text` on one line of at most `limit` characters: white space collapsed, control characters escaped, cut in the
+    """`text` on one line of at most `limit` characters: white space collapsed, what does not print escaped, cut in the
     middle if it is longer."""
     line = str(text)
     if len(line) > 8 * limit:
         line = f"{line[: 4 * limit]} {line[-4 * limit :]}"
-    line = printable(" ".join(line.split()))
+    line = "".join(character if character.isprintable() else escaped(character) for character in " ".join(line.split()))
     if len(line) <= limit:
         return line
     keep = limit - 5
@@ -35,7 +35,7 @@ def shows(character: str) -> bool:
 
 def escaped(character: str) -> str:
     code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
 
 
 def quoted(value: Any) -> str:
