@@ -14,6 +14,7 @@ Prompt = str | TokenIds
 Message = dict[str, Any]  # {"role": "user", "content": "..."} and any keys that the template uses
 Messages = list[Message] | tuple[Message, ...]
 
+MAX_TOKEN_IDS = 1 << 24  # of one sequence, as many as a prompt may have characters
 ACCEPTED = "a text, token ids (a list, tuple or range of whole numbers, an integer array or tensor), or a list of those"
 CONVERSATION = '[{"role": "user", "content": "..."}, ...]'
 
@@ -41,10 +42,12 @@ def token_id_list(value: Any, name: str = "token_ids") -> list[int]:
     """Converts the token ids of one sequence to a list of ints. name: the sequence in errors.
 
     Raises TypeError unless it is a list, tuple or range of whole numbers, or an integer array or tensor of one
-    dimension.
+    dimension, ValueError for more than MAX_TOKEN_IDS.
     """
     if not is_row(value) and not (isinstance(value, list | tuple) and not value):
         raise TypeError(f"{name}: expected {ACCEPTED}, got {described(value)}")
+    if len(value[: MAX_TOKEN_IDS + 1]) > MAX_TOKEN_IDS:  # a range has no length beyond sys.maxsize
+        raise ValueError(f"{name}: more than {MAX_TOKEN_IDS} token ids")
     token_ids = value.tolist() if is_array(value) else value
     for token_id in token_ids:
         if type(token_id) is not int and not is_whole_number(token_id):
@@ -60,9 +63,10 @@ def is_row(value: Any) -> bool:
 
 
 def is_array(value: Any) -> bool:
-    """Whether `value` is an integer array or tensor."""
+    """Whether `value` is an integer array or tensor, with numbers that can be read."""
     if isinstance(value, torch.Tensor):
-        return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        has_numbers = value.layout == torch.strided and not value.is_meta
+        return has_numbers and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
     return isinstance(value, np.ndarray) and value.dtype.kind in "iu"
 
 
@@ -118,7 +122,8 @@ def described(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__}" + ("; give its input_ids" if "input_ids" in value else "")
     if isinstance(value, torch.Tensor | np.ndarray):
-        return f"a {type(value).__name__} of {value.dtype} with {value.ndim} dimensions"
+        where = f" on {value.device}, {value.layout}" if isinstance(value, torch.Tensor) else ""
+        return f"a {type(value).__name__} of {value.dtype} with {value.ndim} dimensions{where}"
     if hasattr(value, "__next__"):
         return f"a {type(value).__name__}; give a list"
     if value is None or isinstance(value, bool | int | float | str):
