@@ -17,9 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from executor.prompts import check_text
 from executor.utils.reading import refusing
+from executor.utils.text import one_line
 
 RENDER_TIMEOUT_S = 10.0  # all renderings of one prompt together; one takes milliseconds
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # beyond the length of the messages
+
+
+class RenderTimeout(ValueError):
+    """All renderings of a prompt together took longer than RENDER_TIMEOUT_S."""
 
 
 class ChatTemplate:
@@ -36,21 +41,33 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """Renders the conversation with the generation prompt."""
+        text = self._render_in_time(messages)
+        if text is None:
+            limit = f"takes more than {RENDER_TIMEOUT_S:.0f} s"
+            raise RenderTimeout(one_line(f"{self.name}: {self.problem}: {limit}"))
         with refusing(self.name, self.problem):
-            refuse_powers(self.tokenizer.get_chat_template())
-            started_s = time.monotonic()
-            text = call_within(
-                self.left_s,
-                lambda: self.tokenizer.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=self.enable_thinking
-                ),
-            )
-            self.left_s -= time.monotonic() - started_s
             given = sum(len(str(value)) for message in messages for value in message.values())
             if len(text) > MAX_TEMPLATE_CHARACTERS + 4 * given:
                 raise ValueError(f"makes {len(text)} characters of {given}")
             check_text(text, "its output")
         return text
+
+    def _render_in_time(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """The rendered text; None if no time is left for it."""
+        started_s = time.monotonic()
+        with refusing(self.name, self.problem):
+            refuse_powers(self.tokenizer.get_chat_template())
+            try:
+                return call_within(
+                    self.left_s,
+                    lambda: self.tokenizer.apply_chat_template(
+                        list(messages), tokenize=False, add_generation_prompt=True, enable_thinking=self.enable_thinking
+                    ),
+                )
+            except TimeoutError:
+                return None
+            finally:
+                self.left_s -= time.monotonic() - started_s
 
 
 @lru_cache
@@ -66,6 +83,8 @@ def refuse_powers(template: str) -> None:
 
 def call_within(timeout_s: float, call: Callable[[], Any]) -> Any:
     """Runs `call` in a thread; stops the thread and raises TimeoutError after the time limit."""
+    if timeout_s <= 0:
+        raise TimeoutError
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
@@ -77,12 +96,12 @@ def call_within(timeout_s: float, call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        thread.join(max(timeout_s, 0))
+        thread.join(timeout_s)
     finally:
         if thread.ident is not None and thread.is_alive():  # templates cannot catch SystemExit
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
     if not outcome:
-        raise TimeoutError(f"takes more than {RENDER_TIMEOUT_S:.0f} s")
+        raise TimeoutError
     result, error = outcome[0]
     if error is not None:
         raise error

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from executor.chat_template import RenderTimeout
+
 Piece = tuple[int, int]  # start and end of a part of a text
 MARGIN = 16  # characters kept at each end of a message's text whose exact boundary in the prompt is unknown
 MAX_CUT = 64  # at most this many of the longest messages are cut: each costs several renderings
@@ -77,6 +79,8 @@ def shown_pieces(
             marked = {**messages[index], "content": content[:offset] + marker + content[offset:]}
             try:
                 parts = render([*messages[:index], marked, *messages[index + 1 :]]).split(marker)
+            except RenderTimeout:  # how a conversation is cut must not depend on the machine's speed
+                raise
             except ValueError:  # the template rejects the marked text
                 return []
             return list(accumulate(map(len, parts[:-1]))) if "".join(parts) == text else []
