@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 from executor.chat_template import ChatTemplate
 from executor.prompts import Messages, check_text
@@ -144,13 +144,29 @@ def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
     problem = f"no tokenizer could be read from {model_path}"
     try:
         with refusing("model_path", problem):
-            tokenizer = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(model_path), config=tokenizer_source(model_path), local_files_only=True, trust_remote_code=False
+            )
             tokenizer.encode("a")
         return tokenizer
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # of the tokenizers library; not derived from Exception
             raise
         raise ValueError(one_line(f"model_path: {problem}: {error}")) from None
+
+
+def tokenizer_source(model_path: Path) -> Qwen3MoeConfig | None:
+    """Returns the config by which AutoTokenizer finds a Qwen3-MoE tokenizer's class; None leaves it to find another.
+
+    It would build a config of all keys of config.json, including those that the network ignores: num_labels of 10**12
+    makes as many labels.
+    """
+    file = model_path / "config.json"
+    raw = read_json_object(file) if file.exists() else {}
+    if raw.get("model_type") != "qwen3_moe":
+        return None
+    name = raw.get("tokenizer_class")
+    return Qwen3MoeConfig(tokenizer_class=name if isinstance(name, str) else None)
 
 
 def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
