@@ -11,13 +11,13 @@ ROPE_PARAMETER_KEYS = frozenset(RopeParameters.__annotations__)
 
 
 def scaled_rope_frequencies(config: Qwen3MoeConfig, seq_len: int | None = None) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [C / 2] float32 and scaling factor of cos and sin of the config's rope type at `seq_len`.
+    """Computes RoPE inverse frequencies [C / 2] float32, and the attention scaling factor that multiplies cos and sin.
 
-    Bitwise equal to transformers' models, as it calls the same functions.
+    Some rope types depend on `seq_len`. Bitwise equal to transformers' models, as it calls the same functions.
     """
     return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
 
 
 def compute_rope_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Computes the rotary buffers of a model created on the meta device; a state dict does not contain them."""
+    """Computes the non-persistent rotary buffers of a model created on the meta device: no state dict contains them."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query attention with q/k norm over a paged KV cache."""
+"""Grouped-query attention with q/k norm over a paged KV cache. Shape letters as in ops/__init__.py."""
 
 import torch
 
@@ -9,7 +9,7 @@ KVCache = tuple[torch.Tensor, torch.Tensor]  # keys and values of one layer, eac
 
 
 class Attention:
-    """Attention of one layer: merged qkv [T, (H + 2G) * C] -> output [T, H * C]; writes the layer's KV cache."""
+    """Attention of one layer: packed qkv [T, (H + 2G) * C] -> output [T, H * C]; writes the layer's KV cache."""
 
     def __init__(self, q_norm_weight: torch.Tensor, k_norm_weight: torch.Tensor, eps: float, ops: Ops):
         self.q_norm_weight = q_norm_weight

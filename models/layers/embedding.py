@@ -9,10 +9,10 @@ from ops.comm import Group
 
 
 class Embedding:
-    """Looks up the rows that this rank holds and sums over the group, as each token's row is on exactly one rank.
+    """Masked lookup in this rank's vocabulary shard, all-reduced over the group: token ids [T] -> [T, D].
 
-    `same_tokens`: whether the ranks of the group hold the same tokens; if not, tokens are all-gathered first and the
-    sums reduce-scattered.
+    `same_tokens`: whether the ranks of the group hold the same tokens; if not, token ids are all-gathered first and the
+    embeddings reduce-scattered.
     """
 
     def __init__(self, weight: torch.Tensor, group: Group, same_tokens: bool, ops: Ops):

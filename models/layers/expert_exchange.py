@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch of tokens to experts on other ranks, and combine of the experts' outputs.
 
-`dispatch` turns a rank's tokens and their routing into rows and a routing over this rank's experts; `combine` turns
-the experts' output of these rows into the output of the rank's tokens. Shape letters as in ops/__init__.py; EL experts
-on this rank; an id of EL marks an expert of another rank.
+`dispatch` maps a rank's tokens and routing to the input rows of its local experts and a routing over these; `combine`
+maps the experts' output back to the rank's tokens. Shape letters as in ops/__init__.py; EL local experts, R rows on
+this rank. Expert id EL marks an expert on another rank.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from models.layers.padding import pad_rows, share_of
 from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
 from ops.comm import Group, ParallelContext
 
-NO_EXPERT = -(2**31)  # expert id of padding rows: an expert of no rank
+NO_EXPERT = -(2**31)  # expert id of padding rows: out of range on every rank
 
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Input of this rank's experts, and the state of the dispatch that `combine` needs."""
+    """Input of the local experts, and the dispatch state that `combine` needs."""
 
     rows: torch.Tensor  # [R, D]
-    routing: Routing | RouterLogits | GroupedRows  # over the EL experts of this rank
+    routing: Routing | RouterLogits | GroupedRows  # over the EL local experts
     handle: Any = None
 
 
@@ -32,7 +32,7 @@ class ExpertExchange(Protocol):
         """hidden_states [T, D]: all tokens of the attn_tp group or, in a sequence-parallel step, this rank's shard."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
-        """[R, D] output of the dispatched rows -> [T, D]."""
+        """Expert output of the dispatched rows [R, D] -> output of this rank's tokens [T, D]."""
 
 
 class GatherExchange:
@@ -72,11 +72,11 @@ class GatherExchange:
 
 
 class AllToAllExchange:
-    """Sends each row only to the ranks that hold its expert, where the rows are regrouped by expert.
+    """All-to-all: sends each row only to the ranks that hold its expert, where rows are regrouped by expert.
 
-    Rows are sent in expert order ("double routing"), so that only the counts are sent besides them. The ranks of an
-    attn_tp group hold the same tokens: each sends its shard of them, and the results are all-gathered. The row counts
-    cost a host sync.
+    Rows are sent in expert order ("double routing"), so that row counts are the only metadata to exchange. The ranks of
+    an attn_tp group hold the same tokens: each sends its shard of them, and the results are all-gathered. Reading the
+    row counts needs a host sync.
     """
 
     def __init__(self, parallel: ParallelContext, num_local_experts: int, ops: Ops):
@@ -92,7 +92,7 @@ class AllToAllExchange:
         )
         num_experts = self.num_local_experts * self.parallel.moe_ep.size
         rows, row_index, counts = self.ops.sort_by_expert(hidden_states, ids, num_experts)
-        # rank of the world: ep index * moe_tp size + moe_tp index; each of the moe_tp ranks gets the row
+        # world rank = moe_ep index * moe_tp size + moe_tp index; a row is sent to all moe_tp ranks of its expert
         sent = counts.view(-1, 1, self.num_local_experts).expand(-1, moe_tp.size, -1).flatten(0, 1)  # [ranks, EL]
         received = world.all_to_all(sent, *([[1] * world.size] * 2))
         counts = self.read_counts(sent, received)
@@ -103,7 +103,7 @@ class AllToAllExchange:
         return Dispatched(rows, GroupedRows(tokens_per_expert), (row_index, weights, counts, order))
 
     def read_counts(self, sent: torch.Tensor, received: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Rows sent to and received from each rank, from counts [ranks, EL]; one host sync for both."""
+        """All-to-all split sizes, rows sent to and received from each rank, from counts [ranks, EL]; one host sync."""
         send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
         return send, receive
 
@@ -113,7 +113,7 @@ class AllToAllExchange:
         back[order.long()] = output
         rows = self.parallel.world.all_to_all(back, receive, send)
         size = self.parallel.moe_tp.size
-        if size > 1:  # partial sums of each moe_tp rank
+        if size > 1:  # the moe_tp ranks of an expert return partial sums
             parts = rows.split(send)
             rows = torch.cat([torch.stack(parts[i : i + size]).sum(0) for i in range(0, len(parts), size)])
         return gather_shares(self.ops.weighted_sum(rows, row_index, weights), self.parallel.attn_tp, step)
@@ -127,20 +127,20 @@ class FusedPair(Protocol):
     def dispatch(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """[T, D], [T, K], [T, K] -> rows [R, D] by expert of this rank, tokens_per_expert [EL] int64, a handle.
+        """[T, D], [T, K], [T, K] -> rows [R, D] in order of local experts, tokens_per_expert [EL] int64, a handle.
 
         max_tokens: the largest T of any rank.
         """
 
     def combine(self, output: torch.Tensor, handle: Any) -> torch.Tensor:
-        """[R, D] and the handle of the dispatch -> weighted sums [T, D]."""
+        """Expert output [R, D] and the handle of the dispatch -> sums [T, D] weighted by topk_weights."""
 
 
 class FusedExchange:
-    """Fused dispatch and combine, the exchange of lowest latency for decode steps.
+    """Low-latency exchange for decode steps: dispatch and combine are fused operations of the backend.
 
-    Each rank of an attn_tp group sends its shard of the tokens. Without a host sync the counts are not known, so that
-    the traffic recorded is the expectation under uniform routing.
+    Each rank of an attn_tp group sends its shard of the tokens. Without a host sync the row counts are not known on the
+    host, so the recorded traffic is its expected value under uniform routing.
     """
 
     def __init__(self, parallel: ParallelContext, pair: FusedPair):
@@ -162,7 +162,7 @@ class FusedExchange:
 
 
 def own_share(tensors: tuple[torch.Tensor, ...], attn_tp: Group, step: StepMetadata) -> tuple[torch.Tensor, ...]:
-    """This rank's shard of tensors [T, ...] replicated over its attn_tp group; on the last ranks short or empty."""
+    """Slices this rank's shard from tensors [T, ...] replicated over its attn_tp group; last shards may be empty."""
     if attn_tp.size == 1 or step.sequence_parallel:  # already sharded
         return tensors
     share = share_of(step.num_tokens, attn_tp.size)
@@ -180,7 +180,7 @@ def gather_shares(tokens: torch.Tensor, attn_tp: Group, step: StepMetadata) -> t
 def sent_bytes_per_token(
     parallel: ParallelContext, top_k: int, hidden_size: int, element_bytes: int
 ) -> dict[str, float]:
-    """Bytes that a rank sends per MoE layer and per token of its attn_tp group, for each exchange.
+    """Communication volume of each exchange: bytes that a rank sends per MoE layer and per token of its attn_tp group.
 
     Assumes equal token counts of all groups and uniform routing; docs/parallelism.md derives the formulas.
     """

@@ -11,8 +11,8 @@ from ops.comm import Group
 class RowLinear:
     """Row-parallel y = x W^T + b: the input dimension is sharded over a group, and partial sums are all-reduced.
 
-    In a sequence-parallel step they are reduce-scattered over the tokens. `fused_prefill`: in prefill steps, matmul
-    and all-reduce are one operation of the backend.
+    In a sequence-parallel step the partial sums are reduce-scattered over the tokens. `fused_prefill`: prefill steps
+    use the backend's fused matmul and all-reduce.
     """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops, fused_prefill: bool = False):
@@ -37,10 +37,10 @@ class RowLinear:
 
 
 class NormLinear:
-    """Adds the residual, applies RMSNorm and multiplies by W; returns the product and the new residual.
+    """Column-parallel linear, fused with the preceding residual add and RMSNorm; returns output and new residual.
 
-    Column parallel: the output dimension of W is sharded over `group`. In a sequence-parallel step the input tokens
-    are sharded, and all-gathered between norm and matmul.
+    The output dimension of W is sharded over `group`. In a sequence-parallel step the input tokens are sharded, and
+    all-gathered between norm and matmul.
     """
 
     def __init__(

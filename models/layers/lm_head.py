@@ -12,9 +12,9 @@ from ops.comm import Group
 
 @dataclass(frozen=True)
 class ShardedLogits:
-    """Logits [R, V] sharded over the vocabulary.
+    """Logits [R, V] sharded over the vocabulary; R counts the rows of all ranks of the group if these differ.
 
-    If the ranks of the group have different rows, each rank computes the rows of all; its own start at `first_row`.
+    Each rank then holds its vocabulary shard for the rows of all; its own rows start at `first_row`.
     """
 
     local: torch.Tensor  # [R, V / size] float32
@@ -23,7 +23,7 @@ class ShardedLogits:
     num_rows: int  # of this rank
 
     def own(self, part: torch.Tensor) -> torch.Tensor:
-        """All-gathers [R, N] of each rank -> [num_rows, size * N], for this rank's rows."""
+        """All-gathers [R, N] of each rank along dimension 1, and keeps this rank's rows: [num_rows, size * N]."""
         gathered = self.group.all_gather(part).view(self.group.size, *part.shape)
         return gathered[:, self.first_row : self.first_row + self.num_rows].transpose(0, 1).flatten(1)
 
@@ -38,7 +38,7 @@ class ShardedLogits:
             return values[: self.num_rows], ids[: self.num_rows]
         values, ids = self.own(values), self.own(ids + self.group.index * part_size)
         if count == 1:
-            values, order = values.max(-1, keepdim=True)  # ties: the first
+            values, order = values.max(-1, keepdim=True)  # the first index on ties: the lowest rank, so the lowest id
         else:
             values, order = values.sort(dim=-1, descending=True, stable=True)
         return values[:, :count], ids.gather(1, order)[:, :count]
@@ -49,7 +49,7 @@ class ShardedLogits:
 
 
 class LmHead:
-    """Last hidden states -> sharded logits. `same_tokens`: whether the ranks of the group hold the same rows."""
+    """Final norm and vocabulary-parallel lm_head. `same_tokens`: whether the ranks of the group hold the same rows."""
 
     def __init__(
         self, norm_weight: torch.Tensor, eps: float, weight: Weight, group: Group, same_tokens: bool, ops: Ops
@@ -62,7 +62,7 @@ class LmHead:
         self.same_tokens = same_tokens
 
     def __call__(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
-        """hidden_states and residual [R, D]; max_rows: the largest R of any rank."""
+        """Computes logits of hidden_states and residual [R, D]; max_rows: the largest R of any rank."""
         num_rows, first_row = hidden_states.shape[0], 0
         if self.group.size > 1 and not self.same_tokens:
             hidden_states = self.group.all_gather(pad_rows(hidden_states, max_rows))

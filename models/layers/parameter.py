@@ -10,10 +10,10 @@ from ops import Ops, Weight
 
 
 class Role(Enum):
-    """Kind of a parameter, which determines its random initialisation and whether it may be quantised."""
+    """Kind of parameter: determines its random initialisation and whether it may be quantised."""
 
-    MATRIX = "matrix"  # of a matmul: the model gets it as a Weight
-    TABLE = "table"  # embedding and router: plain tensors
+    MATRIX = "matrix"  # matmul weight, wrapped in a Weight
+    TABLE = "table"  # embedding and router weights: plain tensors
     NORM = "norm"
     BIAS = "bias"
 
@@ -51,7 +51,7 @@ class Parameters:
         return self.values[self.prefix + name]
 
     def prepare(self, ops: Ops) -> None:
-        """Converts the weights to the layout of backend `ops`, one at a time: only one is in memory twice."""
+        """Converts the weights to the layout of backend `ops`, one at a time to limit peak memory."""
         for name, value in self.values.items():
             if not isinstance(value, torch.Tensor):
                 self.values[name] = ops.prepare_weight(value)

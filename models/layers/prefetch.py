@@ -9,7 +9,7 @@ from ops import Ops, RouterLogits, Routing, StepMetadata, Weight
 
 
 class PrefetchingAttention:
-    """Attention that prefetches the weight of the linear layer after it."""
+    """Attention that prefetches the weight of o_proj in decode steps."""
 
     def __init__(self, attention: Attention, weight: Weight, ops: Ops):
         self.attention = attention

@@ -12,7 +12,7 @@ LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")  # frequencies depend on t
 
 
 def inverse_frequencies(config: Qwen3MoeConfig, seq_len: int) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies [C / 2] float32 and the scaling factor of cos and sin, at a length of `seq_len` tokens."""
+    """Computes inverse frequencies [C / 2] float32 and the attention scaling factor for a length of `seq_len`."""
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
     if rope_type == "default":
@@ -21,16 +21,16 @@ def inverse_frequencies(config: Qwen3MoeConfig, seq_len: int) -> tuple[torch.Ten
     if rope_type == "dynamic":
         return scaled_rope_frequencies(config, max(seq_len, config.max_position_embeddings))
     if rope_type == "longrope":
-        # transformers computes the factor once, from the short form
+        # transformers computes the scaling factor once, at initialisation, without a sequence length
         return scaled_rope_frequencies(config, seq_len)[0], scaled_rope_frequencies(config)[1]
     return scaled_rope_frequencies(config)
 
 
 class RotaryEmbedding:
-    """Looks up cos and sin of a step's positions in a table of `max_len` rows.
+    """Precomputed cos and sin table of `max_len` positions, indexed by a step's positions.
 
-    Row p holds position p of a sequence of p + 1 tokens: what decode needs under any rope type. Where the frequencies
-    depend on the length, a prefill's earlier positions differ from the table and are computed.
+    Row p holds position p of a sequence of p + 1 tokens, as decode needs under any rope type. Where the frequencies
+    depend on the sequence length, all positions of a sequence do, so prefill computes cos and sin without the table.
     """
 
     def __init__(self, config: Qwen3MoeConfig, max_len: int, device: torch.device):
@@ -38,11 +38,11 @@ class RotaryEmbedding:
         self.device = device
         self.length_dependent = config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES
         parts = [self.cos_sin(torch.arange(max_len), seq_len=max_len)]
-        if config.rope_parameters["rope_type"] == "longrope":  # one set of frequencies for all longer sequences
+        if config.rope_parameters["rope_type"] == "longrope":  # long_factor for all longer sequences
             trained = min(max_len, config.rope_parameters["original_max_position_embeddings"])
             parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
             parts.append(self.cos_sin(torch.arange(trained, max_len), seq_len=max_len))
-        elif self.length_dependent:  # different frequencies for each length beyond the trained one
+        elif self.length_dependent:  # dynamic NTK: different frequencies for each length beyond the trained one
             trained = min(max_len, config.max_position_embeddings)
             parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
             parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(trained, max_len)]
