@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def is_command() -> bool:
-    """Whether runpy imports this package for one of its own commands (`python -m executor.infer`)."""
+    """Returns whether `python -m executor.COMMAND` (runpy) imports this package, not a user of the Python API."""
     frame = sys._getframe(1).f_back
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back

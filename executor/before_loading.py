@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of settings and config files that need neither a device nor other ranks."""
+"""Validation of settings and config files before launch; needs neither a device nor other ranks."""
 
 import dataclasses
 import logging
@@ -35,7 +35,7 @@ def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
 
 
 def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings) -> None:
-    """ValueError if the longest possible sequence exceeds the range of full attention (sliding window)."""
+    """Raises ValueError if a sequence could exceed the length up to which attention is full (`attention_limit`)."""
     limit = attention_limit(config)
     if limit is None:
         return
@@ -78,7 +78,7 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
 
 
 def folder_name(model_path: str | Path) -> str:
-    """model_name derived from the checkpoint's folder, "model" if its name is not valid; ValueError for no path."""
+    """Derives model_name from the checkpoint folder's name; "model" if that is not valid. ValueError for no path."""
     if not isinstance(model_path, str | Path) or not str(model_path):
         raise ValueError(f"model_path: expected the folder of a checkpoint, got {quoted(model_path)}")
     with refusing(f"model_path: {quoted(str(model_path))}"):
@@ -100,7 +100,7 @@ def place(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:
-    """Default sampling, from the settings, or from the checkpoint with `sampling_from_checkpoint`."""
+    """Builds the default SamplingParams: data_config, or generation_config.json with `sampling_from_checkpoint`."""
     keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     stated = {key: getattr(data, key) for key in keys}
     origins = dict.fromkeys(keys, "data_config.")

@@ -41,7 +41,7 @@ def used_bytes(folder: Path, kind: str) -> int:
 
 
 def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
-    """(file system type, folder) of every visible control group that can limit this process's memory."""
+    """Yields (file system type, folder) of every visible control group that can limit this process's memory."""
     paths = {}
     for line in read_lines(root / "proc/self/cgroup"):
         hierarchy, _, rest = line.partition(":")
@@ -52,7 +52,7 @@ def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
             paths["cgroup"] = path
     for kind, mounted, mount_point in memory_mounts(root):
         if kind in paths:
-            # A container sees its own group where it mounted it, though the path may begin outside.
+            # In a container /proc/self/cgroup may name a path outside the mount; its group is then the mount point.
             below = PurePosixPath(os.path.relpath(paths[kind], mounted))
             top = root / mount_point.lstrip("/")
             folder = top / below
@@ -62,7 +62,7 @@ def control_groups(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def memory_mounts(root: Path) -> Iterator[tuple[str, str, str]]:
-    """(file system type, group at its top, mount point) of the mounted hierarchies that can limit memory."""
+    """Yields (file system type, group at its root, mount point) of mounted cgroup hierarchies that can limit memory."""
     for line in read_lines(root / "proc/self/mountinfo"):
         fields, _, source = line.partition(" - ")
         kind, _, options = source.partition(" ")
@@ -77,7 +77,7 @@ def unescaped(text: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """Lines of a /proc or /sys file; none if it is missing or unreadable."""
+    """Reads the lines of a /proc or /sys file; an empty list if it is missing or unreadable."""
     try:
         return file.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
@@ -85,6 +85,6 @@ def read_lines(file: Path) -> list[str]:
 
 
 def read_number(file: Path) -> int | None:
-    """The integer in a file; None for "max" or no integer."""
+    """Reads the integer in a file; None for "max" (no limit) or anything else."""
     text = "".join(read_lines(file)).strip()
     return int(text) if text.isdecimal() else None

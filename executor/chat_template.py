@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rendering of chat templates with limits, as a template is untrusted code from the checkpoint.
+"""Chat template rendering with time and output limits: a template is untrusted code from the checkpoint.
 
-transformers runs it in a sandbox without access to files or Python; time and output length are limited here.
+transformers renders it in a Jinja sandbox without access to files or Python, but without these limits.
 """
 
 import ctypes
@@ -20,11 +20,11 @@ from executor.utils.reading import refusing
 from executor.utils.text import one_line
 
 RENDER_TIMEOUT_S = 10.0  # all renderings of one prompt together; one takes milliseconds
-MAX_TEMPLATE_CHARACTERS = 1_000_000  # beyond the length of the messages
+MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the output, beside 4 times the length of the messages
 
 
 class RenderTimeout(ValueError):
-    """All renderings of a prompt together took longer than RENDER_TIMEOUT_S."""
+    """Raised when all renderings of a prompt together take longer than RENDER_TIMEOUT_S."""
 
 
 class ChatTemplate:
@@ -53,7 +53,7 @@ class ChatTemplate:
         return text
 
     def _render_in_time(self, messages: Sequence[dict[str, Any]]) -> str | None:
-        """The rendered text; None if no time is left for it."""
+        """Renders within the time left for this prompt; None on timeout."""
         started_s = time.monotonic()
         with refusing(self.name, self.problem):
             refuse_powers(self.tokenizer.get_chat_template())
@@ -72,10 +72,10 @@ class ChatTemplate:
 
 @lru_cache
 def refuse_powers(template: str) -> None:
-    """ValueError for the operator **: a thread that computes 9**9**9 cannot be interrupted."""
+    """Rejects a template with the operator ** (ValueError): a thread that computes 9**9**9 cannot be interrupted."""
     before = ""
     for _, kind, token in jinja2.Environment().lex(template):
-        if kind == "operator" and token == "**" and before not in "(,":  # f(**names) is unpacking
+        if kind == "operator" and token == "**" and before not in "(,":  # f(**kwargs) is unpacking
             raise ValueError("uses the operator **")
         if kind != "whitespace":
             before = token

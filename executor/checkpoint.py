@@ -115,6 +115,6 @@ def open_checked(file: Path) -> safe_open:
 
 
 def some(names: list[str], limit: int = 3) -> str:
-    """First names of a list, and the count of the others, on one line."""
+    """Lists the first `limit` names and the count of the others on one line, for messages."""
     shown = ", ".join(name if len(name) <= 160 else f"{name[:80]}...{name[-80:]}" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -71,7 +71,7 @@ class ParallelSettings:
     npu_mm_all_reduce_base: bool = False
 
     def sizes(self) -> dict[str, int]:
-        """Group sizes; the two derived ones only if the user sets them."""
+        """Parallel group sizes by name; attn_dp_size and moe_ep_size, which are derived, only if set."""
         stated = dataclasses.asdict(self).items()
         return {key: size for key, size in stated if key.endswith("_size") and size is not None}
 
@@ -223,7 +223,7 @@ def nearest(key: str, prefix: str) -> str:
 
 MAX_SIZE = 2**31 - 1
 MAX_RANKS = 65_536
-LARGEST = {  # of the sizes that are at least 1
+LARGEST = {  # maximum of each setting whose minimum is 1
     "world_size": MAX_RANKS,
     "model_config.cache_tokens": MAX_SIZE,
     "data_config.max_prompts": MAX_SIZE,

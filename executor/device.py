@@ -48,7 +48,7 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for all queued work of the device."""
+    """Waits until the device has finished all queued work (a host sync)."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -56,6 +56,7 @@ def synchronize(device: torch.device) -> None:
 def free_memory_bytes(device: torch.device) -> int:
     """Free memory of the device in bytes.
 
+    On CUDA: with what the caching allocator reserves but does not use.
     On a CPU: this rank's share of the available memory within the control groups' limits, but no more than the
     process's own limits (ulimit -v, -d) leave.
     """

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def dispatch_sizes(settings: Settings, config: Qwen3MoeConfig) -> ExchangeSizes | None:
-    """Sizes for a fused dispatch; None if the layout has none.
+    """Sizes for a fused dispatch and combine; None if the layout cannot use them.
 
-    There is none if all ranks hold the same tokens (no DP) or experts are tensor-parallel.
+    It cannot if all ranks hold the same tokens (no attention DP) or experts are tensor-parallel.
     """
     parallel = settings.parallel_config
     attn_dp = settings.world_size // parallel.attn_tp_size
@@ -42,7 +42,7 @@ def dispatch_sizes(settings: Settings, config: Qwen3MoeConfig) -> ExchangeSizes 
 
 
 def plan_dispatch(settings: Settings, config: Qwen3MoeConfig, ops: Ops) -> Any:
-    """Plans the backend's fused dispatch and combine (`Ops.plan_dispatch`) and sets its environment; None without.
+    """Plans the backend's fused dispatch and combine (`Ops.plan_dispatch`), sets its environment; None without one.
 
     Raises ValueError for settings that the backend does not support.
     """
@@ -55,7 +55,7 @@ def plan_dispatch(settings: Settings, config: Qwen3MoeConfig, ops: Ops) -> Any:
 
 
 def check_npu_options(settings: Settings, ops: Ops, plan: Any) -> None:
-    """ValueError if an option of Ascend NPUs is set that this device or layout does not support."""
+    """Raises ValueError if an option for Ascend NPUs is set that this device or layout does not support."""
     key = "model_config.npu_prefetch"
     if settings.model_config.npu_prefetch and ops.name != "npu":
         raise ValueError(f"{key}: only possible on device npu; leave it out")

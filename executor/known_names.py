@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of settings in vLLM, SGLang and transformers -> their counterparts here: hints for unknown keys and values."""
+"""Hints for unknown keys and values: settings of vLLM, SGLang and transformers, and their counterparts here."""
 
 LENGTH = "data_config.input_max_len limits the prompt and data_config.max_new_tokens the generated tokens"
 NEW_TOKENS = "did you mean data_config.max_new_tokens?"
@@ -104,10 +104,10 @@ VALUES = {  # of device and dtype
 
 
 def hint(key: str) -> str | None:
-    """Hint for the key `key` of another engine: its counterpart here, or that there is none; None if unknown."""
+    """Hint for another engine's setting `key`: its counterpart here, or that there is none; None if unknown."""
     return HINTS.get(key.lower().replace("-", "_"))
 
 
 def known_value(value: str) -> str | None:
-    """This program's name for a device or dtype that others call `value`; None if unknown."""
+    """Name in these settings of a device or dtype that other engines call `value`; None if unknown."""
     return VALUES.get(value.lower().rpartition(":")[2].removeprefix("torch."))

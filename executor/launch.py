@@ -134,7 +134,10 @@ class Run:
         return self.nodes.addresses[0] if len(self.nodes) > 1 else LOOPBACK[1]
 
     def decide(self) -> "Start":
-        """Start message of node 0: store port and run name. ValueError if the result folder cannot be created."""
+        """Opens the rendezvous store and creates the result folder, on node 0; returns the start message for all nodes.
+
+        ValueError if the folder cannot be created.
+        """
         from ops.messages import Start
         from ops.ranks import open_store
 
@@ -224,7 +227,7 @@ def find_node(hosts: list[str]) -> tuple["Nodes", str]:
 
 
 def local_interfaces() -> dict[str, str]:
-    """IPv4 address -> name of its network interface."""
+    """Maps each local IPv4 address to the name of its network interface."""
     return {
         entry.address: name
         for name, entries in psutil.net_if_addrs().items()
@@ -243,7 +246,7 @@ def processes_per_node(world_size: int, addresses: tuple[str, ...]) -> int:
 
 
 def check_devices(settings: Settings, processes: int) -> None:
-    """ValueError if this node has fewer accelerators than ranks, or the device has no graph mode."""
+    """Raises ValueError if this node has fewer accelerators than ranks, or the device has no graph mode."""
     import torch
 
     from executor.device import select_device

@@ -108,7 +108,7 @@ def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[st
     for name in skipped:
         del found[name]
     tied = found.pop(HEAD) if HEAD in found and HEAD not in needed else None
-    if tied is not None and EMBEDDING not in found:  # tied: the only one serves as both, as in transformers
+    if tied is not None and EMBEDDING not in found:  # lm_head serves as the embedding, as in transformers
         found[EMBEDDING], tied = tied, None
     sources = {source.name: source for spec in whole_model for source in stored_sources(spec, found)}
     check_shapes(model_path, found, sources)
@@ -121,12 +121,12 @@ def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[st
 
 
 def stored_sources(spec: ParameterSpec, found: Collection[str]) -> tuple[Source, ...]:
-    """The form in which this checkpoint stores a parameter: experts stacked in one tensor, or one tensor each."""
+    """Selects where the checkpoint stores a parameter: all experts stacked in one tensor, or one tensor per expert."""
     return spec.stacked if any(source.name in found for source in spec.stacked) else spec.sources
 
 
 def check_shapes(model_path: Path, found: dict[str, StoredTensor], sources: dict[str, Source]) -> None:
-    """ValueError that lists missing and unexpected tensors and wrong shapes and dtypes."""
+    """Raises ValueError that lists missing tensors, unexpected tensors, wrong shapes and wrong dtypes."""
     wrong_shape = [
         f"{name} is {list(found[name].shape)} instead of {list(source.shape)}"
         for name, source in sources.items()
@@ -149,7 +149,7 @@ def check_shapes(model_path: Path, found: dict[str, StoredTensor], sources: dict
 
 
 def check_equal(tied: StoredTensor, embedding: StoredTensor) -> None:
-    """ValueError unless lm_head and embedding, tied by the config, are equal; transformers would not tie them."""
+    """Raises ValueError if the config ties lm_head to an embedding that differs; transformers would not tie them."""
     equal = tied.shape == embedding.shape and tied.dtype == embedding.dtype
     rows = 1 + (MAPPED_BYTES - 1) // (embedding.shape[1] * LOADABLE_BYTES[embedding.dtype])
     for start in range(0, embedding.shape[0] if equal else 0, rows):

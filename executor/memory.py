@@ -30,7 +30,7 @@ def fill_parameters(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Parameters:
-    """Loads this rank's weights, or random ones; ValueError if they do not fit into the free memory."""
+    """Loads this rank's weights, or initializes them randomly; ValueError if they do not fit into free memory."""
     specs = parameter_specs(config, Layout.of(parallel))
     needed, free = parameter_bytes(specs, dtype), free_memory_bytes(device)
     logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, dtype, free / 1e9)

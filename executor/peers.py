@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baselines: transformers on the same weights, for speed comparison."""
+"""Baseline for benchmarks: transformers on the same weights."""
 
 import time
 

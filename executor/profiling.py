@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`model_config.enable_profiler`: a Chrome trace of one prefill and a few decode steps, and a table of kernel times."""
+"""Profiling (`model_config.enable_profiler`): Chrome trace of a prefill and a few decode steps, kernel time table."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ NAME_WIDTH = 64
 
 
 def profile(llm: LLM, prompts: list[list[int]], file: Path) -> str:
-    """Writes a trace of the prompts' first tokens to `file`; returns a table of the most expensive kernels.
+    """Profiles the first tokens of `prompts`: writes a trace to `file`, returns a table of the slowest kernels.
 
-    A warm-up run comes first, so that the trace has no one-time work.
+    A warm-up run comes first, so that the trace has no compilation, graph capture or other one-time work.
     """
     new_tokens = min(1 + DECODE_STEPS, llm.settings.data_config.max_new_tokens)
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)

@@ -56,14 +56,14 @@ def token_id_list(value: Any, name: str = "token_ids") -> list[int]:
 
 
 def is_row(value: Any) -> bool:
-    """Whether `value` is the token ids of one sequence, judged by its first element."""
+    """Returns whether `value` is the token ids of one sequence, judged by its first element."""
     if is_array(value):
         return value.ndim == 1
     return isinstance(value, range) or isinstance(value, list | tuple) and bool(value) and is_whole_number(value[0])
 
 
 def is_array(value: Any) -> bool:
-    """Whether `value` is an integer array or tensor, with numbers that can be read."""
+    """Returns whether `value` is an integer array or tensor with readable data (dense, not on the meta device)."""
     if isinstance(value, torch.Tensor):
         has_numbers = value.layout == torch.strided and not value.is_meta
         return has_numbers and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
@@ -107,7 +107,7 @@ def check_message(message: Any, name: str) -> None:
 
 
 def check_text(text: str, name: str) -> None:
-    """ValueError for text with lone surrogates, which cannot be tokenized."""
+    """Raises ValueError for text with lone surrogates, which cannot be tokenized."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

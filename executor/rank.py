@@ -33,7 +33,7 @@ def join() -> int:
     local_rank, local_size = rank_among("LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if world_size == 1:
         return rank
-    logging.captureWarnings(True)  # to the rank's log file
+    logging.captureWarnings(True)  # warnings go to the rank's log file
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would run only after a collective
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.environ.get(LAUNCHER_VARIABLE, str(os.getppid())) != str(os.getppid()):
@@ -63,14 +63,14 @@ def forget_rank() -> None:
 
 
 def share_of_cores(cores: list[int], index: int, parts: int) -> list[int]:
-    """Contiguous part `index` of `parts`; all cores if there are fewer than parts."""
+    """Contiguous part `index` of `parts` equal ones of `cores`; all cores if there are fewer than parts."""
     if len(cores) < parts:
         return cores
     return cores[index * len(cores) // parts : (index + 1) * len(cores) // parts]
 
 
 def cpu_topology(cpu: int) -> tuple[int, int, int]:
-    """(socket, core, CPU number) of a logical CPU: the sort key that keeps hyperthreads and sockets together."""
+    """Sort key (socket, core, CPU number) of a logical CPU, which keeps the hyperthreads of a core adjacent."""
     topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
     try:
         return int((topology / "physical_package_id").read_text()), int((topology / "core_id").read_text()), cpu
@@ -104,11 +104,11 @@ def fail(exit_code: int, error: BaseException) -> int:
 
 
 class PartialFailure(Exception):
-    """The run completed, but some prompts or outputs failed."""
+    """Raised when the run completed, but some prompts or outputs failed."""
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether the error came from a collective: usually another rank failed first."""
+    """Returns whether the error came from a collective: then usually another rank failed first."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_globals.get("__name__", "").startswith("torch.distributed"):

@@ -24,11 +24,11 @@ RUN_NAME = re.compile(r"\d{8}/\d{6}(_\d+)?")
 LATEST = "latest"
 STANDARD_STREAM = re.compile(r"/dev/stdout|/dev/stderr|/(?:dev|proc/self)/fd/(\d+)")
 STANDARD_NUMBERS = {"stdout": 1, "stderr": 2}
-ATTEMPTS = 10_000  # at a folder name that is not taken
+ATTEMPTS = 10_000  # to find a free folder name
 
 
 def run_name() -> str | None:
-    """Name of the job's run folder that the launcher passed to this rank."""
+    """Name of the job's run folder, passed by the launcher; None for a single rank."""
     return os.environ.get(RUN_NAME_VARIABLE) if os.environ.get("WORLD_SIZE", "1") != "1" else None
 
 
@@ -129,7 +129,7 @@ class LineFile:
             if part is not None:
                 part.replace(self.path.resolve())
         except OSError:
-            with contextlib.suppress(OSError):  # no regular file
+            with contextlib.suppress(OSError):  # not a regular file
                 os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - written)
                 os.lseek(self.descriptor, -written, os.SEEK_CUR)  # standard output may not be open for appending
             if part is not None:
@@ -151,19 +151,22 @@ class LineFile:
         return here
 
     def _open(self) -> tuple[int, Path | None]:
-        """Opens a new file (returned) to replace the old one atomically, else the old one itself."""
+        """Opens a temporary file to replace the old one atomically, else the old one itself.
+
+        Returns the descriptor, and the temporary file or None.
+        """
         standard = STANDARD_STREAM.fullmatch(str(self.path))
-        if standard:  # a second open file description has its own offset
+        if standard:  # dup: a second open file description would have its own offset
             return os.dup(int(standard[1] or STANDARD_NUMBERS[self.path.name])), None
         target = self.path.resolve()
         if not self.path.exists() or self.path.is_file() and not os.path.ismount(target):
             part = target.with_name(f".{secrets.token_hex(4)}.part")
-            with contextlib.suppress(OSError):  # the folder may not take new files
+            with contextlib.suppress(OSError):  # the folder may not be writable
                 descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
                 if target.exists():
                     shutil.copymode(target, part)
                 return descriptor, part
-        # O_NONBLOCK: a pipe that nobody reads is an error, not something to wait for
+        # O_NONBLOCK: a pipe without reader is an error instead of blocking
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_NONBLOCK
         descriptor = os.open(self.path, flags, 0o666)
         os.set_blocking(descriptor, True)
@@ -194,7 +197,7 @@ class LineFile:
 
 
 def is_deleted(descriptor: int) -> bool:
-    """Whether the regular file open as `descriptor` has been unlinked."""
+    """Returns whether the regular file open as `descriptor` has been unlinked."""
     found = os.fstat(descriptor)
     return stat.S_ISREG(found.st_mode) and found.st_nlink == 0
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from executor.chat_template import RenderTimeout
 
-Piece = tuple[int, int]  # start and end of a part of a text
-MARGIN = 16  # characters kept at each end of a message's text whose exact boundary in the prompt is unknown
+Piece = tuple[int, int]  # (start, end) offsets of a span of text
+MARGIN = 16  # characters left uncut at an end of a rendered message whose exact boundary is unknown
 MAX_CUT = 64  # at most this many of the longest messages are cut: each costs several renderings
 PRIVATE_USE = range(0xE000, 0xF900)
 THOUGHT_MARKS = ("<think>", "</think>")
@@ -159,7 +159,7 @@ def longest_allowed(lengths: Sequence[int], budget: int) -> int:
 
 
 def without_middle(token_ids: list[int], keep: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text of the first and last tokens, `keep` in all, without replacement characters at the cut."""
+    """Decodes the first and last tokens, `keep` in all, without replacement characters at the cut."""
     head, tail = token_ids[: keep - keep // 2], token_ids[len(token_ids) - keep // 2 :]
     replacement = "\N{REPLACEMENT CHARACTER}"
     return tokenizer.decode(head).rstrip(replacement) + tokenizer.decode(tail).lstrip(replacement)

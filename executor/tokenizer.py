@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoding and decoding with the checkpoint's tokenizer and chat template; its end tokens."""
+"""Tokenizer of a checkpoint: encoding, with or without the chat template, decoding, EOS token ids."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 
 
 class Tokenizer:
-    """Encodes prompts within a length limit and decodes tokens; holds the end (EOS) token ids.
+    """Encodes prompts within a length limit and decodes tokens; holds the EOS token ids.
 
     A checkpoint without tokenizer files works with token ids: texts raise ValueError, decoded text is empty.
     """
@@ -49,7 +49,8 @@ class Tokenizer:
         return self.loaded
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
-        """Encodes plain text; beyond `input_max_len` its middle is cut out, or ValueError, by `long_prompt`.
+        """Encodes plain text. Beyond `input_max_len` tokens its middle is cut out, or, with `long_prompt` "refuse",
+        ValueError is raised.
 
         name: the prompt in errors and warnings.
         """
@@ -68,7 +69,8 @@ class Tokenizer:
     def encode_chat(self, messages: Messages, name: str = "the prompt") -> list[int]:
         """Encodes a conversation with the chat template, including the generation prompt.
 
-        Beyond `input_max_len` it raises ValueError or drops as few of the oldest turns as needed, by `long_prompt`.
+        Beyond `input_max_len` tokens it drops as few of the oldest turns as needed, or, with `long_prompt` "refuse",
+        raises ValueError.
         System messages and the last user message with what follows it are kept; if these alone are too long, the
         middles of their longest texts are cut out, only where the template renders them. The template's own markup is
         kept, and text that it drops never appears. name: the prompt in errors and warnings.
@@ -114,7 +116,7 @@ class Tokenizer:
         return token_ids
 
     def fits(self, token_ids: list[int], name: str) -> bool:
-        """Whether a prompt is within `input_max_len`; ValueError if it is not and `long_prompt` is "refuse"."""
+        """Returns whether a prompt is within `input_max_len`; ValueError if it is not and `long_prompt` is "refuse"."""
         too_many = len(token_ids) - self.input_max_len
         if too_many > 0 and self.long_prompt == "refuse":
             raise ValueError(
@@ -156,10 +158,10 @@ def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_source(model_path: Path) -> Qwen3MoeConfig | None:
-    """Returns the config by which AutoTokenizer finds a Qwen3-MoE tokenizer's class; None leaves it to find another.
+    """Builds a minimal config from which AutoTokenizer selects a Qwen3-MoE tokenizer; None for other model types.
 
-    It would build a config of all keys of config.json, including those that the network ignores: num_labels of 10**12
-    makes as many labels.
+    Without it, AutoTokenizer builds a config from all keys of config.json, even those that the network ignores:
+    num_labels of 10**12 makes it build as many labels.
     """
     file = model_path / "config.json"
     raw = read_json_object(file) if file.exists() else {}
@@ -170,7 +172,7 @@ def tokenizer_source(model_path: Path) -> Qwen3MoeConfig | None:
 
 
 def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """All end (EOS) token ids, of `read_generation_config` and the tokenizer."""
+    """EOS token ids: all those of the generation config and the tokenizer."""
     file, generation = read_generation_config(model_path)
     stated = generation.get("eos_token_id")
     stated = [] if stated is None else stated if isinstance(stated, list) else [stated]
@@ -182,7 +184,7 @@ def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -
 
 
 def read_generation_config(model_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Path and content of a checkpoint's generation config.
+    """Reads a checkpoint's generation config; returns its path and content.
 
     It is generation_config.json, else config.json. As in transformers, an existing generation_config.json replaces
     config.json entirely, even if it has fewer keys. ValueError if the file is not a JSON object.

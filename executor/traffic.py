@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analytical communication volume per rank; docs/parallelism.md derives it, `bench` prints it beside the measured."""
+"""Analytical communication volume per rank, derived in docs/parallelism.md; `bench` prints it beside the measured one."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class StepSize:
         return max(self.dp_tokens)
 
     def exchanged(self, rank: int, attn_tp_size: int) -> int:
-        """Tokens that a rank contributes to an all_to_all: its share of its group's."""
+        """Tokens that a rank contributes to an all_to_all: its share of its attention DP group's."""
         tokens = self.dp_tokens[rank // attn_tp_size]
         share = share_of(tokens, attn_tp_size)
         if self.sequence_parallel:
@@ -43,7 +43,7 @@ class StepSize:
 def expected_sent_bytes(
     config: Qwen3MoeConfig, parallel: ParallelContext, exchange: ExpertExchange, element_bytes: int, step: StepSize
 ) -> float:
-    """Bytes this rank sends in one step. Exact, but for all_to_all: there the mean under uniform routing."""
+    """Bytes this rank sends in one step. Exact, except for all_to_all: its mean under uniform routing."""
     row = config.hidden_size * element_bytes
     reduced = 2 * (parallel.attn_tp.size - 1) / parallel.attn_tp.size * step.tokens * row
     if step.sequence_parallel:
@@ -89,7 +89,7 @@ def embedding_bytes(parallel: ParallelContext, row: int, step: StepSize) -> floa
 
 
 def lm_head_bytes(config: Qwen3MoeConfig, parallel: ParallelContext, row: int, step: StepSize) -> float:
-    """Bytes for greedy decoding: one candidate per row."""
+    """Bytes of the lm_head in greedy decoding: one candidate per row."""
     size = parallel.lmhead_tp.size
     if parallel.holds_same_tokens(parallel.lmhead_tp):
         return (size - 1) * step.dp_rows[step.dp_index] * CANDIDATE_BYTES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared parts of the commands: common options, starting ranks, building the model, random prompts.
+"""Shared helpers of the benchmark commands: common options, starting ranks, building the model, random prompts.
 
 Commands import torch only after `start_ranks`: the launcher sets torch's log level, which is read at import.
 """
@@ -105,14 +105,14 @@ def refuse_fallbacks(settings: Settings) -> None:
 
 
 def check_finished(outputs: "list[RequestOutput]") -> None:
-    """RuntimeError if a measured prompt failed: its times are not valid."""
+    """Raises RuntimeError if a measured prompt failed: its times are not valid."""
     errors = [output.error for output in outputs if output.error is not None]
     if errors:
         raise RuntimeError(f"{len(errors)} of {len(outputs)} measured prompts failed: {errors[0]}")
 
 
 def known(figure: float | None) -> float:
-    """Asserts that a measured value is not None."""
+    """Asserts that a measured value is not None, and returns it."""
     assert figure is not None
     return figure
 

@@ -19,8 +19,8 @@ COUNTED_STEPS = 8
 def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: float) -> dict[str, int]:
     """Bytes that this rank reads in a decode step of `sequences` of its own with `cached_tokens` each.
 
-    All weights count once, except the embedding (unless tied to lm_head) and experts that are not selected:
-    `distinct_experts` per layer are.
+    All weights count once, except the embedding (unless tied to lm_head) and experts that no token
+    selects. distinct_experts: mean number of selected experts per layer.
     """
     tied = llm.config.tie_word_embeddings
     sizes = {name: held_bytes(value) for name, value in llm.parameters.values.items()}
@@ -54,7 +54,7 @@ def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> in
     if isinstance(routing, GroupedRows):
         return int((routing.tokens_per_expert > 0).sum())
     ids = routing.chosen().topk_ids.cpu()
-    return ids[ids < held].unique().numel()  # larger ones are on other ranks
+    return ids[ids < held].unique().numel()  # larger ids are experts of other ranks
 
 
 def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_STEPS) -> float:
@@ -70,7 +70,7 @@ def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_ST
         counts.append(experts_read(routing, held_experts(llm)))
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 
-    def eager_decode(runner: ModelRunner, *arguments: Any) -> ShardedLogits:  # a captured step cannot be looked into
+    def eager_decode(runner: ModelRunner, *arguments: Any) -> ShardedLogits:  # graph replay would not call it
         llm.ops.experts = counting_experts  # type: ignore[method-assign] # on this instance, deleted below
         try:
             return ModelRunner.decode(runner, *arguments)

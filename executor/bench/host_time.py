@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host overhead of an eager decode step on an NPU, relative to the same vendor calls in a bare loop.
 
-Eager decode is host-bound if preparing and launching the calls takes longer than the device's work. The lower bound
-are the calls themselves. So one step is recorded: every call that launches device work, copies and casts included,
+Eager decode is host-bound if preparing and launching the calls takes longer than the device's work. Its lower bound is
+the time of the calls alone. So one step is recorded: every call that launches device work, copies and casts included,
 with its arguments; views and allocations are left out. The bare loop replays exactly these calls from a list. Steps
 (from scheduling to the sampled token) and bare loops alternate; both include the copy of the token to the host, which
 is a host sync.
@@ -142,7 +142,7 @@ class LaunchRecorder(TorchDispatchMode):
 
 
 def computes(operation: torch._ops.OpOverload, given: list[torch.Tensor], got: list[torch.Tensor]) -> bool:
-    """Whether a call writes memory: not a view or an allocation."""
+    """Returns whether a call writes memory, unlike a view or an allocation."""
     if operation.namespace == "npu" or operation._schema.is_mutable:  # the vendor's schemas may omit the mutation
         return True
     memory = {tensor.untyped_storage().data_ptr() for tensor in given}

@@ -86,7 +86,7 @@ def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) 
 
 
 def row(case: "OpCase", us: float, ceilings: dict[str, Any], device_type: str) -> dict[str, Any]:
-    """One result row. A memory-bound operation has a fraction of its floor only if it reads memory, not a cache."""
+    """Builds a result row. A memory-bound operation has a fraction of its floor only if its reads miss the cache."""
     floors_us = {
         "bytes": case.moved_bytes / ceilings["read_ceiling"]["gb_per_s"] / 1e3,
         "flops": case.flops / ceilings["matmul_ceiling"]["tflop_per_s"] / 1e6,

@@ -101,7 +101,7 @@ def build_peer(llm: "LLM", name: str | None) -> Any:
 
 
 def tables(report: Report) -> str:
-    """Text of all tables to print."""
+    """Formats the tables of results, floors and, with several ranks, traffic."""
     results, ceiling = report.results, report.content["read_ceiling"]
     peak_gb = max(result.get("peak_memory_bytes", 0) for result in results) / 1e9
     parts = [result_table(results), floor_table(results)]

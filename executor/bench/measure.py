@@ -18,7 +18,7 @@ Run = tuple[list[list[int]], float, list[float]]  # token ids, ttft in ms, each 
 def measure(
     llm: LLM, peer: Any, prompts: list[list[int]], arguments: argparse.Namespace, gb_per_s: float
 ) -> list[dict[str, Any]]:
-    """Result rows of this engine and of each mode of the peer; the first round is a warm-up.
+    """Measures this engine and each mode of the peer; returns a row for each. The first round is a warm-up.
 
     gb_per_s: read bandwidth ceiling of the device.
     """
@@ -51,7 +51,7 @@ def measure(
 
 
 def generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
-    """One round; its times are those of the last prompt: once it has started, all prompts decode together."""
+    """Runs one round; returns the times of the last prompt: after its prefill, all prompts decode together."""
     outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     check_finished(outputs)
     return [output.token_ids for output in outputs], known(outputs[-1].ttft_ms), outputs[-1].token_intervals_ms

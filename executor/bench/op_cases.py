@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of every operation at a model's shapes, with bytes moved and FLOPs.
 
-Shapes are those of one rank under tensor parallelism; experts are not sharded. Letters as in ops/__init__.py.
+Shapes are those of one rank under tensor parallelism; experts are not sharded. Shape letters as in ops/__init__.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class OpCase:
     distinct_bytes: int | None = None  # moved by all calls together; None: no two calls share any
 
     def is_cold(self, device_type: str) -> bool:
-        """Whether the calls together move more than the cache holds, so that reads come from memory."""
+        """Returns whether the calls together move more than the cache holds, so that reads come from memory."""
         distinct_bytes = len(self.calls) * self.moved_bytes if self.distinct_bytes is None else self.distinct_bytes
         return distinct_bytes >= COLD_BYTES[device_type]
 
@@ -92,7 +92,7 @@ class OpCases:
         return self.ops.prepare_weight(DenseWeight(self.random(*shape)))
 
     def norm_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-        """hidden_states, residual in the backend's dtype, norm weight, epsilon."""
+        """Inputs of add_norm: hidden_states, residual in the backend's dtype, norm weight, epsilon."""
         eps = self.config.rms_norm_eps
         residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, eps)[1]
         return self.activations(self.hidden), residual, self.norm_weight, eps
@@ -102,7 +102,7 @@ class OpCases:
         return self.row_bytes * self.hidden + 2 * self.residual_bytes
 
     def embedding(self) -> OpCase:
-        """Rows of the table are reused as rarely as possible: the calls go through them in random order."""
+        """Embedding lookups in a random permutation of the table, which reuses its rows as rarely as possible."""
         vocab, row_bytes = self.config.vocab_size, self.hidden * self.dtype.itemsize
         table, order = self.random(vocab, self.hidden), torch.randperm(vocab, device=self.device)
         calls = []
@@ -133,7 +133,7 @@ class OpCases:
         return OpCase(name=name, calls=calls, moved_bytes=moved_bytes, flops=2 * self.tokens * width * self.hidden)
 
     def linear(self) -> OpCase:
-        """The output projection of attention."""
+        """Output projection of attention (o_proj)."""
         inputs = self.activations(self.q_size)
         weight_bytes = self.hidden * self.q_size * self.dtype.itemsize
         weights = [self.weight(self.hidden, self.q_size) for _ in self.sets(weight_bytes)]
@@ -211,7 +211,7 @@ class OpCases:
         )
 
     def silu_and_mul(self) -> OpCase:
-        """Activation of a dense MLP."""
+        """SwiGLU activation of a dense MLP."""
         width = share_of(self.config.intermediate_size, self.parallel.attn_tp_size)
         moved_bytes = 3 * self.row_bytes * width
         inputs = [self.activations(2 * width) for _ in self.sets(moved_bytes)]

@@ -68,7 +68,7 @@ def read_report(file: str) -> dict[str, Any]:
 
 
 def check_row(row: Any, where: str) -> None:
-    """ValueError if a field of a row that is drawn is missing or invalid."""
+    """Raises ValueError if a field that is drawn is missing from a row or invalid."""
     if not isinstance(row, dict) or not isinstance(row.get("tpot_ms"), dict):
         raise ValueError(f"{where} is not a row with system, exe_mode, batch_size and tpot_ms")
     for key in ("system", "exe_mode"):
@@ -109,7 +109,7 @@ def picture(name: str) -> Path:
 
 
 def check_matplotlib() -> None:
-    """ValueError if matplotlib is missing; called before the measurement."""
+    """Raises ValueError if matplotlib is missing; called before the measurement."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -204,11 +204,11 @@ def property_text(key: str, row: Row) -> str:
 
 
 def shown(value: Any) -> str:
-    """One short line, escaped so that matplotlib shows it literally and in the legend."""
+    """Escapes a value to one short line that matplotlib shows literally and does not hide from the legend."""
     return one_line(value, 70).lstrip("_").replace("$", r"\$")
 
 
 def tpot_ms(row: Row) -> Any:
-    """Median if available, as in the tables, else the mean."""
+    """Median tpot in ms if available, as in the tables, else the mean."""
     median = row["tpot_ms"].get("p50")
     return row["tpot_ms"].get("mean") if median is None else median

@@ -64,7 +64,7 @@ class Report:
 
 
 def text_of(content: dict[str, Any]) -> str:
-    """JSON text; RuntimeError for a non-finite number, which indicates a failed measurement."""
+    """Serializes the report to JSON; RuntimeError for a non-finite number, which indicates a failed measurement."""
     try:
         return json.dumps(content, indent=1, allow_nan=False)
     except ValueError as error:

@@ -64,7 +64,7 @@ def scenario(text: str) -> tuple[int, int]:
 
 
 def check_rounds(settings: "Settings", arguments: argparse.Namespace) -> None:
-    """ValueError if the batch is not a multiple of attn_dp: every group of attention ranks runs equally many."""
+    """Raises ValueError for several rounds of a batch that cannot be split evenly over the attention DP groups."""
     groups = max(1, settings.world_size // settings.parallel_config.attn_tp_size)
     uneven = [size for size in arguments.batch_size if size % groups]
     if uneven and arguments.rounds > 1:
@@ -75,7 +75,7 @@ def check_rounds(settings: "Settings", arguments: argparse.Namespace) -> None:
 
 
 def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-    """Measures one row, after a warm-up of a few tokens."""
+    """Measures one scenario at one batch size, after a warm-up of a few tokens; returns a result row."""
     limit_batch(llm, batch_size)
     prompts = random_prompts(llm, num_prompts, prompt_tokens)
     llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=min(WARM_UP_TOKENS, new_tokens), ignore_eos=True))
@@ -101,7 +101,7 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
 
 
 def limit_batch(llm: "LLM", batch_size: int) -> None:
-    """Sets the batch size of the loaded model, split over the groups of attention ranks."""
+    """Sets the batch size of the loaded model, split over the attention DP groups."""
     schedulers = llm.engine.schedulers
     for scheduler in schedulers:
         scheduler.batch_size = -(-batch_size // len(schedulers))

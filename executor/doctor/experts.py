@@ -11,7 +11,7 @@ from ops import GroupedRows, Routing, Weight
 
 
 def experts(context: Context, variant: str) -> Iterator[Finding]:
-    """Compares all experts, half of them and one on this rank; rows of other ranks' experts lie past the counts."""
+    """Compares the experts with all, half or one of them on this rank; rows of remote experts lie past the counts."""
     random, to_device, shapes = context.inputs.random, context.inputs.to_device, context.shapes
     for local in (shapes.num_experts, shapes.num_experts // 2, 1):
         gate_up = context.inputs.weight(context.ops, local, 2 * shapes.width, shapes.hidden_size)
@@ -39,7 +39,7 @@ def experts(context: Context, variant: str) -> Iterator[Finding]:
 
 
 def regroup(context: Context, variant: str) -> Iterator[Finding]:
-    """Compares rows of 4 ranks, regrouped by expert and run through the experts; some groups are empty."""
+    """Compares rows dispatched by 4 ranks, regrouped by expert and run through the experts; some groups are empty."""
     shapes, local = context.shapes, context.shapes.num_experts // 4
     gate_up = context.inputs.weight(context.ops, local, 2 * shapes.width, shapes.hidden_size)
     down = context.inputs.weight(context.ops, local, shapes.hidden_size, shapes.width)
@@ -80,7 +80,7 @@ def sort_by_expert(context: Context) -> Iterator[Finding]:
 
 
 def grouped_linear(context: Context) -> Iterator[Finding]:
-    """Compares the grouped matmul of all experts and of one; a third of the rows lie past the counts, not compared."""
+    """Compares the grouped matmul of all experts and of one; the third of the rows past the counts is ignored."""
     shapes = context.shapes
     for num_experts in (shapes.num_experts, 1):
         right, weight = context.inputs.weight(context.ops, num_experts, 2 * shapes.width, shapes.hidden_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons of all operations but the experts: embedding, norms, linear layers, attention, routing."""
+"""Comparisons of all operations except the experts: embedding, norms, linear layers, attention, routing."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -95,7 +95,7 @@ def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensor
 
 
 def graph(context: Context, variant: str) -> Iterator[Finding]:
-    """Compares decode attention captured with lengths of 1 and replayed with the true ones with its eager run."""
+    """Compares decode attention in graph replay with eager; captured with seq_lens of 1, replayed with the true ones."""
     step = context.inputs.step(DECODE_LENS, is_prefill=False)
     tensors = attention_tensors(context, DECODE_LENS, len(DECODE_LENS))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Versions, product, memory and settings that decide how an NPU computes and how fast."""
+"""Versions, product, memory and settings that determine an NPU's results and speed."""
 
 import os
 from pathlib import Path
@@ -28,6 +28,6 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def cann_version() -> str:
-    """As torch_npu reports it; "unknown" under CANN before 8.1, which does not report it."""
+    """CANN version as torch_npu reports it; "unknown" under CANN before 8.1, which does not report it."""
     get_cann_version = getattr(getattr(getattr(torch, "npu", None), "utils", None), "get_cann_version", None)
     return (get_cann_version() if get_cann_version is not None else "") or "unknown"

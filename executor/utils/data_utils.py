@@ -129,7 +129,7 @@ def default_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
 
 
 def jsonl_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """Yields ("FILE: line N", text) from a jsonl file: the field data_config.text_field, or by template."""
+    """Yields ("FILE: line N", text) from a jsonl file: data_config.text_field, or prompt_template filled in."""
     if data.dataset_path is None:
         raise ValueError("data_config.dataset_path: missing, dataset: jsonl needs a file")
     file = existing(data.dataset_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
-    """ValueError, with the option, if the file is not writable or one of `inputs`. Does not change the file."""
+    """Raises ValueError that names the option if the file is not writable or one of `inputs`; does not change it."""
     try:
         try:
             descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -26,7 +26,7 @@ def check_output(option: str, file: Path, inputs: Iterable[Path] = ()) -> None:
 
 
 def is_same(file: Path, other: Path) -> bool:
-    """Whether both paths are the same regular file."""
+    """Returns whether both paths are the same regular file."""
     try:
         found, there = file.stat(), other.stat()
     except OSError:
@@ -43,7 +43,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def replace(file: Path, text: str) -> None:
-    """Replaces the file atomically."""
+    """Replaces the file atomically; writes in place if it is a device or the folder takes no temporary file."""
     file = file.resolve()
     part = file.with_name(f"{file.name}.part")
     if (file.exists() and not file.is_file()) or not can_be_made(part):  # a device, or no temporary file can be created

@@ -10,8 +10,10 @@ DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # 
 
 
 def one_line(text: object, limit: int = MAX_LINE) -> str:
-    """`text` on one line of at most `limit` characters: white space collapsed, what does not print escaped, cut in the
-    middle if it is longer."""
+    """Formats `text` as one line of at most `limit` characters.
+
+    Collapses white space, escapes non-printing characters, and cuts out the middle of longer text.
+    """
     line = str(text)
     if len(line) > 8 * limit:
         line = f"{line[: 4 * limit]} {line[-4 * limit :]}"
@@ -23,7 +25,7 @@ def one_line(text: object, limit: int = MAX_LINE) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, bidirectional controls and lone surrogates escaped; tabs and newlines stay."""
+    """Escapes control characters, bidirectional controls and lone surrogates of `text`; tabs and newlines stay."""
     return "".join(character if shows(character) else escaped(character) for character in text)
 
 

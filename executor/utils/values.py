@@ -46,7 +46,7 @@ def is_plain(value: Any) -> bool:
 
 
 def check_plain(value: Any) -> None:
-    """ValueError for values that JSON results cannot hold: NaN, infinity, lone surrogates, dates, huge integers."""
+    """Rejects values that JSON results cannot hold (ValueError): NaN, infinity, lone surrogates, dates, huge integers."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is impossible, must be a finite number")
     if isinstance(value, str) and not is_unicode(value):
@@ -65,5 +65,5 @@ def check_plain(value: Any) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """False for text with lone surrogates, which cannot be encoded."""
+    """Returns whether text can be encoded: False for lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
