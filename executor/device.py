@@ -79,7 +79,7 @@ def process_left_bytes() -> list[int]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory in bytes: of tensors on an accelerator, of the process (RSS) on a CPU."""
+    """Peak memory in bytes: allocated by tensors on an accelerator, resident (RSS) of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "npu":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of a run: `python -m executor.infer --yaml_file_path X [--set section.key=value] [--output FILE]`."""
+"""Offline inference, one rank: `python -m executor.infer --yaml_file_path X [--set section.key=value] [--output FILE]`."""
 
 import argparse
 import dataclasses

@@ -92,7 +92,7 @@ HINTS = {
     "log_file": "logs are in the result folder of each run, below output_dir",
 }
 
-VALUES = {  # of device and dtype
+VALUES = {  # other names of devices and dtypes -> the names here
     "gpu": "cuda",
     "ascend": "npu",
     "bf16": "bfloat16",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Result folder of a run, and crash-safe JSON Lines files: each result is on disk once it is written."""
+"""Result folder of a run, and JSON Lines files without buffering: a written result survives the end of the process."""
 
 import contextlib
 import datetime
@@ -106,7 +106,7 @@ def make_folder(parent: Path, name: str, exclusive: bool) -> RunFolder:
 
 
 class LineFile:
-    """JSON Lines file, created or replaced at the first write; each line is on disk before the next.
+    """JSON Lines file, created or replaced at the first write; lines are written through to the OS, without a buffer.
 
     A partially written line is truncated away. A file that is deleted during the run is restored.
     """

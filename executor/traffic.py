@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Analytical communication volume per rank, derived in docs/parallelism.md; `bench` prints it beside the measured one."""
+"""Analytical communication volume per rank, derived in docs/parallelism.md, for comparison with the measured one."""
 
 from dataclasses import dataclass
 

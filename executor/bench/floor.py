@@ -17,7 +17,7 @@ COUNTED_STEPS = 8
 
 
 def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: float) -> dict[str, int]:
-    """Bytes that this rank reads in a decode step of `sequences` of its own with `cached_tokens` each.
+    """Bytes that this rank reads in a decode step of `sequences` sequences with `cached_tokens` each.
 
     All weights count once, except the embedding (unless tied to lm_head) and experts that no token
     selects. distinct_experts: mean number of selected experts per layer.

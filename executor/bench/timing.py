@@ -70,7 +70,7 @@ def read_ceiling(device: torch.device) -> ReadCeiling:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> MatmulCeiling:
-    """Rate of a large square matmul, in `dtype` or float32, whichever is faster.
+    """Throughput of a large square matmul, in `dtype` or float32, whichever is faster.
 
     On some CPUs large bfloat16 matmuls are far slower than small ones, which torch computes via float32.
     """

@@ -66,7 +66,7 @@ class Inputs:
         return tensor.to(self.device, DTYPE if tensor.is_floating_point() else tensor.dtype, copy=True)
 
     def weight(self, ops: Ops, *shape: int) -> WeightPair:
-        """A random weight [..., N, K] for the reference and for the backend `ops`."""
+        """Random weight [..., out_features, in_features], for the reference and for the backend `ops`."""
         values = self.random(*shape, std=shape[-1] ** -0.5)
         return DenseWeight(values), ops.prepare_weight(DenseWeight(self.to_device(values)))
 

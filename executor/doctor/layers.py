@@ -13,7 +13,7 @@ from executor.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
 from ops.npu.variants import CACHE_WRITE
 
-MANY_TOKENS = 2000  # gating kernels may change at 1024
+MANY_TOKENS = 2000  # gating may use another kernel from 1024 tokens on
 PREFILL_LENS, DECODE_LENS = [300, 1, 128], [1, 128, 129, 700, 1500]
 
 
@@ -95,7 +95,7 @@ def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensor
 
 
 def graph(context: Context, variant: str) -> Iterator[Finding]:
-    """Compares decode attention in graph replay with eager; captured with seq_lens of 1, replayed with the true ones."""
+    """Compares decode attention in graph mode, captured with seq_lens 1 and replayed with the true ones, with eager."""
     step = context.inputs.step(DECODE_LENS, is_prefill=False)
     tensors = attention_tensors(context, DECODE_LENS, len(DECODE_LENS))
 

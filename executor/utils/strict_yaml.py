@@ -78,7 +78,7 @@ class StrictLoader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except yaml.YAMLError:
             raise
-        except Exception:  # by PyYAML for a date of month 13, an int of 5,000 digits, !!bool x, !!int ''
+        except Exception:  # raised by PyYAML for a date of month 13, an int of 5,000 digits, !!bool x, !!int ''
             kind = node.tag.rpartition(":")[2]
             raise refusal(f"{quoted(node.value)} is not a valid {kind}", node.start_mark) from None
 

@@ -46,7 +46,7 @@ def is_plain(value: Any) -> bool:
 
 
 def check_plain(value: Any) -> None:
-    """Rejects values that JSON results cannot hold (ValueError): NaN, infinity, lone surrogates, dates, huge integers."""
+    """Raises ValueError for what JSON results cannot hold: NaN, infinity, lone surrogates, dates, ints from 2**63."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is impossible, must be a finite number")
     if isinstance(value, str) and not is_unicode(value):
