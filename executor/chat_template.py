@@ -19,7 +19,7 @@ from executor.prompts import check_text
 from executor.utils.reading import refusing
 from executor.utils.text import one_line
 
-RENDER_TIMEOUT_S = 10.0  # all renderings of one prompt together; one takes milliseconds
+RENDER_TIMEOUT_S = 10.0  # for all renderings of one prompt together; one usually takes milliseconds
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the output, beside 4 times the length of the messages
 
 

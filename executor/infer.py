@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline inference, one rank: `python -m executor.infer --yaml_file_path X [--set section.key=value] [--output FILE]`."""
+"""Inference on one rank: `python -m executor.infer --yaml_file_path X [--set section.key=value] [--output FILE]`."""
 
 import argparse
 import dataclasses
@@ -94,7 +94,7 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
     count, start_s = len(sequences), time.perf_counter()
 
     def keep(index: int, output: Any) -> None:
-        with interrupts_deferred():  # all files get the line, or none
+        with interrupts_deferred():  # so that either all files get the line or none
             results.write(line_of(index, output))
             del unwritten[index]
 

@@ -86,5 +86,5 @@ def allocate_cache(
 
 
 def blocks_in_use(lens: Sequence[int], batch_size: int) -> int:
-    """Maximum number of blocks in use by sequences of these lengths, `batch_size` of them at a time."""
+    """Peak number of cache blocks in use by sequences of these lengths, with up to `batch_size` running at a time."""
     return sum(heapq.nlargest(batch_size, map(blocks_for, lens)))

@@ -15,14 +15,17 @@ NUMBERS = (*WHOLE, "temperature", "top_p", "min_p", "repetition_penalty")
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of one request. They replace the LLM's defaults (data_config) entirely: an omitted parameter
-    has the default below, not that of the LLM's settings or the checkpoint.
+    """Sampling parameters of one request.
 
-    max_new_tokens: maximum number of generated tokens. temperature: 0 is greedy decoding, which ignores the filters.
-    top_k: sample from the k most likely tokens, 0 for all. top_p: smallest set of most likely tokens whose cumulative
-    probability reaches top_p. min_p: minimum probability relative to the most likely token. repetition_penalty: above 1
-    penalizes tokens of the prompt and the output. seed: makes sampling reproducible. stop: strings that end the output,
-    which does not include them. ignore_eos: continue after EOS up to max_new_tokens.
+    They replace the LLM's defaults (data_config) entirely: an omitted parameter has the default below, not that of the
+    LLM's settings or the checkpoint.
+
+    max_new_tokens: maximum number of generated tokens. temperature: 0 is greedy decoding, which ignores top_k, top_p
+    and min_p. top_k: sample from the k most likely tokens, 0 for all. top_p: nucleus sampling, from the smallest set
+    of most likely tokens whose cumulative probability reaches top_p. min_p: minimum probability relative to the most
+    likely token. repetition_penalty: above 1 penalizes tokens of the prompt and the output. seed: makes sampling
+    reproducible. stop: strings that end the output, which does not include them. ignore_eos: continue after EOS up to
+    max_new_tokens.
 
     Raises ValueError for values of a wrong type or range, TypeError for unknown parameters.
     """

@@ -154,7 +154,7 @@ def shorten(
 
 
 def longest_allowed(lengths: Sequence[int], budget: int) -> int:
-    """Largest cap on the lengths with which their sum is within `budget`."""
+    """Largest n for which the sum of the lengths, each capped at n, is within `budget`."""
     return bisect_right(range(max(lengths, default=0)), budget, key=lambda n: sum(min(m, n) for m in lengths)) - 1
 
 

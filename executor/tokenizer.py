@@ -49,8 +49,9 @@ class Tokenizer:
         return self.loaded
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:
-        """Encodes plain text. Beyond `input_max_len` tokens its middle is cut out, or, with `long_prompt` "refuse",
-        ValueError is raised.
+        """Encodes plain text.
+
+        Beyond `input_max_len` tokens its middle is cut out, or, with `long_prompt` "refuse", ValueError is raised.
 
         name: the prompt in errors and warnings.
         """

@@ -19,8 +19,8 @@ COUNTED_STEPS = 8
 def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: float) -> dict[str, int]:
     """Bytes that this rank reads in a decode step of `sequences` sequences with `cached_tokens` each.
 
-    All weights count once, except the embedding (unless tied to lm_head) and experts that no token
-    selects. distinct_experts: mean number of selected experts per layer.
+    All weights count once, except the embedding (unless tied to lm_head) and experts that no token selects.
+    distinct_experts: mean number of selected experts per layer.
     """
     tied = llm.config.tie_word_embeddings
     sizes = {name: held_bytes(value) for name, value in llm.parameters.values.items()}
@@ -71,7 +71,7 @@ def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_ST
         return type(llm.ops).experts(llm.ops, hidden_states, routing, gate_up, down)
 
     def eager_decode(runner: ModelRunner, *arguments: Any) -> ShardedLogits:  # graph replay would not call it
-        llm.ops.experts = counting_experts  # type: ignore[method-assign] # on this instance, deleted below
+        llm.ops.experts = counting_experts  # type: ignore[method-assign] # overrides on this instance only, deleted below
         try:
             return ModelRunner.decode(runner, *arguments)
         finally:

@@ -47,7 +47,7 @@ class ReadCeiling(TypedDict):
 
 
 class MatmulCeiling(TypedDict):
-    """Matmul rate entry of a report."""
+    """Matmul throughput entry of a report."""
 
     tflop_per_s: float
     measured_by: str

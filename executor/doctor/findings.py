@@ -43,7 +43,7 @@ class Finding:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest relative L2 error of any row, so that one wrong row of many shows. ValueError where shapes differ.
+    """Largest relative L2 error of any row, so that one wrong row of many shows. ValueError if the shapes differ.
 
     Norms of the expected rows are clamped to at least 1 % of their mean.
     """
