@@ -47,7 +47,7 @@ def parse_config(raw: dict[str, Any]) -> Qwen3MoeConfig:
 
 
 def shown(value: object) -> str:
-    """repr of a short value, otherwise its type: a value may have any length or depth."""
+    """Formats a config value for an error message: repr if it is short, else its type, as it may be of any size."""
     if isinstance(value, list) and len(value) <= 4 and all(isinstance(entry, str) for entry in value):
         return f"[{', '.join(map(shown, value))}]"
     if value is None or isinstance(value, float) or (isinstance(value, str) and len(value) <= 80):
@@ -64,7 +64,7 @@ def check_supported(raw: dict[str, Any]) -> None:
     architectures = raw.get("architectures") or [ARCHITECTURES[0]]
     if not isinstance(architectures, list) or not all(name in ARCHITECTURES for name in architectures):
         raise ValueError(f"architectures {shown(architectures)} is not supported, only {' or '.join(ARCHITECTURES)}")
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
+    if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # aliases
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported, only 'silu'")
     quantization = raw.get("quantization_config")
     if quantization is not None:
@@ -177,7 +177,7 @@ def check_rope(config: Qwen3MoeConfig) -> None:
         for key in ROPE_LISTS:
             if rope.get(key) is not None and 2 * len(rope[key]) != config.head_dim:
                 raise ValueError(f"{key} has {len(rope[key])} numbers, must have head_dim / 2 = {config.head_dim / 2}")
-        longest = 1 + max(longest, rope.get("original_max_position_embeddings") or 0)  # long_factor begins there
+        longest = 1 + max(longest, rope.get("original_max_position_embeddings") or 0)  # uses long_factor
     try:
         (short, factor), (long, _) = (inverse_frequencies(config, seq_len) for seq_len in (1, longest))
     except Exception as error:  # whatever transformers' initialisers and torch raise for odd values
@@ -217,18 +217,18 @@ def check_rope_values(given: dict[str, Any]) -> None:
 
 
 def trained_len(config: Qwen3MoeConfig) -> int:
-    """Maximum sequence length that the checkpoint supports, including its rope scaling."""
+    """Maximum sequence length that the checkpoint supports, extended by its rope scaling."""
     rope = config.rope_parameters
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return max(config.max_position_embeddings, int(original * rope.get("factor", 1)))
 
 
 def attention_limit(config: Qwen3MoeConfig) -> tuple[int, str] | None:
-    """Tokens up to which the config's attention equals full causal attention, and the limiting key; None: no limit.
+    """Sequence length up to which attention equals full causal attention, and the limiting key; None: no limit.
 
-    Dual chunk attention (arXiv:2402.17463): positions are as usual within `chunk_size`, queries are scaled beyond
+    Dual chunk attention (arXiv:2402.17463): position ids are unchanged within `chunk_size`, queries are scaled beyond
     `original_max_position_embeddings`, and prefill is sparse beyond `sparse_attention_threshold` tokens if enabled.
-    Defaults are those of vLLM, which Qwen's model cards name for it.
+    Defaults are vLLM's, which Qwen's model cards recommend for it.
     """
     limits = []
     if config.use_sliding_window and config.sliding_window is not None:

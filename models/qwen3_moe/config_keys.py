@@ -35,15 +35,15 @@ NETWORK_KEYS = (
     "rms_norm_eps",
     "rope_theta",
 )
-# Union over all rope types, with both spellings of the type and yarn's undocumented keys.
+# Union over all rope types, with both names of the type key and yarn's undocumented keys.
 ROPE_KEYS = {"type", "mscale", "mscale_all_dim", "truncate", *ROPE_PARAMETER_KEYS}
-# Rejected unless they match what the network does, or read elsewhere.
+# Keys that are validated against what the network implements, or parsed elsewhere.
 CHECKED_KEYS = (
     *("add_cross_attention", "architectures", "dual_chunk_attention_config", "hidden_act", "is_encoder_decoder"),
     *("layer_types", "model_type", "per_layer_config", "pruned_heads", "quantization_config", "rope_parameters"),
     *("rope_scaling", "transformers_weights"),
 )
-# Training, other tasks, execution options and metadata; transformers' network does not read them either.
+# Keys for training, other tasks, execution options and metadata; transformers' network does not read them either.
 HARMLESS_KEYS = (
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation"),
     *("_name_or_path", "attention_dropout", "attn_implementation", "chunk_size_feed_forward", "dtype"),

@@ -27,7 +27,7 @@ from ops.comm import ParallelContext
 
 @dataclass(frozen=True, kw_only=True)
 class Building:
-    """Config, backend, parallel groups and exchanges that all layers are built with."""
+    """Build context of the layers: config, backend, parallel groups and expert exchanges."""
 
     config: Qwen3MoeConfig
     ops: Ops
@@ -35,11 +35,11 @@ class Building:
     decode_exchange: ExpertExchange
     prefill_exchange: ExpertExchange
     prefetch: bool = False  # whether weights are prefetched into L2 during attention and combine
-    fused_o_proj: bool = False  # whether o_proj and its all_reduce are one operation in prefill
+    fused_o_proj: bool = False  # whether prefill uses the fused matmul and all-reduce for o_proj
 
 
 class DecoderLayer:
-    """Attention and feed-forward block; `residual` is the residual stream without `hidden_states` added yet."""
+    """Attention and feed-forward block; `residual` is the residual stream before `hidden_states` is added to it."""
 
     def __init__(self, build: Building, layer_id: int, parameters: Parameters):
         config, ops, eps = build.config, build.ops, build.config.rms_norm_eps
@@ -78,7 +78,7 @@ class DecoderLayer:
 
 
 class Qwen3Moe:
-    """The network from token ids to logits."""
+    """Qwen3-MoE decoder-only model, this rank's shard: token ids to hidden states, and hidden states to logits."""
 
     def __init__(self, build: Building, parameters: Parameters, rotary: RotaryEmbedding):
         config, ops, parallel = build.config, build.ops, build.parallel
@@ -100,7 +100,7 @@ class Qwen3Moe:
     def forward(
         self, token_ids: torch.Tensor, step: StepMetadata, kv_caches: list[KVCache]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """token_ids [T] int64 -> the last layer's output and residual [T, D]; `logits` adds and normalises them."""
+        """Runs all layers: token_ids [T] int64 -> hidden_states and residual [T, D], not yet added and normalised."""
         hidden_states, residual = self.embed_tokens(token_ids, step), None
         cos_sin, step = self.ops.prepare_attention(self.rotary(step), step, hidden_states.dtype)
         if step.sequence_parallel:
@@ -116,7 +116,7 @@ class Qwen3Moe:
         return hidden_states, residual
 
     def logits(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
-        """Rows of `forward`'s result [R, D] -> their logits, float32; max_rows is the largest R of any rank."""
+        """Computes float32 logits of rows [R, D] of `forward`'s result; max_rows: the largest R of any rank."""
         return self.lm_head(hidden_states, residual, max_rows)
 
 

@@ -26,7 +26,7 @@ MAX_WORLD_SIZE = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Shards of one rank, determined by its (index, size) in each group."""
+    """Rank index and size of one rank in each parallel group, which determine its shards."""
 
     attn_tp: tuple[int, int] = (0, 1)
     moe_tp: tuple[int, int] = (0, 1)
@@ -45,7 +45,7 @@ class Layout:
             if re.fullmatch(pattern, name):
                 index, size = getattr(self, group)
                 if re.search(r"\.[kv]_proj\.", name) and config.num_key_value_heads < size:
-                    # fewer kv heads than ranks: each is replicated on adjacent ranks
+                    # fewer kv heads than ranks: each kv head is replicated on adjacent ranks
                     index, size = index * config.num_key_value_heads // size, config.num_key_value_heads
                 if size == 1:
                     return ()
@@ -61,7 +61,7 @@ class Layout:
 
 
 def check_layout(config: Qwen3MoeConfig, world_size: int, sizes: dict[str, int]) -> None:
-    """Raises ValueError, listing the sizes that the model and world size allow, for an unsupported layout.
+    """Validates parallel sizes against the model and world size; raises ValueError that lists the allowed sizes.
 
     `sizes` has the keys attn_tp_size, moe_tp_size, embed_tp_size, lmhead_tp_size and, where stated, attn_dp_size and
     moe_ep_size, which follow from the others.

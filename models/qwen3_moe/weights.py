@@ -14,11 +14,11 @@ from models.layers.parameter import ParameterSpec, Role, Source
 from models.qwen3_moe.sharding import Layout
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-NOT_A_WEIGHT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # a buffer in old checkpoints, computed from the config
+NOT_A_WEIGHT = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # buffer stored in old checkpoints; computed from the config
 
 
 def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
-    """Whether a layer's feed-forward block is a mixture of experts (the rule of transformers' decoder layer)."""
+    """Whether a layer is an MoE layer rather than a dense one (the rule of transformers' decoder layer)."""
     return (
         layer_id not in config.mlp_only_layers
         and config.num_experts > 0
@@ -117,7 +117,7 @@ class SpecBuilder:
         ]
 
     def stacked_experts(self, theirs: str, gate: Source, down: Source) -> tuple[tuple[Source, ...], tuple[Source, ...]]:
-        """Sources of both parameters in stacked tensors [E, 2F, D] and [E, D, F]; `gate`, `down`: of one expert."""
+        """Sources in a checkpoint's stacked tensors [E, 2F, D] and [E, D, F]; `gate`, `down`: sources of one expert."""
         full_width, hidden = gate.shape
         held = self.layout.experts(self.config)
         experts = slice(held.start, held.stop)

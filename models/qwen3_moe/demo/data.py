@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data of the demo checkpoint: the corpus, its tokenizer, and the conversations cut from it."""
+"""Training data of the demo checkpoint: corpus, tokenizer, and chat conversations cut from the corpus."""
 
 import json
 import math
@@ -132,7 +132,7 @@ def build_tokenizer(works: list[str], output: Path) -> PreTrainedTokenizerBase:
 
 
 def chat_texts(work: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> list[str]:
-    """Cuts one work into conversations: the user gives a passage, the assistant goes on with it."""
+    """Cuts one work into conversations: the user gives a passage, the assistant continues it."""
 
     def take(position: int, low: int, high: int, until: str) -> tuple[str, int]:
         length = int(math.exp(rng.uniform(math.log(low), math.log(high))))  # log-uniform
@@ -153,7 +153,7 @@ def chat_texts(work: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
         answer, position = take(position, 80, 1600, "\n\n")
         if not passage or not answer:
             break
-        # The template's own prompt, so that training sees exactly what inference sends, for both switch positions.
+        # Rendered by the chat template, so that training prompts equal inference prompts, with thinking on and off.
         prompt = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=rng.random() < 0.5
         )
@@ -164,13 +164,13 @@ def chat_texts(work: str, tokenizer: PreTrainedTokenizerBase, rng: random.Random
 def token_streams(
     works: list[str], tokenizer: PreTrainedTokenizerBase, chat_passes: int, seed: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Returns for raw text and for chat the concatenated token ids and the offsets at which a sequence may start."""
+    """Tokenises raw text and chats; returns for each the concatenated token ids and the possible sequence starts."""
     rng = random.Random(seed)
     encode = tokenizer.backend_tokenizer.encode_batch
     eot = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     raw = [id for encoding in encode(works) for id in [*encoding.ids, eot]]
     conversations = []
-    for _ in range(chat_passes):  # each pass cuts the same text elsewhere
+    for _ in range(chat_passes):  # each pass cuts the text at other positions
         for work in rng.sample(works, len(works)):
             conversations += [encoding.ids for encoding in encode(chat_texts(work, tokenizer, rng))]
     rng.shuffle(conversations)

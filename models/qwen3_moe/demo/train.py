@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the bundled demo checkpoint: a Qwen3-MoE of about 5 million parameters and its own 2048-token vocabulary.
 
-Random weights hide bugs, as a wrong kernel still yields plausible noise. With trained weights a bug shows in the bits
+Random weights hide bugs, as a wrong kernel still yields plausible logits. With trained weights a bug shows in the bits
 per character and in the generated text.
 
 Shape legend: B sequences, S positions, L layers, E experts, K top-k, V vocabulary.
@@ -55,7 +55,7 @@ def sample_batch(streams: dict[str, tuple[torch.Tensor, torch.Tensor]], length: 
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Qwen3MoeForCausalLM:
-    """Builds the network in bfloat16 with dropout on the embedding and on both branches of every layer."""
+    """Builds the model in bfloat16 with dropout on the embedding and on both residual branches of every layer."""
     config = Qwen3MoeConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -81,7 +81,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) ->
     )
     model = Qwen3MoeForCausalLM(config).to(device=args.device, dtype=torch.bfloat16)
 
-    # The published architecture has no dropout in its branches, so it is attached from outside and never saved.
+    # Qwen3-MoE has no residual dropout, so forward hooks add it; checkpoints do not contain hooks.
     def drop(module: torch.nn.Module, _inputs: tuple[Any, ...], out: torch.Tensor) -> torch.Tensor:
         return F.dropout(out, args.dropout, module.training)
 
@@ -92,7 +92,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) ->
 
 
 def forward(model: Qwen3MoeForCausalLM, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps [B, S] token ids to float32 logits [B, S, V] and router probabilities [L, B * S, E]."""
+    """Forward pass: token ids [B, S] -> float32 logits [B, S, V] and router probabilities [L, B * S, E]."""
     out = model.model(input_ids=inputs, use_cache=False, output_router_logits=True)
     return model.lm_head(out.last_hidden_state).float(), torch.stack(out.router_logits).float().softmax(-1)
 
@@ -106,10 +106,10 @@ def expert_shares(router_probs: torch.Tensor, top_k: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[float, torch.Tensor]:
-    """Returns bits per character of `text` and the expert shares on it.
+    """Evaluates held-out text: returns its bits per character and expert shares.
 
-    The text is encoded whole and cut into windows of 1024 tokens. Each window is predicted from `<|endoftext|>` and
-    its own earlier tokens, so every token of the text counts once.
+    The text is tokenised as a whole and cut into windows of 1024 tokens without overlap. The context of a token is
+    `<|endoftext|>` and the earlier tokens of its window.
     """
     model.eval()
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids, device=model.device)
@@ -132,7 +132,7 @@ def train_step(
     """Runs one optimizer step and returns the language-model loss in nats per token."""
     logits, router_probs = forward(model, batch[:, :-1])
     loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-    # Per layer: the usual loss pools all layers, where the imbalances of different layers can cancel out.
+    # Load balancing loss per layer: transformers' pools all layers, where imbalances of different ones can cancel out.
     shares = expert_shares(router_probs.detach(), model.config.num_experts_per_tok)
     balance = (shares * router_probs.mean(1)).sum(-1).mean() * model.config.num_experts
     (loss + model.config.router_aux_loss_coef * balance).backward()
@@ -168,11 +168,11 @@ def train(
         progress = max(0.0, (step - warmup) / max(1, args.steps - warmup))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(step / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-        length = WINDOW if step % 8 else random.choice([4096, MAX_POSITIONS])  # some long ones, for long prompts
+        length = WINDOW if step % 8 else random.choice([4096, MAX_POSITIONS])  # some long sequences, for long prompts
         batch = sample_batch(streams, length, args.batch_tokens).to(args.device)
         step_loss = train_step(model, master, optimizer, batch)
         seen += batch[:, 1:].numel()
-        loss = step_loss if step == 1 else loss + 0.02 * (step_loss - loss)  # stays on the device until it is printed
+        loss = step_loss if step == 1 else loss + 0.02 * (step_loss - loss)  # moving average, without a host sync
         if step % EVAL_EVERY == 0 or step == args.steps:
             bits, _ = evaluate(model, tokenizer, heldout)
             seconds = time.perf_counter() - start
