@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interface of the fused operations, bound once per process to the backend of its device.
+"""Interface of the fused operations of the model, implemented by one backend per device type.
 
 Shapes: T tokens of a step, B sequences, D hidden size, H query heads, G kv heads, C head dim, E experts, K top-k,
 F expert width, N output width, L cache blocks, S cache block size.
@@ -62,7 +62,7 @@ class StepMetadata:
 
 
 class Ops:
-    """Operations that models are built from: each is the largest part of a layer that some backend runs as one kernel.
+    """Backend interface: operations of a forward pass, each the largest part that some backend fuses.
 
     `residual` is the residual stream [T, D], in a dtype that the backend chooses. Operations that take it first add
     `hidden_states` to it and return the sum; before the first layer it is None.
@@ -76,7 +76,7 @@ class Ops:
         """Raises ValueError naming the setting if the backend does not support this dtype or head_dim."""
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        """Names the operations that fall back to the reference for a model of `dtype`, and other replacements."""
+        """Names the operations that use the reference, or a less preferred kernel, for a model of `dtype`."""
         return inherited_operations(self)
 
     def prepare_weight(self, weight: Weight) -> Weight:
@@ -86,12 +86,12 @@ class Ops:
     def prepare_attention(
         self, cos_sin: tuple[torch.Tensor, torch.Tensor], step: StepMetadata, dtype: torch.dtype
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], StepMetadata]:
-        """Prepares the inputs that `attention` shares between layers, once per step: cos and sin [T, C] float32 and the
-        step metadata, converted to what the backend's kernels take for a model of `dtype`."""
+        """Converts the inputs of `attention` that all layers share, once per step: cos and sin [T, C] float32 and the
+        step metadata, in the dtypes and layouts of the backend's kernels for a model of `dtype`."""
         return cos_sin, step
 
     def graph_recorder(self) -> GraphRecorder:
-        """Returns the object that captures decode steps in graphs; only used if `can_record`."""
+        """Returns the recorder that captures and replays decode steps as graphs; only used if `can_record`."""
         return GraphRecorder()
 
     def profiler(self) -> Profiler:
@@ -129,7 +129,7 @@ class Ops:
         raise NotImplementedError
 
     def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, K] x weight [N, K] (+ bias [N]) -> [T, N]."""
+        """Linear layer: [T, K] x weight [N, K] transposed (+ bias [N]) -> [T, N]."""
         raise NotImplementedError
 
     def norm_linear(
@@ -224,7 +224,7 @@ class Ops:
         raise NotImplementedError
 
 
-# local experts of a layer
+# operations of a forward pass on one rank, for which a backend may have kernels
 OPERATIONS = "embedding add_norm linear norm_linear silu_and_mul attention route experts".split()
 
 
@@ -243,7 +243,7 @@ def npu_available() -> bool:
 
 
 def load_ops(device_type: str) -> Ops:
-    """Loads the backend of a device type ("cpu", "cuda", "npu"); operations it lacks use the plain torch reference."""
+    """Loads the backend of a device type ("cpu", "cuda", "npu"); operations that it lacks use the torch reference."""
     if device_type == "npu":
         from ops.npu import NpuOps
 

@@ -4,7 +4,7 @@
 Handshake: each side sends a greeting and a nonce. All later data is framed: body length (4 bytes), HMAC-SHA256
 (32 bytes), body (a JSON object). The connection key is derived from the job's secret and both nonces; the MAC covers
 the direction and sequence number of a frame, so frames cannot be replayed, reflected or used on another connection.
-An unauthenticated peer costs one thread for a few seconds and at most `MAX_FIRST_BYTES` of memory.
+An unauthenticated peer can occupy one thread for a few seconds and at most `MAX_FIRST_BYTES` of memory.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ SEND_S = 2.0
 
 
 class Stranger(Exception):
-    """The peer does not speak this protocol or does not know the job's secret."""
+    """Unauthenticated peer: it does not speak this protocol or does not know the job's secret."""
 
 
 class WrongSecret(Stranger):
-    """The peer reports that its secret differs from this side's."""
+    """Secret mismatch, as reported by the peer."""
 
 
 class Channel:
@@ -42,7 +42,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket, key: bytes, from_server: bool):
         self.connection = connection
-        self.writer = connection.dup()  # a separate socket object, with its own timeout
+        self.writer = connection.dup()  # a second socket object, so that sends and receives have separate timeouts
         self.key = key
         self.labels = (b"server", b"client") if from_server else (b"client", b"server")  # in the MACs: sent, received
         self.sent = self.received = 0
@@ -112,7 +112,7 @@ def read(connection: socket.socket, count: int, deadline_s: float) -> bytes:
 
 
 def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s: float) -> Channel:
-    """Exchanges greetings and nonces; the first frame then proves whether the secrets match.
+    """Performs the handshake, greetings and nonces; the MAC of the first frame then proves whether the secrets match.
 
     Raises Stranger on an unexpected greeting, OSError on timeout.
     """
@@ -134,7 +134,7 @@ def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s
 class Listener:
     """Accepts connections at one address and passes on those whose first message is authenticated.
 
-    join(channel, message): called in one thread per connection, which ends when it returns.
+    join(channel, message): called for each of these, in a thread per connection.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from ops.nodes import TIMING, Nodes, Timing, connect
 
 
 class Job:
-    """The job as a node's launcher sees it. This class handles one node; `open_job` also creates multi-node jobs."""
+    """Launcher's handle of a job. This class is for single-node jobs; `open_job` also creates multi-node ones."""
 
     def __init__(self, nodes: Nodes, timing: Timing):
         self.nodes = nodes
@@ -47,7 +47,7 @@ class JobOfSeveral(Job):
         self.failure: Failure | None = None  # of this node, at time failed_s
         self.failed_s = 0.0
         self.is_posted = False
-        self.cause: Failure | None = None  # the job's first failure
+        self.cause: Failure | None = None  # root cause: the job's first failure
         self.has_left = False
 
     def watch(self, end: Callable[[Failure], NoReturn]) -> None:
@@ -79,8 +79,8 @@ class JobOfSeveral(Job):
             time.sleep(self.timing.beat_s)
 
     def _look_at_the_clock(self, now_s: float) -> None:
-        """Checks timeouts and posts a failure that is due; the caller holds `state`."""
-        # The node with the root cause posts it, or is lost; wait for that before posting its consequence.
+        """Checks heartbeat timeouts and reports this node's failure when it is due; the caller holds `state`."""
+        # Report a consequence only after its root cause had time to be reported, or its node to be declared lost.
         late = self.failure is not None and self.failure.is_consequence
         patience_s = self.timing.lost_after_s + 2 * self.timing.beat_s if late else 0
         if self.failure and not self.is_posted and now_s - self.failed_s >= patience_s:
@@ -95,16 +95,16 @@ class JobOfSeveral(Job):
         raise NotImplementedError
 
     def _post(self, failure: Failure) -> None:
-        """Records a failure as the job's cause if it is the first."""
+        """Reports a failure to node 0, which records the first one as the job's root cause."""
         raise NotImplementedError
 
     def _leave(self, timeout_s: float) -> None:
-        """Sends the final messages and waits for their acknowledgement; call last."""
+        """Sends the final message and waits until the peers disconnect, at most timeout_s; call last."""
         raise NotImplementedError
 
 
 class Member:
-    """Node 0's record of another node."""
+    """State of another node, kept by node 0."""
 
     def __init__(self, channel: Channel):
         self.channel = channel
@@ -149,7 +149,7 @@ class Head(JobOfSeveral):
         self._leave(self.timing.leave_s)
 
     def _judge(self, facts: dict[str, str], timeout_s: float) -> Failure | None:
-        """Returns the Failure if a node is missing or its facts differ from node 0's."""
+        """Waits for all nodes' facts; returns a Failure if a node is missing or its facts differ from node 0's."""
         others, deadline_s = range(1, len(self.nodes)), time.monotonic() + timeout_s
         with self.state:
             while missing := [i for i in others if i not in self.members or self.members[i].facts is None]:

@@ -77,7 +77,7 @@ class Group:
         return tensor
 
     def count_all_reduce(self, tensor: torch.Tensor) -> None:
-        """Adds the bytes of an all-reduce of this tensor to the traffic, for fused operations too."""
+        """Counts the traffic of an all-reduce of this tensor; fused operations call it themselves."""
         self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class ParallelContext:
     """The process groups of this rank; docs/parallelism.md shows their layout.
 
     attn_tp: shards attention heads. attn_dp: same heads, different requests. moe_ep: shards experts. moe_tp: shards
-    the columns of each expert. embed_tp, lmhead_tp: shard the vocabulary. control: all ranks, to exchange request
+    each expert's intermediate size. embed_tp, lmhead_tp: shard the vocabulary. control: all ranks, to exchange request
     state. dispatch: all ranks on a communicator reserved for fused dispatch and combine; None if those are not used.
     """
 
@@ -206,7 +206,7 @@ def init_parallel(
     for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
         for ranks in members:
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # collective: non-members call it too
+                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # new_group is collective over all ranks
                 if rank in ranks:
                     small[ranks] = connect_small(made[ranks], device)
             if rank in ranks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Message types between the launchers of a job's nodes, with strict validation."""
+"""Message schema between the launchers of a job's nodes, with strict validation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from ops.channel import Stranger
 
 MAX_TEXT = 1000  # maximum characters of a message
-MAX_FACT = 120  # maximum characters of a fact quoted in a message
+MAX_FACT = 120  # maximum characters of a fact (a setting compared between nodes) quoted in a message
 
 FAILURE = {"message": str, "exit_code": int, "is_consequence": bool}
 # kind of a message -> the types of its fields
@@ -19,14 +19,14 @@ FIELDS: dict[str, dict[str, type]] = {
     "start": {"port": int, "run_name": str},
     "beat": {},
     "failure": FAILURE,  # failure of the sending node
-    "end": FAILURE,  # cause of the job's failure, sent by node 0
+    "end": FAILURE,  # root cause of the job's failure, sent by node 0
     "done": {},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Failure that ends the job; the message names rank and node. is_consequence: the cause may be another rank."""
+    """Failure that ends the job; the message names rank and node. is_consequence: another rank may be the cause."""
 
     message: str
     exit_code: int = 1
@@ -35,10 +35,10 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """Decisions of node 0 before the ranks start: port of the ranks' store, name of the result folder."""
+    """Start parameters chosen by node 0: port of the ranks' TCPStore and name of the result folder."""
 
     port: int
-    run_name: str = ""  # no result folder
+    run_name: str = ""  # empty: no result folder
 
 
 def parse(message: dict[str, Any], *kinds: str) -> dict[str, Any]:

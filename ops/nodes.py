@@ -31,11 +31,11 @@ class Timing:
     beat_s: float = 1.0
     lost_after_s: float = 15.0  # several times the delay of a heartbeat on an overloaded machine
     answer_s: float = 5.0  # timeout of the handshake
-    strange_s: float = 20.0  # how long to retry after invalid answers at node 0's port
+    strange_s: float = 20.0  # retry timeout while something other than this job answers on node 0's port
 
     @property
     def leave_s(self) -> float:
-        """Seconds that node 0 waits for the other nodes to receive the job's outcome."""
+        """Timeout in seconds for the other nodes to receive the job's outcome from node 0."""
         return 3 * self.beat_s
 
 
@@ -43,9 +43,9 @@ TIMING = Timing()
 
 
 def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing) -> Channel:
-    """Connects to node 0 with retries until it accepts this node. Raises ValueError and TimeoutError as `open_job`."""
+    """Connects to node 0, retrying until it admits this node. Raises ValueError and TimeoutError as `open_job`."""
     deadline_s, there = time.monotonic() + timeout_s, f"port {port} of {nodes.name(0)}"
-    strange_until_s: float | None = None  # deadline while invalid answers come from the port
+    strange_until_s: float | None = None  # deadline of these retries
     while True:
         connection = None
         try:

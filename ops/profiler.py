@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel times and Chrome traces from torch.profiler."""
+"""Profiling with torch.profiler: kernel times and Chrome traces."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

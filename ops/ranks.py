@@ -25,7 +25,7 @@ sys.path = [sys.argv.pop(1), *(folder for folder in sys.path if folder)]
 module, sys.argv = sys.argv[1], ["-m", *sys.argv[2:]]
 import runpy
 runpy.run_module(module, run_name="__main__", alter_sys=True)"""
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # set by torchrun
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # signals whose handlers torchrun replaces
 
 
 def open_store(address: str, port: int, timeout_s: float) -> TCPStore:
@@ -89,7 +89,7 @@ def run_ranks(
 
 
 def first_failure(here: str, failures: dict[int, ProcessFailure]) -> Failure:
-    """Finds the root cause among this node's failures; `failures` by rank, in the order of detection."""
+    """Selects the root cause among this node's failures, given by rank in order of detection."""
     described = [describe(f"rank {rank} on {here}", failure) for rank, failure in failures.items()]
     return min(described, key=lambda failure: failure.is_consequence)
 
@@ -102,7 +102,7 @@ def describe(where: str, failure: ProcessFailure) -> Failure:
     if failure.exitcode >= 0:
         return Failure(message=f"{where}: ended with exit code {failure.exitcode}")
     name = failure.signal_name()
-    # torchrun ends the other ranks by SIGTERM, NCCL's watchdog one that waits for a dead rank by SIGABRT
+    # torchrun ends the remaining ranks with SIGTERM; NCCL's watchdog aborts (SIGABRT) a rank that waits for a dead one
     return Failure(
         message=f"{where}: killed by {name}" + (" (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""),
         is_consequence=failure.exitcode in (-signal.SIGTERM, -signal.SIGABRT),

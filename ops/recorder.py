@@ -24,7 +24,7 @@ class GraphRecorder:
         self.pool = device.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Runs `work` on a side stream, as needed before capture."""
+        """Runs warm-up iterations of `work` on a side stream, which capture requires."""
         side_stream = self.device.Stream()
         side_stream.wait_stream(self.device.current_stream())
         with self.device.stream(side_stream):
@@ -44,7 +44,7 @@ class GraphRecorder:
 def release(graph: "weakref.ref[torch.cuda.CUDAGraph]") -> None:
     """Frees a graph at process exit: NCCL waits for graphs that captured its collectives.
 
-    Registered with atexit after the destruction of the process groups (`ops.comm`), so that it runs before that.
+    Registered with atexit after `destroy_process_group` (ops/comm.py), so that it runs first: atexit is LIFO.
     """
     alive = graph()
     if alive is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain torch reference: the oracle for all other backends, and the CPU backend.
 
-The residual is float32: over many layers, rounding it to bfloat16 changes next tokens. Shape letters as in
+The residual is float32: rounding it to bfloat16 in every layer would change greedy next tokens. Shape letters as in
 `ops/__init__.py`.
 """
 
@@ -12,17 +12,17 @@ from torch.nn import functional as F
 
 from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata, Weight
 
-# the latter in torch 2.8 and 2.9
+# torch 2.8 and 2.9 have only the private one
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
-MAX_GATHERED_ROWS = 1024  # larger steps are prefill and need not be capturable
+MAX_GATHERED_ROWS = 1024  # larger steps are prefill, which is not captured in a graph
 GATHER_CHUNK = 32  # rows per chunk of gathered weights
 
 
 class ReferenceOps(Ops):
     """Reference implementation of every operation, device-independent and written for clarity.
 
-    `grouped_mm` avoids the host sync of reading tokens_per_expert, so that decode steps can be captured on
-    accelerators. On a CPU a loop over the active experts is as fast.
+    `grouped_mm`: use torch's grouped matmul, which needs no host sync for tokens_per_expert, so that decode steps can
+    be captured in graphs. On a CPU a loop over the active experts is as fast.
     """
 
     name = "reference"
@@ -105,7 +105,7 @@ class ReferenceOps(Ops):
     ) -> torch.Tensor:
         """Paged attention of one query token per sequence: [B, H, C] -> [B, H, C]."""
         num_kv_heads = key_cache.shape[2]
-        query = query.unflatten(1, (num_kv_heads, -1))  # GQA: query heads of a kv head as query rows
+        query = query.unflatten(1, (num_kv_heads, -1))  # GQA: the query heads of a kv head become query rows
         table, block_size = step.block_table, key_cache.shape[1]
         cached = torch.arange(table.shape[1] * block_size, device=table.device) < step.seq_lens[:, None]
         # unused entries point to the padding block, where NaN would propagate in spite of a weight of 0
@@ -135,12 +135,12 @@ class ReferenceOps(Ops):
             return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
         routing = routing.chosen()
         num_experts = gate_up.data.shape[0]
-        num_groups = num_experts + routing.has_elsewhere  # the last group is "on another rank" and is not computed
+        num_groups = num_experts + routing.has_elsewhere  # the last group: experts on other ranks, not computed
         rows, row_index, counts = self.sort_by_expert(hidden_states, routing.topk_ids, num_groups)
         if routing.has_elsewhere:
             counts = counts[:num_experts]
         output = self.grouped_experts(rows, counts, gate_up, down)
-        if routing.has_elsewhere:  # undefined rows may hold NaN, and 0 * NaN is NaN
+        if routing.has_elsewhere:  # undefined rows may hold NaN, which a weight of 0 does not remove
             undefined = torch.arange(output.shape[0], device=output.device) >= counts.sum()
             output.masked_fill_(undefined[:, None], 0)
         return self.weighted_sum(output, row_index, routing.topk_weights)
@@ -205,7 +205,7 @@ def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: t
 def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`grouped_linear` by gathering the weight of each row; ends [E] int32: cumulative tokens_per_expert.
 
-    For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured.
+    For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured in a CUDA graph.
     """
     places = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     experts = torch.searchsorted(ends, places, right=True).clamp(max=len(weight) - 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert routing of a step: top-k ids and weights, router logits, or rows already grouped by expert.
 
-Letters as in ops/__init__.py.
+Shape letters as in ops/__init__.py.
 """
 
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ class Routing(NamedTuple):
 
     topk_weights: torch.Tensor  # [T, K] float32, or the model's dtype where a backend's kernels want that
     topk_ids: torch.Tensor  # [T, K] int64, or int32 where a backend's kernels want that
-    has_elsewhere: bool = False  # whether ids may be E: expert on another rank, skipped here
+    has_elsewhere: bool = False  # whether ids may be E (the number of local experts): expert on another rank, skipped
 
     def chosen(self) -> "Routing":
         return self
 
     def of_rank(self, first: int, count: int) -> "Routing":
-        """Restricts the routing to `count` local experts from `first`, renumbered from 0; all others get id `count`."""
+        """Maps global to local expert ids: from `first` on, 0 to `count` - 1; experts on other ranks get id `count`."""
         ids = self.topk_ids - first
         ids = ids.masked_fill((ids < 0) | (ids >= count), count)
         return Routing(self.topk_weights, ids, has_elsewhere=True)
@@ -33,7 +33,7 @@ class RouterLogits:
 
     logits: torch.Tensor  # [T, E]
     top_k: int
-    renormalize: bool  # whether to normalise the top-k weights to sum 1
+    renormalize: bool  # whether the top-k weights are normalised to sum to 1
     first: int = 0  # first local expert
     count: int | None = None  # number of local experts; None: all
 
@@ -46,15 +46,15 @@ class RouterLogits:
         return routing if self.count is None else routing.of_rank(self.first, self.count)
 
     def of_rank(self, first: int, count: int) -> "RouterLogits":
-        """Restricts the routing to local experts, see `Routing.of_rank`."""
+        """Maps global to local expert ids as `Routing.of_rank`, once `chosen()` is called."""
         return replace(self, first=first, count=count)
 
 
 @dataclass(frozen=True)
 class GroupedRows:
-    """Marks rows that are already in expert order (all of expert 0 first, and so on), one expert per row.
+    """Routing of rows already grouped by expert in ascending order, one expert per row.
 
-    The source rank applies the weights and sums the rows. Rows past the sum of tokens_per_expert are undefined.
+    The source rank of the rows applies topk_weights in combine. Rows past the sum of tokens_per_expert are undefined.
     """
 
     tokens_per_expert: torch.Tensor  # [E] int64

@@ -15,7 +15,7 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class TransposedWeight:
-    """Weight [K, N], or stacked experts [E, K, N], possibly in a tiled device format: must not be sliced."""
+    """Weight [K, N], or stacked experts [E, K, N], possibly in a tiled device layout, which must not be sliced."""
 
     data: torch.Tensor
 
