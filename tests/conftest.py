@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-if not glob.glob("/dev/nvidia[0-9]*"):
+HAS_GPU = bool(glob.glob("/dev/nvidia[0-9]*"))
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
@@ -54,8 +55,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def group_of(file: str) -> str | None:
     """Scheduling group of a test file: its xdist_group mark, or itself if it has a module or class fixture.
 
+    Where there is a GPU, the files that use it share one worker, as they need its memory.
+
     Parsed from the text: xdist's controller does not import the files, and node ids have no marks.
     """
+    if HAS_GPU and re.search(r"cuda|gpu", Path(file).name):
+        return "gpu"
     text = Path(file).read_text(encoding="utf-8")
     if mark := re.search(r"\bxdist_group\([^)]*?[\"'](.+?)[\"']", text):
         return mark[1]
