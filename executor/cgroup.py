@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-# memory.high throttles, memory.max kills; the files exist only where the memory controller is enabled.
+# memory.high throttles, memory.max is the hard limit; they exist only where the memory controller is enabled.
 LIMITS = {"cgroup2": ("memory.max", "memory.high"), "cgroup": ("memory.limit_in_bytes",)}
 USAGE = {"cgroup2": "memory.current", "cgroup": "memory.usage_in_bytes"}
 # The page cache of files counts as usage, but is reclaimable. Version 1 gives hierarchical sums as total_*.

@@ -15,7 +15,7 @@ NAME_WIDTH = 64
 def profile(llm: LLM, prompts: list[list[int]], file: Path) -> str:
     """Profiles the first tokens of `prompts`: writes a trace to `file`, returns a table of the slowest kernels.
 
-    A warm-up run comes first, so that the trace has no compilation, graph capture or other one-time work.
+    A warm-up run comes first, so that the trace has no kernel compilation or other one-time work.
     """
     new_tokens = min(1 + DECODE_STEPS, llm.settings.data_config.max_new_tokens)
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
