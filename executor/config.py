@@ -187,9 +187,7 @@ def build(kind: type, raw: dict[Any, Any], origin: Origin, prefix: str) -> Any:
     for definition in dataclasses.fields(kind):
         required = definition.default is dataclasses.MISSING and definition.default_factory is dataclasses.MISSING
         if required and definition.name not in raw:
-            raise origin.error(
-                f"{prefix}{definition.name}", f"missing, a {hints[definition.name].__name__} is needed"
-            )
+            raise origin.error(f"{prefix}{definition.name}", f"missing, a {hints[definition.name].__name__} is needed")
     values = {}
     for key, value in raw.items():
         try:

@@ -94,7 +94,5 @@ def choose_exchanges(
         if all(parallel.control.all_gather(torch.tensor([int(pair.works(dtype, device))], device=device)).tolist()):
             decode, detail = FusedExchange(parallel, pair), f" by {pair.name}"
     if parallel.world.size > 1:
-        logger.info(
-            "expert exchange: prefill %s, decode %s%s", type(cheaper).__name__, type(decode).__name__, detail
-        )
+        logger.info("expert exchange: prefill %s, decode %s%s", type(cheaper).__name__, type(decode).__name__, detail)
     return {True: cheaper, False: decode}
