@@ -2,7 +2,7 @@
 """Limits and HCCL buffer sizes of fused MoE dispatch and combine on Atlas products; does not need torch_npu.
 
 Source: op-plugin's pages of npu_moe_distribute_dispatch_v2 and npu_moe_distribute_combine_v2
-(docs/zh/custom_APIs/torch_npu). With them each rank sends tokens directly to the ranks that hold their experts.
+(docs/zh/custom_APIs/torch_npu). Both are fused with their all-to-all communication.
 """
 
 from collections.abc import Callable, Collection
@@ -21,7 +21,7 @@ def product_of(device_name: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeSizes:
-    """Sizes that determine whether dispatch is supported and which algorithm it uses."""
+    """Problem sizes that determine whether fused dispatch is supported and which algorithm it uses."""
 
     ranks: int
     tokens: int  # maximum per rank and step
@@ -79,8 +79,8 @@ def a2_hierarchy_bytes(sizes: ExchangeSizes) -> int:
 
 
 def a3_bytes(sizes: ExchangeSizes, received_row: int) -> int:
-    """Computes the buffer size in bytes; received_row is bytes per received row including metadata and alignment."""
-    received = sizes.experts * sizes.tokens * received_row  # room for all ranks' tokens in each local expert
+    """HCCL buffer size in bytes; received_row: bytes of a received row with metadata and alignment."""
+    received = sizes.experts * sizes.tokens * received_row  # each local expert may receive all tokens of all ranks
     return 2 * (received + sizes.top_k * sizes.tokens * round_up(2 * sizes.hidden_size, 512))
 
 

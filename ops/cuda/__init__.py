@@ -2,8 +2,8 @@
 """CUDA backend: Triton kernels for NVIDIA GPUs.
 
 Steps of up to MAX_TOKENS tokens run one to four kernels per operation. The first call for each pair of weight and
-number of tokens selects kernel or reference and allocates the output buffers, so an output is valid until the next call
-with the same pair. Larger steps use elementwise kernels, torch's matmuls and attention, and grouped GEMM kernels for
+number of tokens selects kernel or reference and allocates output buffers, which the next call with that pair
+overwrites. Larger steps use elementwise kernels, torch's matmuls and attention, and grouped GEMM kernels for
 the experts.
 """
 
@@ -59,7 +59,7 @@ class CudaOps(ReferenceOps):
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if not torch.cuda.is_available():
-            return  # interpreted
+            return  # Triton interpreter
         capability = torch.cuda.get_device_capability()
         if capability < LEAST_CAPABILITY:
             found, least = (".".join(map(str, numbers)) for numbers in (capability, LEAST_CAPABILITY))
@@ -149,7 +149,7 @@ class CudaOps(ReferenceOps):
         value_cache: torch.Tensor,
         step: StepMetadata,
     ) -> torch.Tensor:
-        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # a prefill call takes any number of tokens
+        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # prefill kernels are bound for any number of tokens
         key = ("attention", id(q_norm_weight), num_tokens)
         call = self.calls.get(key)
         if call is None:
@@ -227,7 +227,7 @@ class CudaOps(ReferenceOps):
         top_k: int,
         renormalize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, Routing | RouterLogits]:
-        """`route` for any number of tokens, with top-k computed here."""
+        """`route` for any number of tokens, with a softmax and top-k kernel of its own."""
         num_tokens, num_experts = hidden_states.shape[0], router_weight.shape[0]
         if num_tokens == 0 or not takes(hidden_states, residual):
             return super().route(hidden_states, residual, norm_weight, eps, router_weight, top_k, renormalize)
@@ -238,7 +238,7 @@ class CudaOps(ReferenceOps):
         kernel = self.elementwise_kernel(
             choose_experts_kernel,
             logits.dtype,
-            warps=1,  # its serial max reductions would need syncs between warps
+            warps=1,  # top-k is a chain of max reductions, each of which would need syncs between warps
             E=num_experts,
             BLOCK_E=triton.next_power_of_2(num_experts),
             TOP_K=top_k,
@@ -268,7 +268,7 @@ class CudaOps(ReferenceOps):
     def experts_sorted(
         self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> torch.Tensor:
-        """`experts` for any number of tokens, by sorting and grouped GEMMs."""
+        """`experts` for any number of tokens: sort by expert, then grouped GEMMs."""
         if not isinstance(routing, GroupedRows):
             routing = routing.chosen()
         if hidden_states.shape[0] == 0 or not takes(hidden_states):

@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def splitting(
     seq_lens, b, BLOCK: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MAX_ROUNDS: tl.constexpr
 ):
-    """Computes the cached tokens of a sequence, the tokens per split, and the index of the new token's split.
+    """Split-K partition of a sequence: number of cached tokens, tokens per split, and index of the new token's split.
 
     Depends on the sequence length only, not on the grid. The new token gets its own split if one is left, else it joins
     the last one. A single tile is not split.
@@ -134,7 +134,7 @@ def decode_attention_kernel(
             pdl_trigger(PDL)
         pdl_wait(PDL)
 
-        # issue all loads of qkv before the first use
+        # issue all loads of qkv before the first use, so that their latencies overlap
         token_qkv = qkv + b * ((H + 2 * G) * C)
         h = tl.arange(0, PADDED_HEADS)
         is_head = h < HEADS
@@ -205,7 +205,7 @@ def combine_splits_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H, B): combines the splits of a head if there are several."""
+    """Grid (H, B): combines the partial outputs of a head's splits by their log-sum-exp, if there are several."""
     b = tl.program_id(1)
     head = b * tl.num_programs(0) + tl.program_id(0)
     pdl_trigger(PDL)
@@ -239,13 +239,13 @@ def attention_supports(qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, ...], key
 
 
 def head_sizes(qkv: torch.Tensor, key_cache: torch.Tensor) -> tuple[int, int, int]:
-    """Derives (H, G, C) from qkv [T, (H + 2G) * C] and a cache [L, S, G, C]."""
+    """Head counts and size (H, G, C) of qkv [T, (H + 2G) * C] and a cache [L, S, G, C]."""
     num_kv_heads, head_dim = key_cache.shape[2:]
     return qkv.shape[1] // head_dim - 2 * num_kv_heads, num_kv_heads, head_dim
 
 
 class DecodeAttentionCall:
-    """`Ops.attention` of a decode step, bound to the norms of a layer."""
+    """`Ops.attention` of a decode step, bound to the q/k norm weights of a layer."""
 
     def __init__(
         self,
@@ -298,7 +298,7 @@ class DecodeAttentionCall:
         table = step.block_table
         if table.shape[1] != self.table_width:
             if self.table_width < 0:
-                self.combine(step.seq_lens)  # compile now, not in mid-generation; its output is overwritten
+                self.combine(step.seq_lens)  # compile before generation starts; its output is overwritten
             self.table_width = table.shape[1]
             groups, _, num_sequences = self.kernel.grid
             self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)
@@ -308,7 +308,7 @@ class DecodeAttentionCall:
         return self.output
 
     def splits_of(self, num_tokens: int) -> int:
-        """Returns the maximum number of splits for sequences of up to so many tokens."""
+        """Maximum number of splits for sequences of up to `num_tokens` tokens."""
         tiles = triton.cdiv(num_tokens, ATTENTION_BLOCK)
         if tiles <= 1:
             return 1

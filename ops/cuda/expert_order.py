@@ -2,7 +2,8 @@
 """Sorts (token, expert) pairs by expert: a deterministic counting sort in two kernels without atomics.
 
 The index of a pair is token * K + choice. The first kernel computes a histogram of experts per block of pairs; the
-second derives output positions by prefix sums over the histograms and splits the rows of each expert into tiles.
+second derives output positions by prefix sums over the histograms and splits the rows of each expert into tiles, each
+described by a slot.
 """
 
 import torch
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 
 from ops.cuda.launch import BoundKernel
 
-CHUNK = 128  # pairs or slots per iteration
+CHUNK = 128  # pairs or slots that a program handles at a time
 MAX_BLOCKS = 128
-PREFIX = 64
+PREFIX = 64  # histograms loaded at a time
 SLOT_FIELDS = tl.constexpr(5)
 
 
@@ -28,7 +29,7 @@ def count_kernel(
     BLOCK_E: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Histogram of experts. One program per block of `per_block` pairs."""
+    """Histogram of expert ids. One program per block of `per_block` pairs."""
     block = tl.program_id(0)
     total = tl.zeros([BLOCK_E], tl.int32)
     end = tl.minimum((block + 1) * per_block, num_pairs)
@@ -44,7 +45,7 @@ def place_kernel(
     expert_ids,  # [P]
     counts,  # [blocks, BLOCK_E] int32
     order,  # [P] int32: pair of each sorted row; undefined past the rows of local experts
-    slots,  # [num_slots, SLOT_FIELDS] int32: expert or -1, first and end of its rows, its first slot, its slots
+    slots,  # [num_slots, SLOT_FIELDS] int32: expert (-1: unused), its start and end row, first slot, number of slots
     num_pairs,
     per_block,
     num_blocks,
@@ -105,8 +106,8 @@ class ExpertOrder:
         self.place = BoundKernel(place_kernel, (1,), 4, **sizes, PREFIX=PREFIX, ROWS=tile_rows)
 
     def __call__(self, expert_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S depends on P only,
-        which avoids a host sync."""
+        """Sorts expert ids [P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S depends on P
+        only, which avoids a host sync."""
         num_pairs = expert_ids.numel()
         per_block = triton.cdiv(triton.cdiv(num_pairs, MAX_BLOCKS), CHUNK) * CHUNK
         num_blocks = triton.cdiv(num_pairs, per_block)
@@ -120,7 +121,7 @@ class ExpertOrder:
         return order, slots
 
     def slots_of(self, tokens_per_expert: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """tokens_per_expert [E] int64 -> slots for up to `num_rows` rows already in expert order."""
+        """Slots for up to `num_rows` rows already in expert order: tokens_per_expert [E] int64 -> [S, 5] int32."""
         slots = self.new_slots(tokens_per_expert, num_rows)
         counts = F.pad(tokens_per_expert.int(), (0, self.block_e - self.num_experts))  # one block's histogram
         self.place.grid = (1 + triton.cdiv(slots.shape[0], CHUNK), 1, 1)
@@ -128,6 +129,6 @@ class ExpertOrder:
         return slots
 
     def new_slots(self, like: torch.Tensor, num_rows: int) -> torch.Tensor:
-        """Allocates the maximum number of slots over all distributions of the rows to experts."""
+        """Allocates slots for the worst-case distribution of `num_rows` rows over the experts."""
         num_slots = num_rows // self.tile_rows + min(num_rows, self.num_experts)
         return like.new_empty(num_slots, SLOT_FIELDS.value, dtype=torch.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Ops.experts` for decode steps, bound to the weights of a layer."""
+"""Fused experts (`Ops.experts`) for decode steps, bound to the weights of a layer."""
 
 import torch
 import triton
@@ -16,8 +16,8 @@ from ops.cuda.shared_experts import (
 )
 from ops.cuda.tiles import MAX_TOKENS, down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
 
-MAX_D = 8192  # one program holds a row in registers
-MIN_CHUNK, MAX_CHUNK = 16, 256  # columns of a down_proj tile
+MAX_D = 8192  # limit: a program holds a weight row in registers
+MIN_CHUNK, MAX_CHUNK = 16, 256  # columns per tile of down_proj
 MAX_PARTS = 64  # tiles per program of down_proj
 SUM_BLOCK = 256
 PLAN_WARPS = 4
@@ -27,7 +27,7 @@ def experts_support(normed: torch.Tensor, routing: RouterLogits, gate_up: torch.
     """Returns whether the decode kernels of this file support these tensors."""
     d, f = down.shape[1:]
     chunks = f // power_of_two_factor(f, MAX_CHUNK)
-    few_enough = normed.shape[0] <= MAX_TOKENS  # otherwise they do not fit the plan
+    few_enough = normed.shape[0] <= MAX_TOKENS  # PLAN_FIELDS limits the tokens
     sizes_fit = is_power_of_two(d) and 16 <= d <= MAX_D and f % MIN_CHUNK == 0 and chunks * routing.top_k <= MAX_PARTS
     dtypes_fit = normed.dtype == gate_up.dtype == down.dtype and routing.logits.dtype is torch.float32
     return few_enough and sizes_fit and dtypes_fit and fits(normed, routing.logits, gate_up, down)
@@ -70,7 +70,7 @@ class ExpertsCall:
 
 
 class SharedExpertsCall:
-    """Experts for a few tokens: the weights of an expert are read once for all tokens routed to it."""
+    """Experts for two to MAX_TOKENS tokens: an expert's weights are read once for all tokens routed to it."""
 
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: torch.Tensor, down: torch.Tensor, pdl: bool

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backend for Ascend NPUs (Atlas A2 and A3) on torch_npu's fused operations, one vendor call where there is one.
+"""Backend for Ascend NPUs (Atlas A2 and A3) on torch_npu's fused operations, one call per operation where possible.
 
 Calls follow each operation's page in op-plugin (docs/zh/custom_APIs/torch_npu) and its adapter (op_plugin/ops/opapi);
 docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an installation lacks an operation,
-`select_variant` takes the next best. Shape letters as in ops/__init__.py; R = T * K routed rows.
+`select_variant` falls back to the next best. Shape letters as in ops/__init__.py; R = T * K routed rows.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ from ops.weight import DenseWeight, TransposedWeight, Weight
 
 logger = logging.getLogger(__name__)
 
-FRACTAL_NZ = 29  # tiled format that the matrix units read directly
+FRACTAL_NZ = 29  # ACL format id of the tiled layout that the cube units read directly
 STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
-MAX_INNER_SIZE = 65535  # of K and N in a matmul with a FRACTAL_NZ weight
-MAX_EXPERT_TOKENS = 8192  # per chunk: their top-k rows take at least 8 times the memory
+MAX_INNER_SIZE = 65535  # maximum of K and N in a matmul with a FRACTAL_NZ weight
+MAX_EXPERT_TOKENS = 8192  # per chunk, to limit memory: the top-k rows take K times that of the tokens
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
 REQUIRED = (
     "npu_rms_norm",
@@ -81,13 +81,13 @@ class NpuOps(ReferenceOps):
         self.on_npu = torch.device(device).type == "npu"
         if self.on_npu:
             torch.npu.config.allow_internal_format = True  # else the cast to FRACTAL_NZ silently does nothing
-        # True = masked; the causal sparse modes require this size whatever the sequence lengths
+        # 1 = masked; sparse_mode 3 (causal) requires this size for any sequence length
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.product = product_of(torch_npu.npu.get_device_name())
         self.side_stream: Any = None
         self.paged_views: dict[int, tuple[Tensor, Tensor]] = {}
         self.bindings: dict[str, str] = {}  # family -> variant in use
-        self.replaced: list[str] = []  # families whose preferred variant does not work here
+        self.replaced: list[str] = []  # families that use a variant other than the preferred one
         self.rotate = self.select_variant("rotary", ROTARY, device)
         self.write_cache = self.select_variant("cache write", CACHE_WRITE, device)
         self.attend = self.select_variant("attention", ATTENTION, device)
@@ -230,9 +230,9 @@ class NpuOps(ReferenceOps):
         value = value.contiguous()
         query, key = self.rotate(query, key, *cos_sin)
         self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
-        if step.is_prefill:  # contiguous keys take cumulative lengths, as queries do
+        if step.is_prefill:  # packed keys (TND): cumulative lengths, as for queries
             lengths, paged = step.query_ends, (None, 0)
-        else:  # a paged cache takes the length of each sequence
+        else:  # paged cache: the length of each sequence
             key, value = self.paged(key_cache), self.paged(value_cache)
             lengths, paged = step.seq_lens_list, (step.block_table, block_size)
         output = self.attend(query, key, value, num_kv_heads, self.causal_mask, step.query_ends, lengths, *paged)

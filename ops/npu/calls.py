@@ -8,7 +8,7 @@ import torch_npu  # noqa: F401  registers torch.ops.npu
 class DefaultOverloads:
     """Caches the default overload of each operation of torch.ops.npu: resolving it costs host time in every call.
 
-    AttributeError for an operation that the installed torch_npu lacks.
+    Raises AttributeError for an operation that the installed torch_npu lacks.
     """
 
     def __getattr__(self, name: str) -> torch._ops.OpOverload:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoE dispatch and combine of decode steps, by npu_moe_distribute_dispatch_v2 and _combine_v2.
+"""Fused MoE dispatch and combine for decode steps: npu_moe_distribute_dispatch_v2 and _combine_v2.
 
 BS tokens of this rank, D hidden size, K experts per token, EL experts per rank, A receive capacity in rows.
 """
@@ -23,7 +23,7 @@ BUFFER_VARIABLE = "HCCL_BUFFSIZE"
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """An algorithm that supports these sizes; set its environment before the process groups are created."""
+    """Selected dispatch algorithm and its sizes; call `set_environment` before process groups are created."""
 
     algorithm: Algorithm
     sizes: ExchangeSizes
@@ -40,14 +40,14 @@ class DispatchPlan:
         os.environ[BUFFER_VARIABLE] = setting
 
     def make(self, group: Group) -> "DispatchCombine":
-        """Creates dispatch and combine over a group that is used for nothing else."""
+        """Creates dispatch and combine on `group`, which must be reserved for them."""
         return DispatchCombine(self.algorithm, self.sizes, group)
 
 
 class Sent(NamedTuple):
-    """State of a dispatch that its combine needs, passed on unchanged."""
+    """Handle of a dispatch: the outputs and arguments that its combine needs."""
 
-    tokens: int  # of this rank; 0 if it sent only a padding token
+    tokens: int  # of this rank; 0 if it sent only the padding token
     max_tokens: int
     expert_ids: torch.Tensor  # [BS, K] int32
     expert_weights: torch.Tensor  # [BS, K] float32
@@ -59,7 +59,7 @@ class Sent(NamedTuple):
 class DispatchCombine:
     """Fused dispatch and combine over one communicator, without host syncs.
 
-    Ranks may have different numbers of tokens, but at least one: an idle rank sends a zero token.
+    Ranks may have different numbers of tokens, but at least one: an idle rank sends one padding token of zeros.
     """
 
     def __init__(self, algorithm: Algorithm, sizes: ExchangeSizes, group: Group):
@@ -72,7 +72,7 @@ class DispatchCombine:
     def dispatch(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Sent]:
-        """[T, D], [T, K], [T, K] -> rows [A, D], tokens_per_expert [EL] int64, state for combine.
+        """Sends tokens to their experts: [T, D], [T, K], [T, K] -> rows [A, D], tokens_per_expert [EL] int64, handle.
 
         max_tokens: the largest T of any rank. A is a capacity: rows past the sum of the counts are undefined.
         """
@@ -99,7 +99,7 @@ class DispatchCombine:
         return rows, counts, Sent(tokens, max_tokens, ids, weights, assist_info, receive_counts, expand_scales)
 
     def combine(self, output: torch.Tensor, sent: Sent) -> torch.Tensor:
-        """[A, D] -> weighted sums [T, D], accumulated in float32."""
+        """Returns expert outputs to the tokens: [A, D] -> weighted sums [T, D], accumulated in float32."""
         sums = npu.npu_moe_distribute_combine_v2(
             output,
             sent.expert_ids,
@@ -118,7 +118,7 @@ class DispatchCombine:
         return sums if sent.tokens else sums[:0]
 
     def works(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Probes dispatch and combine with a step of no tokens. Collective: all ranks call it together."""
+        """Probes dispatch and combine with an empty step. Collective: all ranks must call it."""
         nothing = torch.empty(0, self.sizes.hidden_size, dtype=dtype, device=device)
         choices = torch.empty(0, self.sizes.top_k, device=device)
         try:

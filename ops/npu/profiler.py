@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernel times of an NPU from torch_npu's profiler, which writes its reports to files (docs of torch_npu.profiler)."""
+"""Profiling with torch_npu.profiler, which writes its reports to files: kernel times and Chrome traces of an NPU."""
 
 import csv
 import shutil

@@ -10,7 +10,7 @@ from ops.recorder import GraphRecorder, Replay, T
 
 
 class NpuGraphRecorder(GraphRecorder):
-    """Captures NPU graphs and updates the KV lengths of fused attention, which are host values, in each replay.
+    """Captures NPU graphs; each replay updates the KV lengths of fused attention, which are host lists.
 
     `lengths_argument`: the keyword of fused attention for the KV lengths. Raises ValueError for a TASK_QUEUE_ENABLE
     under which torch_npu cannot capture.

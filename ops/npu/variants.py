@@ -13,13 +13,13 @@ from torch import Tensor
 from ops.npu.calls import npu
 from ops.reference import ReferenceOps
 
-HEAD_DIM = 128  # the only one fused attention supports in the TND layout without separate rope inputs
+HEAD_DIM = 128  # the only head_dim of fused attention in the TND layout without separate rope inputs
 
 Variant = Callable[..., Any]
 
 
 def rotate_tnd(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates query [T, H, C] and key [T, G, C] by cos and sin [T, 1, C]; in place, though the schema hides it."""
+    """Rotates query [T, H, C] and key [T, G, C] by cos and sin [T, 1, C]; in place, contrary to its schema."""
     return npu.npu_apply_rotary_pos_emb(query, key, cos, sin, layout="TND", rotary_mode="half")
 
 
@@ -35,7 +35,7 @@ def rotate_each(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[T
 
 
 def write_cache_pa(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Writes key and value [T, G, C] into caches [L, S, G, C] at slots [T]; "Norm" means caches in ND format."""
+    """Writes key and value [T, G, C] into caches [L, S, G, C] at slots [T]; "Norm": caches in ND format."""
     npu.npu_scatter_pa_kv_cache(key, value, key_cache, value_cache, slots, cache_mode="Norm")
 
 
@@ -106,7 +106,7 @@ def attend_v1(
 
 
 def gating_v2(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """[T, E] -> weights [T, K] in the dtype of the logits, ids [T, K] int32; renorm takes the softmax after top-k."""
+    """Softmax and top-k: [T, E] -> weights [T, K] in the logits' dtype, ids [T, K] int32; renorm: top-k first."""
     weights, ids, _ = npu.npu_moe_gating_top_k_softmax_v2(logits, k=top_k, renorm=int(renormalize))
     return weights, ids
 
@@ -129,7 +129,7 @@ def combine_unpermute(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tenso
 
 
 def regroup_re_routing(rows: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reorders rows from (rank, expert) to (expert, rank); also returns source rows [R] int32, counts [E] int64."""
+    """Reorders rows from rank-major to expert-major; returns source rows [R] int32, tokens_per_expert [E] int64 too."""
     rows, _, order, counts = npu.npu_moe_re_routing(rows, tokens_per_rank)
     return rows, order, counts
 
