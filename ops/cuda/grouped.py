@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts for many tokens: two grouped GEMMs on tensor cores.
+"""Grouped GEMM kernels of the experts for any number of tokens, on tensor cores.
 
-The first gathers its rows from the unsorted tokens and applies SwiGLU in the epilogue, the second scatters rows
-to their (token, choice) pairs, so that no separate permutation pass is needed. Weights are loaded through tensor
-descriptors (TMA on Hopper). Tiles of an expert run consecutively and share its weight in L2; a last tile with few rows
-is computed as half a tile.
+The gate_up GEMM gathers its rows from the unsorted tokens and applies SwiGLU in the epilogue, the down GEMM scatters
+its rows to their (token, choice) pairs, so that no separate permutation pass is needed. Weights are loaded through
+tensor descriptors (TMA on Hopper). Tiles of an expert run consecutively and share its weight in L2; a last tile with
+few rows is computed as half a tile.
 """
 
 import torch
@@ -25,7 +25,7 @@ MAX_EXPERTS = 512
 
 @triton.jit
 def find_tile(slots, ROWS: tl.constexpr, COLUMN_TILES: tl.constexpr):
-    """Maps a program to (expert or -1 for no work, first row, end of the expert's rows, column tile)."""
+    """Maps a program to its tile: expert (-1: no work), first row, end of the expert's rows, column tile index."""
     program = tl.program_id(0)
     fields = slots + program // COLUMN_TILES * SLOT_FIELDS
     expert = tl.load(fields)
@@ -75,7 +75,7 @@ def gate_up_tile(
 @triton.jit
 def grouped_gate_up_kernel(
     hidden,  # [T, D]; [P, D] if the rows are already in expert order (SORTED)
-    order,  # [P] int32, or anything if SORTED
+    order,  # [P] int32; ignored if SORTED
     slots,  # [S, SLOT_FIELDS] int32
     output,  # [P, F], rows in `order`
     weight,  # descriptor of [E * 2, F, D] in blocks [2, COLUMNS, DEPTH]
@@ -139,7 +139,7 @@ def down_tile(
 @triton.jit
 def grouped_down_kernel(
     activated,  # [P, F], rows in `order`
-    order,  # [P] int32, or anything if SORTED
+    order,  # [P] int32; ignored if SORTED
     slots,  # [S, SLOT_FIELDS] int32
     output,  # [P, D], a row per pair, or in the row order of `activated` if SORTED; non-local rows undefined
     weight,  # descriptor of [E * D, F] in blocks [COLUMNS, DEPTH]
@@ -193,7 +193,7 @@ class GroupedLinear:
     def __call__(
         self, hidden_states: torch.Tensor, order: torch.Tensor, slots: torch.Tensor, num_pairs: int
     ) -> torch.Tensor:
-        """-> [num_pairs, D], see `grouped_down_kernel`."""
+        """Runs both GEMMs -> [num_pairs, D], with rows as in `grouped_down_kernel`."""
         activated = hidden_states.new_empty(num_pairs, self.f)
         self.gate_up.grid = (slots.shape[0] * (self.f // self.gate_up_columns), 1, 1)
         self.gate_up(hidden_states, order, slots, activated)
@@ -204,7 +204,7 @@ class GroupedLinear:
 
 
 class GroupedExpertsCall:
-    """`Ops.experts` for any number of tokens, bound to the weights of a layer."""
+    """Sort by expert, grouped GEMMs and combine (`Ops.experts`) for any number of tokens, bound to the weights."""
 
     def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor, top_k: int):
         num_experts, d, _ = down.shape
@@ -224,7 +224,7 @@ class GroupedExpertsCall:
 
 
 class SortedExpertsCall:
-    """`Ops.experts` for rows already in expert order, bound to the weights of a layer."""
+    """Grouped GEMMs (`Ops.experts`) of rows already in expert order, bound to a layer's weights."""
 
     def __init__(self, order: ExpertOrder, gate_up: torch.Tensor, down: torch.Tensor):
         self.order = order

@@ -7,9 +7,9 @@ Programmatic dependent launch (PDL) lets a kernel start while the previous one s
 1. Every kernel of a decode step calls `pdl_wait` before it reads the output of a kernel and before any write. After its
    wait, all earlier kernels are complete, not only the previous one.
 2. Before the wait a kernel may read weights and data from before the step: cached keys and values, step metadata.
-3. A kernel calls `pdl_trigger` at once, except where the next one reads more before its wait: the first kernel of a
-   step (torch has just written the metadata), and gate_up (down reads the router logits early). Attention may trigger
-   later, for speed.
+3. A kernel calls `pdl_trigger` at its start, or after its own wait where the next kernel reads results of earlier
+   kernels before its wait: the first kernel of a step (attention reads metadata that torch has just written) and
+   gate_up (down reads the router logits or the plan). Attention may trigger later, for speed.
 """
 
 import math
@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops.cuda.triton_internals import COMPILES_PDL, INTERPRETED, KNOWS_LAUNCHER, argument_names, launcher_of
 
-ALIGNMENT = 16  # bytes; kernels are compiled for pointers with this alignment
+ALIGNMENT = 16  # bytes; kernels are compiled for pointers of this alignment
 
 
 def has_pdl() -> bool:

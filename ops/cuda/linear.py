@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GEMV kernels of decode steps: one token times a matrix, or a few tokens times a small one.
+"""GEMV kernel for decode steps of one token, or of a few tokens with a small matrix.
 
 Each program holds whole rows of the matrix in registers, loaded before the previous kernel has finished (PDL). Every
-program recomputes add and RMSNorm of the input, which reads far less than its part of the matrix.
+program recomputes the residual add and RMSNorm of its token, which is far smaller than its rows of the matrix.
 """
 
 import torch
@@ -14,9 +14,9 @@ from ops.cuda.launch import BoundKernel, fits, is_power_of_two, pdl_trigger, pdl
 from ops.cuda.tiles import MAX_TOKENS, gemv_tile
 
 MAX_K = 8192  # one program holds a row in registers
-STREAMED_BYTES = 32 << 20  # size above which a matrix does not stay in L2 between steps
-SMALL_BYTES = 1 << 20  # size up to which a matrix is re-read for every token; larger: matmul.py
-ROUTER_BYTES = 8 << 20  # same limit for a router, whose logits the experts' kernels need
+STREAMED_BYTES = 32 << 20  # matrices from this size on are not kept in L2 between steps
+SMALL_BYTES = 1 << 20  # matrices up to this size are re-read for every token; larger ones: matmul.py
+ROUTER_BYTES = 8 << 20  # the same for a router, whose float32 logits the experts' kernels need
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def gemv_kernel(
     FIRST: tl.constexpr,  # whether it is the first kernel of a step
     PDL: tl.constexpr,
 ):
-    """output = (RMSNorm of hidden + residual, or hidden) x weight^T + bias.
+    """GEMV with fused residual add and RMSNorm if NORM: output = norm(hidden + residual) x weight^T + bias.
 
     Grid (N / (ROWS * TILES), T).
     """
@@ -130,7 +130,7 @@ class GemvCall:
 
 
 class LinearCall(GemvCall):
-    """`Ops.linear` as a GEMV."""
+    """Linear layer (`Ops.linear`) as a GEMV."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.kernel(x, x)
@@ -138,7 +138,7 @@ class LinearCall(GemvCall):
 
 
 class NormLinearCall(GemvCall):
-    """`Ops.norm_linear` as a GEMV."""
+    """Residual add, RMSNorm and linear layer (`Ops.norm_linear`) as one GEMV."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.kernel(x, x if residual is None else residual)
@@ -146,7 +146,7 @@ class NormLinearCall(GemvCall):
 
 
 class RouteCall(GemvCall):
-    """`Ops.route` as a GEMV; top-k is fused into the experts' kernels."""
+    """Residual add, RMSNorm and router (`Ops.route`) as one GEMV; top-k is fused into the experts' kernels."""
 
     def __init__(
         self,

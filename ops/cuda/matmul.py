@@ -15,11 +15,11 @@ from ops.cuda.norm import add_norm_constants, add_norm_kernel
 from ops.cuda.tiles import MAX_TOKENS, matmul_tile
 from ops.cuda.triton_internals import COMPILES_NARROW_DOT
 
-ROWS_STEP = 8  # the number of rows of a matrix is a multiple of this
-LEAST_COLUMNS = 16  # columns per warp tile
+ROWS_STEP = 8  # divides the number of rows of the matrix
+LEAST_COLUMNS = 16  # minimum columns per tile of a part
 TOKENS_ELEMENTS = 4096  # activations in shared memory at a time; more would lower occupancy
 MAX_ROUNDS = 16  # tiles per warp; the loop is unrolled
-MAX_K = 8192  # one program holds its rows in shared memory
+MAX_K = 8192  # limit: a program holds its rows in shared memory
 MAX_BYTES = 24 << 20  # matrix size limit: 132 SMs with three programs of 64 KB
 
 
@@ -38,7 +38,7 @@ def matmul_kernel(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """output = hidden x weight^T + bias. Grid (N / ROWS,)."""
+    """Skinny split-K GEMM: output = hidden x weight^T + bias. Grid (N / ROWS,)."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, PARTS)[:, None, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
     t = tl.arange(0, BLOCK_T)
@@ -72,13 +72,13 @@ def matmul_supports(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def shares_of_columns(k: int, num_tokens: int, warps: int) -> tuple[int, int]:
-    """Returns the number of warps that split K, and the columns that each takes per tile."""
+    """Number of split-K parts (at most one per warp), and columns of each part per tile."""
     parts = power_of_two_factor(k // LEAST_COLUMNS, warps)
     return parts, power_of_two_factor(k // parts, TOKENS_ELEMENTS // (parts * triton.next_power_of_2(num_tokens)))
 
 
 class MatmulCall:
-    """`Ops.linear` for several tokens, bound to its weight and output buffer."""
+    """Linear layer (`Ops.linear`) for several tokens, bound to its weight and output buffer."""
 
     def __init__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pdl: bool):
         (num_tokens, k), n = x.shape, weight.shape[0]
@@ -106,7 +106,7 @@ class MatmulCall:
 
 
 class NormMatmulCall:
-    """`Ops.norm_linear` for several tokens; a separate norm kernel avoids that every program reads all tokens."""
+    """Norm kernel, then skinny GEMM (`Ops.norm_linear`); fused, each program would recompute the norm of all tokens."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import triton.language as tl
 from ops.cuda.launch import pdl_trigger, pdl_wait
 
 NAN_BITS = tl.constexpr(0x7FC00000)
-TAKEN = tl.constexpr(-(2**31))  # lower bound of all keys
+TAKEN = tl.constexpr(-(2**31))  # key of an expert already chosen: sorts after all others
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def sortable_keys(logits, i, E: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_at(keys, place):
-    """Returns the key of a rank in descending order, 0 for the largest."""
+    """Returns the key at `place` in descending order; 0: the largest."""
     best = tl.max(keys, axis=0)
     for _ in range(place):
         keys = tl.where(keys == best, TAKEN, keys)
@@ -73,7 +73,7 @@ def gate_up_kernel(
     pdl_trigger(PDL)
     best = key_at(sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E), pair % TOP_K)
     expert = expert_of(best, BLOCK_E) - FIRST
-    if COUNT < E:  # noqa: SIM102  decided when compiled, the inner one when run
+    if COUNT < E:  # noqa: SIM102  constexpr, unlike the inner condition
         if (expert < 0) | (expert >= COUNT):
             return
     rows = weight + expert * (2 * F * D) + f[:, None] * D + d[None, :]
@@ -103,15 +103,15 @@ def down_kernel(
     CHUNK: tl.constexpr,  # a power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, T): down_proj of a token's local experts, weighted and summed.
+    """Grid (D / ROWS, T): down_proj of a token's local top-k experts, weighted and summed.
 
-    The weight rows of all of them are loaded before the wait.
+    Loads the down_proj rows of all these experts before `pdl_wait`.
     """
     token = tl.program_id(1)
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # gate_up has waited for them
+    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # gate_up triggers after its wait
     highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
     total = 0.0
     if not RENORMALIZE:
@@ -158,7 +158,7 @@ def choose_experts_kernel(
     TOP_K: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
-    """Softmax and top-k. One program per token."""
+    """Router softmax and top-k. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)
     highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
@@ -183,11 +183,11 @@ def combine_kernel(
     topk_ids,  # [T, TOP_K] int64
     output,  # [T, D]
     D: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,  # this id means expert on another rank: its row is undefined
+    NUM_EXPERTS: tl.constexpr,  # number of local experts; id for experts on other ranks, whose rows are undefined
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T, ceil(D / BLOCK)): weighted sum of a token's rows."""
+    """Grid (T, ceil(D / BLOCK)): combine, the weighted sum of the expert outputs of a token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -17,17 +17,17 @@ def add_norm_kernel(
     normed_output,  # [T, D]
     residual_output,  # [T, D] float32
     D: tl.constexpr,
-    BLOCK: tl.constexpr,  # D or the next power of two
+    BLOCK: tl.constexpr,  # D rounded up to a power of two
     EPS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add and RMSNorm. One program per token."""
+    """Residual add and RMSNorm. One program per token."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     pdl_trigger(PDL and HAS_RESIDUAL)
     pdl_wait(PDL)
-    pdl_trigger(PDL and not HAS_RESIDUAL)  # whether it is the first kernel of a step
+    pdl_trigger(PDL and not HAS_RESIDUAL)  # without a residual it is the first kernel of a step
     x = tl.load(hidden + token * D + d, mask=d < D, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual + token * D + d, mask=d < D, other=0.0)
@@ -49,7 +49,7 @@ def silu_and_mul_kernel(
     F: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """SwiGLU. One program per token and BLOCK columns."""
+    """SwiGLU activation. One program per token and BLOCK columns."""
     token = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(gate_up + token * (2 * F) + f, mask=f < F, other=0.0).to(tl.float32)

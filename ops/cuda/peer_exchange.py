@@ -21,7 +21,7 @@ from ops.cuda.launch import BoundKernel, fits, has_pdl, pdl_trigger, pdl_wait
 logger = logging.getLogger(__name__)
 
 BLOCK = 128  # values per program: one warp, so that polling needs no barrier
-CAPACITY = 512 * BLOCK  # maximum values per exchange; NCCL is as fast beyond
+CAPACITY = 512 * BLOCK  # maximum values per exchange; NCCL is as fast for more
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +39,7 @@ def exchange_kernel(
     SUM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(n / BLOCK),): programs with the same index on all ranks exchange data."""
+    """Grid (ceil(n / BLOCK),): all-reduce or all-gather between the programs of the same index on all ranks."""
     program = tl.program_id(0)
     i = program * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)
@@ -124,7 +124,7 @@ class PeerExchange:
 
 
 def slot_words(size: int) -> int:
-    """Number of 64-bit words of a rank's slots in a group of `size`."""
+    """Size of a rank's slots in 64-bit words, for a group of `size` ranks."""
     return 2 * size * CAPACITY
 
 
@@ -143,7 +143,7 @@ def connect(group: dist.ProcessGroup, device: torch.device) -> PeerExchange | No
     except (AttributeError, ImportError, RuntimeError) as error:  # private interface, differs between versions
         reason = str(error).splitlines()[0]
     everywhere = torch.tensor(exchange is not None, dtype=torch.int32, device=device)
-    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)  # after it, the slots of all ranks are zero
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN, group=group)  # also a barrier: all slots are zero after it
     if not everywhere.item():
         logger.warning("ranks %s: all exchanges by %s: %s", ranks, dist.get_backend(group), reason)
         return None

@@ -11,7 +11,7 @@ from ops.cuda.launch import BoundKernel
 LONGEST = 1024  # maximum tokens per prompt; beyond, torch's attention is faster
 BLOCK = 64
 CACHE_HEADS = 8  # heads per program of the cache write
-LOWEST = tl.constexpr(-1e30)  # finite, since all first keys of a row may be masked
+LOWEST = tl.constexpr(-1e30)  # finite: with -inf, a row whose first tiles are fully masked would become NaN
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def norm_rotary_cache_kernel(
 def count_not_finite(
     qkv, first_start, end, kv_head, H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Returns 0 if all values in columns `first_start` to `end` are finite."""
+    """Checks V of key tokens `first_start` to `end` for NaN and infinity; returns 0 if all are finite."""
     c = tl.arange(0, C)
     zeros = tl.zeros([BLOCK, C], tl.float32)
     for first_column in range(first_start, end, BLOCK):
@@ -99,10 +99,10 @@ def attend_to_columns(
     BLOCK: tl.constexpr,
     SORTS_OUT: tl.constexpr,
 ):
-    """Online softmax of a tile of rows over columns `first_start` to `end`.
+    """Flash attention of a tile of query tokens (rows) over key tokens (columns) `first_start` to `end`.
 
-    SORTS_OUT: the tile spans several prompts and the values may hold NaN. To keep it out of other prompts (0 * NaN is
-    NaN), it is zeroed in the values and set in the scores instead, where the mask removes it.
+    SORTS_OUT: the tile spans several prompts and V may hold NaN or infinity, which must not spread to other prompts
+    (0 * NaN is NaN). Such V rows are zeroed and their scores set to NaN, which the mask removes for other prompts.
     """
     i = tl.arange(0, BLOCK)
     c = tl.arange(0, C)
@@ -112,7 +112,7 @@ def attend_to_columns(
     accumulated = tl.zeros([BLOCK, C], tl.float32)
     for first_column in range(first_start, end, BLOCK):
         columns = first_column + i
-        in_columns = (columns < end)[:, None]  # later columns may belong to another prompt
+        in_columns = (columns < end)[:, None]  # later tokens may belong to another prompt
         key_rows = query_key + (columns * (H + G) + H + kv_head).to(tl.int64) * C
         key = tl.load(key_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
         value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
@@ -210,7 +210,7 @@ class NormRotaryCacheCall:
 
 
 class PrefillAttentionCall:
-    """Prefill attention over any number of packed prompts, bound to the head counts."""
+    """Causal prefill attention over packed prompts of up to LONGEST tokens each, bound to the head counts."""
 
     def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int):
         self.num_heads = num_heads
@@ -220,7 +220,7 @@ class PrefillAttentionCall:
         )
 
     def __call__(self, query_key: torch.Tensor, qkv: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """queries and keys [T, H + G, C], qkv [T, (H + 2G) * C], positions [T] int64 -> [T, H * C]."""
+        """Queries and keys [T, H + G, C], qkv [T, (H + 2G) * C] for V, positions [T] int64 -> [T, H * C]."""
         num_tokens = qkv.shape[0]
         output = qkv.new_empty(num_tokens, self.width)
         self.kernel.grid = (triton.cdiv(num_tokens, BLOCK), self.num_heads, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts of decode steps with several tokens: an expert's weights are read once for all tokens routed to it.
+"""Routed experts in decode steps of several tokens: an expert's weights are read once for all tokens routed to it.
 
 Pair index: token * TOP_K + choice. The plan has a slot per active expert: expert id, number of pairs, pair indices (up
 to MAX_TOKENS); unused slots have expert id -1.
@@ -33,13 +33,13 @@ def plan_kernel(
     RENORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Builds the plan and computes top-k weights, in a single program."""
+    """Computes top-k ids and weights, and groups the pairs by expert into the plan; a single program."""
     t = tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     is_token = t < num_tokens
     pdl_wait(PDL)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + (t * is_token)[:, None] * E, e[None, :], E, BLOCK_E)  # padding rows repeat a token
+    keys = sortable_keys(logits + (t * is_token)[:, None] * E, e[None, :], E, BLOCK_E)  # padding rows repeat token 0
     highest = logit_of(tl.max(keys, axis=1), BLOCK_E)
     exponentials = tl.exp(logit_of(keys, BLOCK_E) - highest[:, None])
     places = tl.full([BLOCK_T, BLOCK_E], TOP_K, tl.int32)
@@ -118,12 +118,12 @@ def down_shared_kernel(
     CHUNK: tl.constexpr,  # power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, num_slots): down_proj of all pairs of an expert, not yet weighted."""
+    """Grid (D / ROWS, num_slots): down_proj of all pairs of an expert, without top-k weights."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     slot = slots + tl.program_id(1) * PLAN_FIELDS
     pdl_trigger(PDL)
-    # the plan is complete, since gate_up has waited for it
+    # the plan is complete: gate_up triggers after its wait
     expert = tl.load(slot, cache_modifier=".cg").to(tl.int64)
     count = tl.load(slot + 1, cache_modifier=".cg")
     pairs = slot + 2
@@ -156,7 +156,7 @@ def weighted_sum_kernel(
     ELSEWHERE: tl.constexpr,  # expert parallelism: experts on other ranks have weight 0 and undefined `partial`
     PDL: tl.constexpr,
 ):
-    """Grid (D / BLOCK, T): weighted sum over the experts of a token."""
+    """Grid (D / BLOCK, T): combine, the weighted sum over the experts of a token."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)

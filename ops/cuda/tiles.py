@@ -14,19 +14,19 @@ import torch
 
 from ops.cuda.launch import power_of_two_factor
 
-MAX_TOKENS = 8  # maximum tokens of a step that uses the decode kernels
+MAX_TOKENS = 8  # maximum tokens of a step for which the decode kernels are used
 TABLES_FILE = Path(__file__).with_name("tiles.json")
 Table = dict[str, dict[str, list[int]]]  # kernel -> weight shape -> tile sizes
 
 ATTENTION_BLOCK = 128  # cached tokens per tile
 ATTENTION_MAX_ROUNDS = 4  # tiles per split above which a sequence gets more splits than its batch size implies
-# sequences, query heads per program, splits, warps
+# maximum sequences -> query heads per program, splits, warps
 ATTENTION_SPLITS = ((2, 4, 20, 4), (8, 8, 8, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped GEMM: rows, columns and depth of a tile, pipeline stages, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
-GROUPED_BARRIERS = 256  # upper bound of the shared memory besides the stages, in bytes
-# bytes of the matrix that a program or a warp holds
+GROUPED_BARRIERS = 256  # bytes of shared memory reserved for what is not a pipeline stage (barriers)
+# weight elements that a program (or warp, as named) holds in registers or shared memory
 MATMUL_ELEMENTS, GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 32768, 16384
 DOWN_WARP_ELEMENTS, SHARED_DOWN_WARP_ELEMENTS = 12288, 6144
 
@@ -102,7 +102,7 @@ def down_tile(f: int, d: int, top_k: int) -> tuple[int, int]:
 
 
 def shared_gate_up_tile(f: int, d: int) -> tuple[int, int]:
-    """Tile of the gate_up kernel for several tokens."""
+    """Rows per program (of gate and of up each) and warps of the gate_up kernel for several tokens."""
     if sizes := sizes_of("shared_gate_up", f, d):
         return sizes[0], sizes[1]
     return power_of_two_factor(f, rounded_down(min(8, SHARED_GATE_UP_ELEMENTS // (2 * d)))), 4
@@ -115,20 +115,20 @@ def shared_down_tile(f: int, d: int) -> tuple[int, int]:
 
 
 def rows_and_warps(n: int, k: int, warp_elements: int) -> tuple[int, int]:
-    """Heuristic: up to 8 rows of a matrix [n, k] per warp, several warps if one row does not fit a warp."""
+    """Heuristic rows per program and warps for a matrix [n, k]: up to 8 rows in a warp, more warps for long rows."""
     rows = power_of_two_factor(n, rounded_down(min(8, warp_elements // k)))
     return rows, rounded_up(rows * k / warp_elements)
 
 
 def grouped_stages(device: torch.device) -> int:
-    """Pipeline stages of the grouped GEMM: the fastest number, limited by the device's shared memory."""
+    """Pipeline stages of the grouped GEMM, limited by the device's shared memory."""
     if device.type != "cuda":  # Triton interpreter
         return GROUPED_STAGES
     return stages_within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def stages_within(shared_memory: int) -> int:
-    """Pipeline stages of the grouped GEMM that fit into so many bytes of shared memory."""
+    """Pipeline stages of the grouped GEMM that fit into `shared_memory` bytes, at most GROUPED_STAGES."""
     stage_bytes = (GROUPED_ROWS + GROUPED_COLUMNS) * GROUPED_DEPTH * 2
     return min(GROUPED_STAGES, (shared_memory - GROUPED_BARRIERS) // stage_bytes)
 

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from ops import DenseWeight, StepMetadata
 from ops.cuda import CudaOps, tiles
 
-LAYERS = 8  # weights much larger than the L2 cache
+LAYERS = 8  # so that the weights do not stay in the L2 cache
 CONTEXT, BLOCK_SIZE = 1024, 128
 REPLAYS, ROUNDS = 20, 5
-SHARED_TOKENS = 4  # tokens of a step that uses the kernels for shared experts
+SHARED_TOKENS = 4  # tokens of the step that times the kernels of shared_experts.py
 EPS = 1e-6
-WARP_ELEMENTS = 12288  # maximum bytes of a matrix in the registers of a warp
+WARP_ELEMENTS = 12288  # maximum weight elements in the registers of a warp
 # kernel, weight shape, tokens of the timed step, candidates; the first is the current one
 Search = tuple[str, tuple[int, int], int, list[list[int]]]
 
@@ -122,7 +122,7 @@ class Layers:
 
 
 def graph_us(work: Callable[[], object]) -> float:
-    """Time of a graph replay in microseconds, median of several rounds."""
+    """Measures the time of a graph replay in microseconds, median of several rounds."""
     recorder = CudaOps().graph_recorder()
     recorder.warm_up(work)
     _, replay = recorder.record(work)
@@ -139,7 +139,7 @@ def graph_us(work: Callable[[], object]) -> float:
 
 
 def searches(shape: Shape) -> Iterator[Search]:
-    """Lists the searches, sorted by tokens per step."""
+    """Lists the tile searches of all kernels, sorted by tokens per step."""
     f, d = shape.f, shape.d
     qkv, o, router, lm_head = ((shape.h + 2 * shape.g) * shape.c, d), (d, shape.h * shape.c), (shape.e, d), (shape.v, d)
     yield from (gemv_search(n, k) for n, k in (qkv, o, router, lm_head))
@@ -188,7 +188,7 @@ def tune(
 
 
 def step_us(layers: Layers, time_of: Callable[..., float]) -> float:
-    ops = CudaOps()  # rebinds the kernels
+    ops = CudaOps()  # new instance: kernels are bound with the current table
     return time_of(lambda: layers.run(ops))
 
 
