@@ -73,7 +73,7 @@ class Ops:
     decode_reads_nothing = False  # whether decode steps must not contain a host sync
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
-        """Raises ValueError naming the setting if the backend does not support this dtype or head_dim."""
+        """Validates dtype and head_dim; raises ValueError naming the setting if the backend does not support it."""
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:
         """Names the operations that use the reference, or a less preferred kernel, for a model of `dtype`."""

@@ -192,7 +192,7 @@ class ReferenceOps(Ops):
 
 
 def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` as a loop with one matmul per active expert."""
+    """Grouped matmul (`grouped_linear`) as a loop with one matmul per active expert."""
     output = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
     for expert, count in enumerate(tokens_per_expert.tolist()):
@@ -203,7 +203,7 @@ def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: t
 
 
 def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` by gathering the weight of each row; ends [E] int32: cumulative tokens_per_expert.
+    """Grouped matmul (`grouped_linear`) that gathers each row's weight; ends [E] int32: cumulative tokens_per_expert.
 
     For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured in a CUDA graph.
     """

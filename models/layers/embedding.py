@@ -31,7 +31,7 @@ class Embedding:
         return self.group.reduce_scatter(self.own_rows(gathered))[: len(token_ids)]
 
     def own_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings [T, D]; zeros for tokens whose rows are on other ranks."""
+        """Looks up embeddings [T, D] in this rank's shard; zeros for tokens whose rows are on other ranks."""
         rows = token_ids - self.first_row
         elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
         return self.ops.embedding(rows.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[:, None], 0)

@@ -29,7 +29,7 @@ class Dispatched:
 
 class ExpertExchange(Protocol):
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
-        """hidden_states [T, D]: all tokens of the attn_tp group or, in a sequence-parallel step, this rank's shard."""
+        """Sends tokens to their experts; [T, D]: all tokens of the attn_tp group, or its shard if sequence-parallel."""
 
     def combine(self, output: torch.Tensor, dispatched: Dispatched, step: StepMetadata) -> torch.Tensor:
         """Expert output of the dispatched rows [R, D] -> output of this rank's tokens [T, D]."""
@@ -127,7 +127,7 @@ class FusedPair(Protocol):
     def dispatch(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """[T, D], [T, K], [T, K] -> rows [R, D] in order of local experts, tokens_per_expert [EL] int64, a handle.
+        """Sends tokens: [T, D], [T, K], [T, K] -> rows [R, D] in expert order, tokens_per_expert [EL] int64, a handle.
 
         max_tokens: the largest T of any rank.
         """

@@ -49,14 +49,14 @@ class RotaryEmbedding:
         self.cos_table, self.sin_table = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def cos_sin(self, positions: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, C] float32 of `positions` [T] (on the CPU), on the device."""
+        """Computes cos and sin [T, C] float32 on the device, for a CPU tensor `positions` [T]."""
         frequencies, factor = inverse_frequencies(self.config, seq_len)
         angles = positions[:, None].float() * frequencies.float()
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * factor).to(self.device), (angles.sin() * factor).to(self.device)
 
     def __call__(self, step: StepMetadata) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, C] float32 of a step's tokens."""
+        """Returns cos and sin [T, C] float32 of a step's tokens."""
         if step.is_prefill and self.length_dependent:
             sequences = [self.cos_sin(torch.arange(seq_len), seq_len) for seq_len in step.seq_lens_list]
             cos, sin = (torch.cat(part) for part in zip(*sequences, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3-MoE, after transformers' models/qwen3_moe/modeling_qwen3_moe.py.
+"""Qwen3-MoE model definition, after transformers' models/qwen3_moe/modeling_qwen3_moe.py.
 
 T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, R rows whose logits are computed. Under
 tensor parallelism H and G count the heads of this rank.

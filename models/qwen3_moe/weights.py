@@ -144,7 +144,7 @@ class SpecBuilder:
         return ParameterSpec(name, part_shape(one), role, (one,))
 
     def merged(self, name: str, source: str, rows: dict[str, int], columns: int | None = None) -> ParameterSpec:
-        """Specification of tensors concatenated along dimension 0; `source`: name with %s for the keys of `rows`."""
+        """Specification of tensors concatenated along dimension 0; `source`: name with %s for each key of `rows`."""
         tail = () if columns is None else (columns,)
         sources, start = [], 0
         for key, count in rows.items():

@@ -278,8 +278,8 @@ class NpuOps(ReferenceOps):
     def sort_by_expert(
         self, hidden_states: Tensor, topk_ids: Tensor, num_experts: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sorts rows of other ranks' experts as one more expert: the operation's own active_expert_range would give
-        them row index -1, which the combine operations reject."""
+        """Permutes tokens into expert order; experts on other ranks count as one more expert, as active_expert_range
+        would give their rows index -1, which the combine operations reject."""
         num_rows = topk_ids.numel()
         if num_rows == 0:
             none = topk_ids.new_empty(0, dtype=torch.int32)

@@ -106,7 +106,7 @@ def attend_v1(
 
 
 def gating_v2(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Softmax and top-k: [T, E] -> weights [T, K] in the logits' dtype, ids [T, K] int32; renorm: top-k first."""
+    """Softmax and top-k: [T, E] -> weights [T, K] in the logits' dtype, ids [T, K] int32; renorm=1: top-k first."""
     weights, ids, _ = npu.npu_moe_gating_top_k_softmax_v2(logits, k=top_k, renorm=int(renormalize))
     return weights, ids
 

@@ -77,7 +77,7 @@ def load_works(corpus: Path) -> list[str]:
 
 
 def split_heldout(works: list[str]) -> tuple[list[str], str]:
-    """Returns the works without their last chunk, and those chunks; works under 20,000 characters stay whole."""
+    """Splits off held-out text, the last chunk of each work; works under 20,000 characters stay whole."""
     share = min(HELDOUT_SHARE, HELDOUT_CHARS / sum(map(len, works)))
     train, heldout = [], []
     for work in works:
@@ -93,7 +93,7 @@ def build_tokenizer(works: list[str], output: Path) -> PreTrainedTokenizerBase:
     """Trains a byte-level BPE tokenizer on `works` and writes it to `output` in the files of a Qwen3 checkpoint."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer  # which the class restores on loading
+    tokenizer.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer  # set again by the class on loading
     tokenizer.decoder = decoders.ByteLevel()
     added = [AddedToken(token, normalized=False, special=token in SPECIAL_TOKENS)
              for token in SPECIAL_TOKENS + THINK_TOKENS]  # fmt: skip
