@@ -67,7 +67,7 @@ class Group:
         return len(self.ranks)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums over the ranks in place."""
+        """All-reduce: sums over the ranks in place."""
         if self.size > 1:
             self.count_all_reduce(tensor)
             if self.small is not None and self.small.sums(tensor):
@@ -81,7 +81,7 @@ class Group:
         self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenates [N, ...] of every rank (equal shapes) -> [size * N, ...]."""
+        """All-gather: concatenates [N, ...] of every rank (equal shapes) -> [size * N, ...]."""
         if self.size == 1:
             return tensor
         self.traffic.add(self.name, (self.size - 1) * tensor.nbytes)
@@ -92,7 +92,7 @@ class Group:
         return gathered
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sums over the ranks and returns this rank's shard: [size * N, ...] -> [N, ...]."""
+        """Reduce-scatter: sums over the ranks and returns this rank's shard: [size * N, ...] -> [N, ...]."""
         if self.size == 1:
             return tensor
         part = tensor.new_empty(tensor.shape[0] // self.size, *tensor.shape[1:])
@@ -101,7 +101,7 @@ class Group:
         return part
 
     def all_to_all(self, tensor: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        """Exchanges rows: [sum(send), ...] by destination rank -> [sum(receive), ...] by source rank."""
+        """All-to-all of rows: [sum(send), ...] by destination rank -> [sum(receive), ...] by source rank."""
         if self.size == 1:
             return tensor
         row_bytes = tensor[:1].nbytes if len(tensor) else 0

@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def splitting(
     seq_lens, b, BLOCK: tl.constexpr, SPLITS: tl.constexpr, MAX_SPLITS: tl.constexpr, MAX_ROUNDS: tl.constexpr
 ):
-    """Split-K partition of a sequence: number of cached tokens, tokens per split, and index of the new token's split.
+    """KV split of a sequence: number of cached tokens, tokens per split, and index of the new token's split.
 
     Depends on the sequence length only, not on the grid. The new token gets its own split if one is left, else it joins
     the last one. A single tile is not split.
@@ -98,7 +98,7 @@ def decode_attention_kernel(
     EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H / HEADS, splits, B): split-K flash decoding (Dao et al. 2023); `combine_splits_kernel` reduces.
+    """Flash decoding with split KV (Dao et al. 2023); `combine_splits_kernel` reduces. Grid (H / HEADS, splits, B).
 
     The grid must cover all splits of the longest sequence; programs without work exit early. The new token's key and
     value come from `qkv`.
@@ -205,7 +205,7 @@ def combine_splits_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (H, B): combines the partial outputs of a head's splits by their log-sum-exp, if there are several."""
+    """Combines the partial outputs of a head's KV splits by their log-sum-exp, if there are several. Grid (H, B)."""
     b = tl.program_id(1)
     head = b * tl.num_programs(0) + tl.program_id(0)
     pdl_trigger(PDL)
@@ -245,7 +245,7 @@ def head_sizes(qkv: torch.Tensor, key_cache: torch.Tensor) -> tuple[int, int, in
 
 
 class DecodeAttentionCall:
-    """`Ops.attention` of a decode step, bound to the q/k norm weights of a layer."""
+    """Decode attention (`Ops.attention`), bound to the q/k norm weights of a layer."""
 
     def __init__(
         self,

@@ -88,7 +88,7 @@ def grouped_gate_up_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (S * F / COLUMNS,): SiLU(gate) * up for one tile of rows of one expert."""
+    """Grouped gate_up_proj with SwiGLU, one tile of rows of one expert per program. Grid (S * F / COLUMNS,)."""
     expert, row, end, column = find_tile(slots, ROWS, F // COLUMNS)
     if expert < 0:
         return
@@ -151,7 +151,7 @@ def grouped_down_kernel(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (S * D / COLUMNS,): down_proj for one tile of rows of one expert."""
+    """Grouped down_proj, one tile of rows of one expert per program. Grid (S * D / COLUMNS,)."""
     expert, row, end, column = find_tile(slots, ROWS, D // COLUMNS)
     if expert < 0:
         return

@@ -64,7 +64,7 @@ def gate_up_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, T * TOP_K): SiLU(gate) * up for one token and one of its experts, if local."""
+    """gate_up_proj with SwiGLU of one token and one of its top-k experts, if local. Grid (F / ROWS, T * TOP_K)."""
     pair = tl.program_id(1)
     token = pair // TOP_K
     d = tl.arange(0, D)
@@ -103,7 +103,7 @@ def down_kernel(
     CHUNK: tl.constexpr,  # a power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, T): down_proj of a token's local top-k experts, weighted and summed.
+    """down_proj of a token's local top-k experts, weighted and summed. Grid (D / ROWS, T).
 
     Loads the down_proj rows of all these experts before `pdl_wait`.
     """
@@ -187,7 +187,7 @@ def combine_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T, ceil(D / BLOCK)): combine, the weighted sum of the expert outputs of a token."""
+    """Combine: weighted sum of the expert outputs of a token. Grid (T, ceil(D / BLOCK))."""
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

@@ -39,7 +39,7 @@ def exchange_kernel(
     SUM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(n / BLOCK),): all-reduce or all-gather between the programs of the same index on all ranks."""
+    """One-shot all-reduce or all-gather between programs of the same index on all ranks. Grid (ceil(n / BLOCK),)."""
     program = tl.program_id(0)
     i = program * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)
@@ -96,7 +96,7 @@ class PeerExchange:
         return 0 < tensor.nbytes <= 4 * CAPACITY and tensor.nbytes % 4 == 0
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Sums over the ranks in place."""
+        """All-reduce: sums over the ranks in place."""
         if fits(tensor):
             self.run(tensor, tensor, tensor.numel(), summed=True)
         else:
@@ -105,7 +105,7 @@ class PeerExchange:
             tensor.copy_(aligned)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenates [N, ...] of every rank -> [size * N, ...]."""
+        """All-gather: concatenates [N, ...] of every rank -> [size * N, ...]."""
         own = tensor if fits(tensor) else tensor.clone(memory_format=torch.contiguous_format)
         gathered = own.new_empty(self.size * own.shape[0], *own.shape[1:])
         self.run(own.view(-1).view(torch.int32), gathered.view(-1).view(torch.int32), own.nbytes // 4, summed=False)

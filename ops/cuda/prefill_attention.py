@@ -31,7 +31,7 @@ def norm_rotary_cache_kernel(
     HEADS: tl.constexpr,  # heads per program
     EPS: tl.constexpr,
 ):
-    """Grid (T, ceil((H + 2G) / HEADS)): q/k norm, rotary embedding, cache write of k and v."""
+    """Fused q/k norm, rotary embedding and cache write of k and v. Grid (T, ceil((H + 2G) / HEADS))."""
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = tl.arange(0, C // 2)
@@ -140,7 +140,7 @@ def prefill_attention_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (ceil(T / BLOCK), H): flash attention (Dao et al. 2022), BLOCK tokens of one or several prompts."""
+    """Flash attention (Dao et al. 2022) of BLOCK tokens of one or several prompts. Grid (ceil(T / BLOCK), H)."""
     first_row = tl.program_id(0) * BLOCK
     head = tl.program_id(1)
     kv_head = head // (H // G)

@@ -81,7 +81,7 @@ def gate_up_shared_kernel(
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (F / ROWS, num_slots): SiLU(gate) * up of all pairs of an expert."""
+    """gate_up_proj with SwiGLU of all pairs of an expert. Grid (F / ROWS, num_slots)."""
     d = tl.arange(0, D)
     f = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = slots + tl.program_id(1) * PLAN_FIELDS
@@ -118,7 +118,7 @@ def down_shared_kernel(
     CHUNK: tl.constexpr,  # power of two that divides F
     PDL: tl.constexpr,
 ):
-    """Grid (D / ROWS, num_slots): down_proj of all pairs of an expert, without top-k weights."""
+    """down_proj of all pairs of an expert, without top-k weights. Grid (D / ROWS, num_slots)."""
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHUNK)
     slot = slots + tl.program_id(1) * PLAN_FIELDS
@@ -156,7 +156,7 @@ def weighted_sum_kernel(
     ELSEWHERE: tl.constexpr,  # expert parallelism: experts on other ranks have weight 0 and undefined `partial`
     PDL: tl.constexpr,
 ):
-    """Grid (D / BLOCK, T): combine, the weighted sum over the experts of a token."""
+    """Combine: weighted sum over the experts of a token. Grid (D / BLOCK, T)."""
     token = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     pdl_trigger(PDL)
