@@ -115,7 +115,7 @@ class Member:
 
 
 class Head(JobOfSeveral):
-    """Node 0's side of a multi-node job: the coordinator."""
+    """Coordinator of a multi-node job, on node 0."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timing: Timing):
         """Raises ValueError if it cannot listen on `port`."""
@@ -234,7 +234,7 @@ class Head(JobOfSeveral):
 
 
 class Guest(JobOfSeveral):
-    """The other nodes' side of a multi-node job."""
+    """Side of every other node of a multi-node job: a client of node 0."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing):
         """Raises TimeoutError if node 0 does not answer, ValueError if another program answers."""

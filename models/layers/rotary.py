@@ -30,7 +30,8 @@ class RotaryEmbedding:
     """Precomputed cos and sin table of `max_len` positions, indexed by a step's positions.
 
     Row p holds position p of a sequence of p + 1 tokens, as decode needs under any rope type. Where the frequencies
-    depend on the sequence length, all positions of a sequence do, so prefill computes cos and sin without the table.
+    depend on the sequence length (dynamic, longrope), a prefill's earlier positions differ from their rows, so prefill
+    computes cos and sin instead.
     """
 
     def __init__(self, config: Qwen3MoeConfig, max_len: int, device: torch.device):
