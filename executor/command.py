@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable
 
-from executor.interrupts import Interrupted, raise_on_signals
+from executor.interrupts import Interrupted, raise_on_signals, raised
 from executor.rank import DRAIN_S, fail
 from executor.terminal import drain, resilient_terminal
 
@@ -16,14 +16,12 @@ def run_command(body: Callable[[], int]) -> int:
             with resilient_terminal():
                 try:
                     return body()
-                except ValueError as error:
-                    return fail(2, error)
-                except Interrupted as error:
-                    exit_code = fail(1, error)
+                except (Exception, Interrupted) as error:
+                    if not raised:
+                        return fail(2 if isinstance(error, ValueError) else 1, error)
+                    exit_code = fail(1, raised[0])
                     if not drain(DRAIN_S):  # a requested exit does not wait for a stalled reader
                         os._exit(exit_code)
                     return exit_code
-                except Exception as error:
-                    return fail(1, error)
         except Interrupted:  # while waiting for a stalled reader
             os._exit(1)

@@ -15,6 +15,9 @@ class Interrupted(BaseException):
     """Raised on a termination signal; the message names it."""
 
 
+raised: list[Interrupted] = []  # since `raise_on_signals` began, also where a library turned it into another error
+
+
 @contextmanager
 def raise_on_signals() -> Iterator[None]:
     """Makes SIGINT, SIGTERM and SIGHUP raise `Interrupted`; a second signal ends the process immediately.
@@ -24,6 +27,7 @@ def raise_on_signals() -> Iterator[None]:
     """
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in SIGNALS} if alone else {}
+    raised.clear()
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:
@@ -60,7 +64,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     for other in SIGNALS:
         if signal.getsignal(other) is interrupt:
             signal.signal(other, end)
-    raise Interrupted(f"interrupted by {signal.Signals(number).name}")
+    raised.append(Interrupted(f"interrupted by {signal.Signals(number).name}"))
+    raise raised[-1]
 
 
 def end(number: int, frame: FrameType | None) -> None:

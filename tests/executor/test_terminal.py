@@ -146,6 +146,25 @@ sys.exit(run_command(body))
 """
 
 
+CONVERTING = """
+import os, signal, sys
+from executor.command import run_command
+def body():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        raise ERROR("a library turned it into another error")
+sys.exit(run_command(body))
+"""
+
+
+@pytest.mark.parametrize("error", ["ModuleNotFoundError", "ValueError"])
+def test_interrupt_that_a_library_converts_is_an_interrupt(error):
+    """Lazy imports do that: an interrupt inside one surfaces as an import error."""
+    done = subprocess.run([sys.executable, "-c", CONVERTING.replace("ERROR", error)], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: interrupted by SIGINT\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_command_names_the_signal(number):
     process = subprocess.Popen(
