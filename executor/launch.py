@@ -60,7 +60,7 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup: torchrun would install its own handler
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
     # A failed rank is reported once, by this launcher, not also by torchrun and the C++ side of torch.
-    logging.getLogger("torch.distributed.elastic").setLevel(os.environ.setdefault("LOGLEVEL", "CRITICAL"))
+    logging.getLogger("torch.distributed.elastic").setLevel(torchrun_log_level())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from executor.before_loading import check_before_launch
     from ops.cluster import open_job
@@ -194,6 +194,13 @@ class Scratch:
             cwd="/",
             env={"PATH": os.environ.get("PATH", os.defpath)},
         )
+
+
+def torchrun_log_level() -> str:
+    """Sets and returns LOGLEVEL, which torchrun reads: CRITICAL where it is unset or, meant for others, no level."""
+    level = os.environ.get("LOGLEVEL", "").upper()
+    os.environ["LOGLEVEL"] = level if isinstance(logging.getLevelName(level), int) else "CRITICAL"
+    return os.environ["LOGLEVEL"]
 
 
 def environment_number(name: str, default: int) -> int:

@@ -6,8 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+from executor.utils.text import printable
+
 LEVEL_VARIABLE = "LOG_LEVEL"
 FORMAT = "%(asctime)s %(levelname)s [rank %(rank)s] %(name)s: %(message)s"
+
+
+class Formatter(logging.Formatter):
+    """Escapes the control characters of what is logged, such as those of a path."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
@@ -23,7 +32,7 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
     if file is not None:
         handlers.append(logging.FileHandler(file, mode="w", encoding="utf-8"))
     logging.raiseExceptions = False  # no traceback on the terminal if a log file cannot be written
-    formatter = logging.Formatter(FORMAT, defaults={"rank": rank})
+    formatter = Formatter(FORMAT, defaults={"rank": rank})
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=handlers, force=True)
