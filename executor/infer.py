@@ -29,7 +29,7 @@ def run_rank(arguments: argparse.Namespace) -> int:
     yaml_file = Path(arguments.yaml_file_path)
     settings = load_settings(yaml_file, arguments.set)
     prompts = load_prompts(settings.data_config)
-    output = Path(arguments.output) if arguments.output else None
+    output = None if arguments.output is None else Path(arguments.output)
     if output and rank == 0:
         check_output("--output", output, input_files(settings, yaml_file))
     folder = create_run_folder(settings, yaml_file, run_name())

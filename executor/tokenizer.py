@@ -176,7 +176,7 @@ def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -
     """EOS token ids: all those of the generation config and the tokenizer."""
     file, generation = read_generation_config(model_path)
     stated = generation.get("eos_token_id")
-    stated = [] if stated is None else stated if isinstance(stated, list) else [stated]
+    stated = [token_id for token_id in (stated if isinstance(stated, list) else [stated]) if token_id is not None]
     for token_id in stated:
         if type(token_id) is not int:
             raise ValueError(f"{file}: eos_token_id: expected whole numbers, got {quoted(token_id)}")

@@ -207,6 +207,7 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
             "--output: no/such/folder/out.jsonl cannot be written: No such file",
         ),
         (["--output", "."], "--output: . cannot be written: Is a directory"),
+        (["--output", ""], "--output: . cannot be written: Is a directory"),
         (["--output", "/proc/out.jsonl"], "--output: /proc/out.jsonl cannot be written"),
     ],
 )

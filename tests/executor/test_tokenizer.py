@@ -135,7 +135,12 @@ def test_generation_ends_as_in_transformers(tmp_path):
     assert generated[0, 3:].tolist() == expected
 
 
-@pytest.mark.parametrize("value", [True, 5.0, "5", [5, None], [[5]], {"a": 1}, [1.5], ["x" * 10**6]])
+def test_null_among_end_tokens_is_none(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, null]}')
+    assert eos_token_ids(tmp_path, None) == {1}
+
+
+@pytest.mark.parametrize("value", [True, 5.0, "5", [[5]], {"a": 1}, [1.5], ["x" * 10**6]])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_invalid_end_tokens(name, value, tmp_path):
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
