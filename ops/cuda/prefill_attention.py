@@ -75,7 +75,7 @@ def count_not_finite(
     """Checks V of key tokens `first_start` to `end` for NaN and infinity; returns 0 if all are finite."""
     c = tl.arange(0, C)
     zeros = tl.zeros([BLOCK, C], tl.float32)
-    for first_column in range(first_start, end, BLOCK):
+    for first_column in tl.range(first_start, end, BLOCK, num_stages=1):  # rare: no shared memory of its own
         columns = first_column + tl.arange(0, BLOCK)
         value_rows = qkv + (columns * (H + 2 * G) + H + G + kv_head).to(tl.int64) * C
         value = tl.load(value_rows[:, None] + c[None, :], mask=(columns < end)[:, None], other=0.0)
@@ -110,7 +110,8 @@ def attend_to_columns(
     maximum = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     accumulated = tl.zeros([BLOCK, C], tl.float32)
-    for first_column in range(first_start, end, BLOCK):
+    stages: tl.constexpr = 1 if SORTS_OUT else 3  # the rare case copies V once more, which shared memory must hold
+    for first_column in tl.range(first_start, end, BLOCK, num_stages=stages):
         columns = first_column + i
         in_columns = (columns < end)[:, None]  # later tokens may belong to another prompt
         key_rows = query_key + (columns * (H + G) + H + kv_head).to(tl.int64) * C
