@@ -19,7 +19,7 @@ def is_command() -> bool:
 
 
 if is_command():  # a signal during the imports prints one line, no traceback
-    from executor.interrupts import end_quietly_on_signals
+    from executor.launch.interrupts import end_quietly_on_signals
 
     end_quietly_on_signals()
 

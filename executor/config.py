@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from executor.known_names import hint
 from executor.sampling_params import SamplingParams
+from executor.utils.known_names import hint
 from executor.utils.reading import read_text, refusing
 from executor.utils.strict_yaml import parse_yaml
 from executor.utils.text import one_line, printable, quoted

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from executor.command import run_command
 from executor.config import Settings, load_settings, resolve_path
-from executor.interrupts import interrupts_deferred
-from executor.rank import PartialFailure, fail, join
-from executor.results import Results, create_run_folder, run_name
+from executor.launch.command import run_command
+from executor.launch.interrupts import interrupts_deferred
+from executor.launch.rank import PartialFailure, fail, set_up_rank
+from executor.launch.results import Results, create_run_folder, run_name
 from executor.utils.arguments import ArgumentParser
 from executor.utils.data_utils import load_prompts, source_files
 from executor.utils.files import check_output, files_in
@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def run_rank(arguments: argparse.Namespace) -> int:
-    rank = join()
+    rank = set_up_rank()
     yaml_file = Path(arguments.yaml_file_path)
     settings = load_settings(yaml_file, arguments.set)
     prompts = load_prompts(settings.data_config)
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
     """Profiles the first batch; rank 0 prints the kernel times."""
-    from executor.profiling import profile
+    from executor.bench.profiling import profile
 
     first = sequences[: llm.settings.data_config.batch_size]
     kernels = profile(llm, [sequence.prompt_token_ids for sequence in first], file)
@@ -135,7 +135,7 @@ def shortened(text: str, limit: int = 600) -> str:
 
 def summarize(llm: Any, outputs: list[Any], wall_s: float) -> dict[str, Any]:
     """Latency percentiles over all prompts, throughput, and the settings in force."""
-    from executor.device import device_name
+    from executor.loading.device import device_name
     from executor.utils.report import commit, percentiles, versions
 
     new_tokens = sum(len(output.token_ids) for output in outputs)

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 
-from executor.before_loading import check_before_launch, default_sampling, folder_name, place
 from executor.config import Settings, load_settings, resolve_path, settings_from_dict
-from executor.device import free_memory_bytes, select_device, synchronize
-from executor.engine import Engine
-from executor.exchanges import choose_exchanges, plan_dispatch
-from executor.graph_runner import GraphRunner
-from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
-from executor.memory import allocate_cache, fill_parameters
-from executor.model_runner import ModelRunner
-from executor.prompts import Messages, Prompt, conversation_list, prompt_list, token_id_list, which
-from executor.sampler import make_generator
+from executor.engine.engine import Engine
+from executor.engine.graph_runner import GraphRunner
+from executor.engine.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
+from executor.engine.model_runner import ModelRunner
+from executor.engine.sampler import make_generator
+from executor.engine.scheduler import Scheduler, Sequence
+from executor.loading.before_loading import check_before_launch, default_sampling, folder_name, store_setting
+from executor.loading.device import free_memory_bytes, select_device, synchronize
+from executor.loading.exchanges import plan_dispatch, select_exchanges
+from executor.loading.memory import allocate_cache, fill_parameters
+from executor.loading.prompts import Messages, Prompt, conversation_list, prompt_list, token_id_list, which
+from executor.loading.tokenizer import Tokenizer, has_tokenizer
 from executor.sampling_params import SamplingParams
-from executor.scheduler import Scheduler, Sequence
-from executor.tokenizer import Tokenizer, has_tokenizer
 from models.layers.expert_exchange import ExpertExchange
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.architecture import attention_limit, trained_len
@@ -69,7 +69,7 @@ class LLM:
     def __init__(self, model_path: str | Path, device: str = "auto", dtype: str = "bfloat16", **settings: Any):
         raw = {"model_name": folder_name(model_path), "model_path": str(model_path), "device": device}
         for key, value in {"dtype": dtype, **settings}.items():
-            place(raw, key, value)
+            store_setting(raw, key, value)
         self._load(settings_from_dict(raw, "LLM"))
 
     @classmethod
@@ -157,7 +157,7 @@ class LLM:
 
     def _build_model(self) -> Qwen3Moe:
         settings = self.settings
-        self.exchanges = choose_exchanges(
+        self.exchanges = select_exchanges(
             settings, self.config, self.parallel, self.ops, self.dispatch_plan, self.device
         )
         build = Building(

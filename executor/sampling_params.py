@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from executor.known_names import hint
+from executor.utils.known_names import hint
 from executor.utils.text import quoted
 from executor.utils.values import is_unicode
 

@@ -70,7 +70,7 @@ class Ops:
 
     name = "abstract"
     can_record = False  # whether decode steps can be captured: the device has graphs and the step has no host sync
-    decode_reads_nothing = False  # whether decode steps must not contain a host sync
+    decode_without_host_sync = False  # whether decode steps must not contain a host sync
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         """Validates dtype and head_dim; raises ValueError naming the setting if the backend does not support it."""

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from executor.config import REPOSITORY
-from executor.tokenizer import Tokenizer
+from executor.loading.tokenizer import Tokenizer
 
 DEMO = REPOSITORY / "models/qwen3_moe/demo"
 WORDS = ["thou", "art", "king", "speak", "night", "crown", "love", "é", "東京", "🎭"]

@@ -89,9 +89,7 @@ def node(cable: Cable, tmp_path: Path) -> Iterator:
         job.__exit__()
 
 
-def assert_ends(
-    jobs: tuple[Job, Job], code: int, lines: tuple[str, str], timeout_s: float = ENDS_WITHIN_S
-) -> None:
+def assert_ends(jobs: tuple[Job, Job], code: int, lines: tuple[str, str], timeout_s: float = ENDS_WITHIN_S) -> None:
     """Asserts that both nodes exit in time with that code and last line, and no process is left."""
     deadline_s = time.monotonic() + timeout_s
     for job, line in zip(jobs, lines, strict=True):

@@ -5,8 +5,8 @@ import importlib
 import os
 import sys
 
-from executor.command import run_command
-from executor.rank import forget_rank, join
+from executor.launch.command import run_command
+from executor.launch.rank import forget_rank, set_up_rank
 from executor.utils.arguments import ArgumentParser
 
 COMMANDS = {
@@ -28,7 +28,7 @@ def main() -> int:
         command = parser.parse_args(sys.argv[1:2]).command
         if os.environ.get("WORLD_SIZE", "1") == "1":
             forget_rank()
-        join()  # before torch is imported
+        set_up_rank()  # before torch is imported
         importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(sys.argv[2:])
         return 0
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.config import REPOSITORY, Settings, load_settings, resolve_path
-from executor.launch import launch
+from executor.launch.launcher import launch
 from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, files_in
 
@@ -66,7 +66,7 @@ def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int,
     ValueError if the cache cannot hold the batch (fewer sequences than reported would run at a time), and, before
     loading, if operations would fall back to plain torch without `allow_fallback`.
     """
-    from executor.kv_cache import BLOCK_SIZE, blocks_for
+    from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
     from executor.llm import LLM
 
     if not allow_fallback:
@@ -90,7 +90,7 @@ def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int,
 def refuse_fallbacks(settings: Settings) -> None:
     import torch
 
-    from executor.device import select_device
+    from executor.loading.device import select_device
     from ops import load_ops
     from ops.comm import local_rank
 
@@ -127,7 +127,7 @@ def random_prompts(llm: "LLM", batch_size: int, prompt_tokens: int) -> list[list
 
 def describe_device(llm: "LLM") -> dict[str, Any]:
     """Report entries for model, device, backend and fallbacks."""
-    from executor.device import device_name
+    from executor.loading.device import device_name
 
     return {
         "model_name": llm.settings.model_name,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from executor.engine.model_runner import ModelRunner
 from executor.llm import LLM
-from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
 from ops import GroupedRows, RouterLogits, Routing, Weight

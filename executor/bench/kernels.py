@@ -30,10 +30,10 @@ def run(command_line: list[str]) -> None:
     settings = settings_of(arguments)
     import torch
 
-    from executor.before_loading import check_before_launch
     from executor.bench.op_cases import OpCases
     from executor.bench.timing import matmul_ceiling, read_ceiling
-    from executor.device import device_name, select_device
+    from executor.loading.before_loading import check_before_launch
+    from executor.loading.device import device_name, select_device
     from ops import load_ops
 
     device, dtype = select_device(settings.device), getattr(torch, settings.model_config.dtype)

@@ -95,7 +95,7 @@ def start_to_first_token_s(llm: "LLM", arguments: argparse.Namespace) -> float:
 def build_peer(llm: "LLM", name: str | None) -> Any:
     if name is None:
         return None
-    from executor.peers import TransformersPeer
+    from executor.bench.peers import TransformersPeer
 
     return TransformersPeer(llm)
 

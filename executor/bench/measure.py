@@ -6,10 +6,10 @@ from typing import Any
 
 from executor.bench.common import check_finished, known
 from executor.bench.floor import distinct_experts, step_bytes
-from executor.device import peak_memory_bytes
+from executor.bench.traffic import expected_run_bytes
 from executor.llm import LLM
+from executor.loading.device import peak_memory_bytes
 from executor.sampling_params import SamplingParams
-from executor.traffic import expected_run_bytes
 from executor.utils.report import percentiles
 
 Run = tuple[list[list[int]], float, list[float]]  # token ids, ttft in ms, each decode step's time in ms
@@ -25,7 +25,7 @@ def measure(
     rounds: dict[str, list[Run]] = {"ours": []}
     peer_names = {}
     if peer is not None:
-        from executor.peers import EXPERTS_IMPLEMENTATIONS
+        from executor.bench.peers import EXPERTS_IMPLEMENTATIONS
 
         peer_names = {f"transformers {implementation}": implementation for implementation in EXPERTS_IMPLEMENTATIONS}
         rounds |= {name: [] for name in peer_names}

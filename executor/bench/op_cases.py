@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from executor.config import ParallelSettings
-from executor.kv_cache import BLOCK_SIZE, blocks_for
+from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from models.layers.padding import share_of
 from ops import DenseWeight, Ops, RouterLogits, Routing, StepMetadata, Weight
 

@@ -10,7 +10,7 @@ from typing import TypedDict
 
 import torch
 
-from executor.device import free_memory_bytes, synchronize
+from executor.loading.device import free_memory_bytes, synchronize
 
 READ_BYTES = {"cpu": 2**28, "cuda": 2**31, "npu": 2**31}  # far larger than any cache
 ROW_BYTES = 2**14

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.command import run_command
+from executor.launch.command import run_command
 from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, replace
 
@@ -47,7 +47,7 @@ def main(
 
 def find_npu() -> "torch.device":
     try:
-        from executor.device import select_device
+        from executor.loading.device import select_device
 
         return select_device("npu")
     except (ImportError, RuntimeError, OSError) as error:  # torch autoloads torch_npu, which loads CANN

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from executor.device import synchronize
 from executor.doctor import experts, layers
 from executor.doctor.findings import ROUNDED_OFTEN, Context, Finding, first_line
 from executor.doctor.inputs import Shapes
+from executor.loading.device import synchronize
 from ops.npu import NpuOps
 from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, PROBES, REGROUP, ROTARY
 

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import torch
 
-from executor.kv_cache import BLOCK_SIZE, blocks_for
+from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
 
 DTYPE = torch.bfloat16

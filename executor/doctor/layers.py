@@ -9,7 +9,7 @@ import torch
 
 from executor.doctor.findings import EPS, ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
 from executor.doctor.inputs import Pair
-from executor.kv_cache import BLOCK_SIZE, blocks_for
+from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
 from ops.npu.variants import CACHE_WRITE
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from executor.device import device_name, free_memory_bytes
+from executor.loading.device import device_name, free_memory_bytes
 from executor.utils.report import commit, versions
 
 PREFIXES = ("ASCEND_", "HCCL_", "PYTORCH_NPU_", "TASK_QUEUE_", "CPU_AFFINITY_", "OMP_NUM_THREADS", "LD_PRELOAD")

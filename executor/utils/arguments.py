@@ -5,7 +5,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from executor.terminal import print_error
+from executor.launch.terminal import print_error
 
 
 class ArgumentParser(argparse.ArgumentParser):

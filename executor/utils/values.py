@@ -9,7 +9,7 @@ import types
 import typing
 from typing import Any, Literal
 
-from executor.known_names import known_value
+from executor.utils.known_names import known_value
 from executor.utils.text import quoted
 
 

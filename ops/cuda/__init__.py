@@ -19,12 +19,12 @@ from torch.nn import functional as F
 from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
-from ops.cuda.experts import ExpertsCall, SharedExpertsCall, experts_support
+from ops.cuda.experts import BatchedExpertsCall, ExpertsCall, experts_support
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
 from ops.cuda.launch import BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports
-from ops.cuda.moe import choose_experts_kernel
+from ops.cuda.moe import topk_softmax_kernel
 from ops.cuda.norm import add_norm_constants, add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
@@ -50,7 +50,7 @@ class CudaOps(ReferenceOps):
         super().__init__(grouped_mm=True)
         self.pdl = has_pdl()
         if not KNOWS_LAUNCHER:
-            logger.warning("triton %s: kernels start the slow way, eager steps take longer", triton.__version__)
+            logger.warning("triton %s: kernels are launched by Triton's own, slower launcher", triton.__version__)
         # (operation, id(weight), tokens) -> bound call; `weights` keeps the weights alive, so that ids stay unique
         self.calls: dict[tuple[str, int, int], Callable[..., Any]] = {}
         self.weights: list[Any] = []
@@ -236,7 +236,7 @@ class CudaOps(ReferenceOps):
         topk_weights = logits.new_empty(num_tokens, top_k, dtype=torch.float32)
         topk_ids = logits.new_empty(num_tokens, top_k, dtype=torch.int64)
         kernel = self.elementwise_kernel(
-            choose_experts_kernel,
+            topk_softmax_kernel,
             logits.dtype,
             warps=1,  # top-k is a chain of max reductions, each of which would need syncs between warps
             E=num_experts,
@@ -258,7 +258,7 @@ class CudaOps(ReferenceOps):
         call = self.calls.get(key)
         if call is None:
             if takes(hidden_states) and experts_support(hidden_states, routing, gate_up.data, down.data):
-                kind = ExpertsCall if num_tokens == 1 else SharedExpertsCall
+                kind = ExpertsCall if num_tokens == 1 else BatchedExpertsCall
                 call = kind(hidden_states, routing, gate_up.data, down.data, self.pdl)
             else:
                 call = partial(self.experts_sorted, gate_up=gate_up, down=down)

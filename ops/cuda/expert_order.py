@@ -41,7 +41,7 @@ def count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_pairs", "per_block", "num_blocks", "num_slots"])
-def place_kernel(
+def scatter_kernel(
     expert_ids,  # [P]
     counts,  # [blocks, BLOCK_E] int32
     order,  # [P] int32: pair of each sorted row; undefined past the rows of local experts
@@ -103,10 +103,10 @@ class ExpertOrder:
         self.block_e = triton.next_power_of_2(num_experts)
         sizes = {"E": num_experts, "BLOCK_E": self.block_e, "CHUNK": CHUNK}
         self.count = BoundKernel(count_kernel, (1,), 4, **sizes)
-        self.place = BoundKernel(place_kernel, (1,), 4, **sizes, PREFIX=PREFIX, ROWS=tile_rows)
+        self.place = BoundKernel(scatter_kernel, (1,), 4, **sizes, PREFIX=PREFIX, ROWS=tile_rows)
 
     def __call__(self, expert_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sorts expert ids [P] int64 -> order [P] int32 and slots [S, 5] int32 (see `place_kernel`); S depends on P
+        """Sorts expert ids [P] int64 -> order [P] int32 and slots [S, 5] int32 (see `scatter_kernel`); S depends on P
         only, which avoids a host sync."""
         num_pairs = expert_ids.numel()
         per_block = triton.cdiv(triton.cdiv(num_pairs, MAX_BLOCKS), CHUNK) * CHUNK

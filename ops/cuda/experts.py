@@ -5,15 +5,15 @@ import torch
 import triton
 
 from ops import RouterLogits
-from ops.cuda.launch import BoundKernel, fits, is_power_of_two, power_of_two_factor
-from ops.cuda.moe import down_kernel, gate_up_kernel
-from ops.cuda.shared_experts import (
+from ops.cuda.batched_experts import (
     PLAN_FIELDS,
     down_shared_kernel,
     gate_up_shared_kernel,
     plan_kernel,
     weighted_sum_kernel,
 )
+from ops.cuda.launch import BoundKernel, fits, is_power_of_two, power_of_two_factor
+from ops.cuda.moe import down_kernel, gate_up_kernel
 from ops.cuda.tiles import MAX_TOKENS, down_tile, gate_up_tile, shared_down_tile, shared_gate_up_tile
 
 MAX_D = 8192  # limit: a program holds a weight row in registers
@@ -69,7 +69,7 @@ class ExpertsCall:
         return self.output
 
 
-class SharedExpertsCall:
+class BatchedExpertsCall:
     """Experts for two to MAX_TOKENS tokens: an expert's weights are read once for all tokens routed to it."""
 
     def __init__(

@@ -149,7 +149,7 @@ def down_kernel(
 
 
 @triton.jit
-def choose_experts_kernel(
+def topk_softmax_kernel(
     logits,  # [T, E] float32
     topk_weights,  # [T, TOP_K] float32
     topk_ids,  # [T, TOP_K] int64

@@ -97,12 +97,13 @@ def attend_to_columns(
     G: tl.constexpr,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-    SORTS_OUT: tl.constexpr,
+    ISOLATE_NOT_FINITE: tl.constexpr,
 ):
     """Flash attention of a tile of query tokens (rows) over key tokens (columns) `first_start` to `end`.
 
-    SORTS_OUT: the tile spans several prompts and V may hold NaN or infinity, which must not spread to other prompts
-    (0 * NaN is NaN). Such V rows are zeroed and their scores set to NaN, which the mask removes for other prompts.
+    ISOLATE_NOT_FINITE: the tile spans several prompts and V may hold NaN or infinity, which must not spread to
+    other prompts (0 * NaN is NaN). Such V rows are zeroed and their scores set to NaN, which the mask removes for other
+    prompts.
     """
     i = tl.arange(0, BLOCK)
     c = tl.arange(0, C)
@@ -110,7 +111,8 @@ def attend_to_columns(
     maximum = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     accumulated = tl.zeros([BLOCK, C], tl.float32)
-    stages: tl.constexpr = 1 if SORTS_OUT else 3  # the rare case copies V once more, which shared memory must hold
+    # the rare case copies V once more, which shared memory must hold
+    stages: tl.constexpr = 1 if ISOLATE_NOT_FINITE else 3
     for first_column in tl.range(first_start, end, BLOCK, num_stages=stages):
         columns = first_column + i
         in_columns = (columns < end)[:, None]  # later tokens may belong to another prompt
@@ -120,7 +122,7 @@ def attend_to_columns(
         value = tl.load(value_rows[:, None] + c[None, :], mask=in_columns, other=0.0)
         seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= starts[:, None])
         scores = tl.dot(query, tl.trans(key)) * scale
-        if SORTS_OUT:
+        if ISOLATE_NOT_FINITE:
             is_finite = tl.sum(value.to(tl.float32) * 0.0, axis=1) == 0.0
             value = tl.where(is_finite[:, None], value, 0.0)
             scores = tl.where(is_finite[None, :], scores, float("nan"))

@@ -21,7 +21,7 @@ from ops.cuda import CudaOps, tiles
 LAYERS = 8  # so that the weights do not stay in the L2 cache
 CONTEXT, BLOCK_SIZE = 1024, 128
 REPLAYS, ROUNDS = 20, 5
-SHARED_TOKENS = 4  # tokens of the step that times the kernels of shared_experts.py
+SHARED_TOKENS = 4  # tokens of the step that times the kernels of batched_experts.py
 EPS = 1e-6
 WARP_ELEMENTS = 12288  # maximum weight elements in the registers of a warp
 # kernel, weight shape, tokens of the timed step, candidates; the first is the current one
@@ -195,7 +195,7 @@ def step_us(layers: Layers, time_of: Callable[..., float]) -> float:
 def refuses_name(name: str, device_name: str) -> str | None:
     """Returns why `name` cannot be the key of this device's table, or None."""
     if not name or name not in device_name:
-        return f"{name!r} is no part of this device's name, {device_name}"
+        return f"{name!r} does not occur in the name of this device, {device_name}"
     existing = tiles.name_of_table(device_name)
     return None if existing in ("", name) else f"the table of {device_name} is called {existing}"
 

@@ -71,7 +71,7 @@ class NpuOps(ReferenceOps):
     name = "npu"
     embedding = ReferenceOps.embedding  # a single torch operation
     norm_linear = ReferenceOps.norm_linear  # add_norm and linear
-    decode_reads_nothing = True
+    decode_without_host_sync = True
 
     def __init__(self, device: str = "npu"):
         super().__init__(grouped_mm=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from executor import config
-from executor.known_names import hint
+from executor.utils.known_names import hint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGURATION = REPOSITORY / "docs" / "configuration.md"

@@ -14,11 +14,11 @@ import torch
 from executor import LLM
 from executor.bench.__main__ import main
 from executor.bench.floor import distinct_experts, experts_read, step_bytes
+from executor.bench.peers import state_dict
 from executor.bench.throughput import measure
 from executor.bench.timing import matmul_ceiling, process_age_s, read_ceiling, time_ms
 from executor.config import REPOSITORY
-from executor.peers import state_dict
-from executor.scheduler import Scheduler
+from executor.engine.scheduler import Scheduler
 from ops import DenseWeight, GroupedRows, RouterLogits, Routing, TransposedWeight
 from ops.reference import ReferenceOps
 from tests.checkpoints import make_checkpoint

@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 
-from executor.before_loading import load_config
 from executor.bench.__main__ import main
 from executor.bench.kernels import row, time_us
 from executor.bench.op_cases import COLD_BYTES, OpCase, OpCases
 from executor.config import ParallelSettings, resolve_path
+from executor.loading.before_loading import load_config
 from ops import OPERATIONS, load_ops
 
 TWO_BYTES = 2

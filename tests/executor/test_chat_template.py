@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-import executor.chat_template
-from executor.tokenizer import Tokenizer
+import executor.loading.chat_template
+from executor.loading.tokenizer import Tokenizer
 from tests.conversations import DEMO, THINKING, cut_text, user, with_template, words
 
 
@@ -69,7 +69,7 @@ LOOPS_OVER_TEXT = LOOPS.replace("range(99999)", "'x' * 99999")
 @pytest.mark.parametrize("in_main_thread", [True, False])
 @pytest.mark.parametrize("template", [LOOPS, LOOPS_OVER_TEXT], ids=["numbers", "text"])
 def test_templates_that_do_not_end(template, in_main_thread, monkeypatch):
-    monkeypatch.setattr(executor.chat_template, "RENDER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(executor.loading.chat_template, "RENDER_TIMEOUT_S", 1.0)
     tokenizer, lines, before = with_template(template), [], threading.active_count()
 
     def encode() -> None:
@@ -95,7 +95,7 @@ def test_templates_that_do_not_end(template, in_main_thread, monkeypatch):
 
 def test_time_limit_is_per_prompt_not_per_rendering(monkeypatch):
     """A slow template below the limit cannot exceed it by being rendered repeatedly for truncation."""
-    monkeypatch.setattr(executor.chat_template, "RENDER_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(executor.loading.chat_template, "RENDER_TIMEOUT_S", 2.0)
     slow = "{% for i in range(40000) %}{% for j in 'abcdefghij' %}{% endfor %}{% endfor %}" + THINKING
     started_s = time.monotonic()
     with pytest.raises(ValueError, match="takes more than 2 s|leaves no room"):

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor.before_loading import check_before_launch, load_config
-from executor.checkpoint import INDEX_NAME, SINGLE_NAME
 from executor.config import settings_from_dict
-from executor.loader import load_parameters
+from executor.loading.before_loading import check_before_launch, load_config
+from executor.loading.checkpoint import INDEX_NAME, SINGLE_NAME
+from executor.loading.loader import load_parameters
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 from tests.checkpoints import make_checkpoint

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
-from executor.tokenizer import Tokenizer
+from executor.loading.tokenizer import Tokenizer
 from tests.conversations import (
     ALTERNATING,
     DEMO,

@@ -18,7 +18,7 @@ from tests.checkpoints import make_checkpoint, make_model, reference_logits, rou
 from tests.logits import decode_logits, relative_error  # noqa: E402
 
 KERNELS = {
-    *("LinearCall", "NormLinearCall", "RouteCall", "ExpertsCall", "SharedExpertsCall", "GroupedExpertsCall"),
+    *("LinearCall", "NormLinearCall", "RouteCall", "ExpertsCall", "BatchedExpertsCall", "GroupedExpertsCall"),
     *("DecodeAttentionCall", "partial"),  # the latter binds attention of a prefill
 }
 NEW_TOKENS = 3

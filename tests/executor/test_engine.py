@@ -11,8 +11,8 @@ import torch
 
 from executor import LLM, RequestOutput, SamplingParams
 from executor.config import REPOSITORY
-from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for, cache_tensors
-from executor.model_runner import ModelRunner
+from executor.engine.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for, cache_tensors
+from executor.engine.model_runner import ModelRunner
 from tests.checkpoints import TINY, make_model
 
 BORDERS = [1, 2, 127, 128, 129, 255, 256]
@@ -125,7 +125,7 @@ def test_stale_cache_is_ignored(checkpoint):
 
 
 def test_packed_prefill_is_bounded(checkpoint, monkeypatch):
-    monkeypatch.setattr("executor.scheduler.MAX_PREFILL_TOKENS", 100)
+    monkeypatch.setattr("executor.engine.scheduler.MAX_PREFILL_TOKENS", 100)
     llm = build(checkpoint, batch_size=8)
     packed = []
     prefill = llm.runner.prefill

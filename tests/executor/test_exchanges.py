@@ -4,9 +4,9 @@
 import pytest
 
 from executor import LLM
-from executor.before_loading import load_config
 from executor.config import settings_from_dict
-from executor.exchanges import check_npu_options, dispatch_sizes
+from executor.loading.before_loading import load_config
+from executor.loading.exchanges import check_npu_options, dispatch_sizes
 from ops.ascend import ExchangeSizes
 from ops.reference import ReferenceOps
 from tests.checkpoints import make_checkpoint

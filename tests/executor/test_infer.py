@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from executor import LLM, infer, results
+from executor import LLM, infer
 from executor.config import REPOSITORY, load_settings
-from executor.interrupts import Interrupted
-from executor.model_runner import ModelRunner
+from executor.engine.model_runner import ModelRunner
+from executor.launch import results
+from executor.launch.interrupts import Interrupted
 from tests.checkpoints import make_checkpoint
 
 KEYS = ["index", "prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"]

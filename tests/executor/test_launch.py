@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed
 
-from executor import launch
 from executor.config import load_settings
-from executor.rank import is_consequence, share_of_cores
-from ops.nodes import Nodes
+from executor.launch import launcher
+from executor.launch.nodes import Nodes
+from executor.launch.rank import is_consequence, share_of_cores
 from tests.jobs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,14 +24,14 @@ HERE = {"127.0.0.1": "lo", "10.0.0.2": "eth0", "10.0.1.2": "eth1"}
 
 @pytest.fixture
 def two_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "local_interfaces", lambda: HERE)
+    monkeypatch.setattr(launcher, "local_interfaces", lambda: HERE)
     monkeypatch.setattr(socket, "gethostbyname", lambda host: {"head": "10.0.0.1", "own": "127.0.1.1"}.get(host, host))
 
 
 def test_node_rank_and_interface(two_interfaces: None) -> None:
-    nodes, interface = launch.find_node(["head", "10.0.0.2", "10.0.0.3"])
+    nodes, interface = launcher.find_node(["head", "10.0.0.2", "10.0.0.3"])
     assert (nodes.addresses, nodes.index, interface) == (("10.0.0.1", "10.0.0.2", "10.0.0.3"), 1, "eth0")
-    nodes, interface = launch.find_node(["127.0.0.1"])
+    nodes, interface = launcher.find_node(["127.0.0.1"])
     assert (nodes.index, interface) == (0, "lo")
 
 
@@ -47,62 +47,62 @@ def test_node_rank_and_interface(two_interfaces: None) -> None:
 )
 def test_invalid_node_list(two_interfaces: None, hosts: list[str], named: str) -> None:
     with pytest.raises(ValueError, match="^IPs: ") as raised:
-        launch.find_node(hosts)
+        launcher.find_node(hosts)
     assert named in str(raised.value)
 
 
 @pytest.mark.parametrize("host", ["nowhere.invalid", "x" * 100, "a..b", "\udcff", "\x1b[2J"])
 def test_unresolvable_host(host: str) -> None:
     with pytest.raises(ValueError, match="IPs: '.*' does not resolve") as raised:
-        launch.find_node([host])
+        launcher.find_node([host])
     assert str(raised.value).isprintable() and len(str(raised.value)) < 300
 
 
 def test_local_interfaces() -> None:
-    assert launch.local_interfaces()["127.0.0.1"] == "lo"
+    assert launcher.local_interfaces()["127.0.0.1"] == "lo"
 
 
 def test_processes_per_node() -> None:
-    assert launch.processes_per_node(16, ("10.0.0.1", "10.0.0.2")) == 8
+    assert launcher.processes_per_node(16, ("10.0.0.1", "10.0.0.2")) == 8
     with pytest.raises(ValueError, match="world_size: 3 ranks cannot be split evenly over the 2 nodes"):
-        launch.processes_per_node(3, ("10.0.0.1", "10.0.0.2"))
+        launcher.processes_per_node(3, ("10.0.0.1", "10.0.0.2"))
 
 
 def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executor.device.select_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("executor.loading.device.select_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
-    launch.check_devices(settings, 2)
+    launcher.check_devices(settings, 2)
     with pytest.raises(ValueError, match="world_size: 4 needs 4 cuda devices on .*, it has 2$"):
-        launch.check_devices(settings, 4)
-    monkeypatch.setattr("executor.device.select_device", lambda name: SimpleNamespace(type="npu"))
+        launcher.check_devices(settings, 4)
+    monkeypatch.setattr("executor.loading.device.select_device", lambda name: SimpleNamespace(type="npu"))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
     with pytest.raises(ValueError, match=r"needs 4 npu devices on .*, it has 2 \(ASCEND_RT_VISIBLE_DEVICES=4,5\)$"):
-        launch.check_devices(settings, 4)
+        launcher.check_devices(settings, 4)
 
 
 @pytest.mark.parametrize("port", ["http", "0", "65536", "70000", "-1", "", "9" * 5000, "²"])
 def test_invalid_port(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(ValueError, match=f"MASTER_PORT: '{port[:20]}.* is not a number from 1 to 65535"):
-        launch.environment_number("MASTER_PORT", 29500)
+        launcher.environment_number("MASTER_PORT", 29500)
 
 
 def test_user_environment_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "ib0"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(10))
-    shown = launch.set_environment("eth0", "10.0.0.2", 4)
+    shown = launcher.set_environment("eth0", "10.0.0.2", 4)
     expected = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "HCCL_SOCKET_IFNAME": "=eth0"}
     expected |= {"HCCL_IF_IP": "10.0.0.2", "TP_SOCKET_IFNAME": "eth0"}
     expected |= {"OMP_NUM_THREADS": "2"}
     assert {name: os.environ[name] for name in expected} == expected
     assert set(shown.split()) == {f"{name}={value}" for name, value in expected.items()}
-    assert launch.set_environment("lo", "127.0.0.1", 2).startswith("GLOO_SOCKET_IFNAME=eth0 ")
+    assert launcher.set_environment("lo", "127.0.0.1", 2).startswith("GLOO_SOCKET_IFNAME=eth0 ")
 
 
 def test_hccl_address_does_not_overrule_the_users_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {"HCCL_SOCKET_IFNAME": "ib0"})
-    launch.set_environment("eth0", "10.0.0.2", 4)
+    launcher.set_environment("eth0", "10.0.0.2", 4)
     assert os.environ["HCCL_SOCKET_IFNAME"] == "ib0" and "HCCL_IF_IP" not in os.environ
 
 
@@ -112,11 +112,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("secret", [b"", b"a"])
-def test_warning_without_job_secret(
-    environment: None, capsys: pytest.CaptureFixture, secret: bytes
-) -> None:
+def test_warning_without_job_secret(environment: None, capsys: pytest.CaptureFixture, secret: bytes) -> None:
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
-    launch.announce(settings, Nodes(addresses=("10.0.0.1", "10.0.0.2"), index=1), "eth0", 2, 29500, secret)
+    launcher.announce(settings, Nodes(addresses=("10.0.0.1", "10.0.0.2"), index=1), "eth0", 2, 29500, secret)
     shown = capsys.readouterr().err.splitlines()
     assert [line for line in shown if "JOB_SECRET" in line] == shown[1:-1] and len(shown) == (2 if secret else 3)
     assert shown[-1] == "node 1 (10.0.0.2), eth0: ranks 2 to 3 of 4, rendezvous at 10.0.0.1:29500"
@@ -125,13 +123,13 @@ def test_warning_without_job_secret(
 
 def test_single_node_uses_loopback(environment: None, capsys: pytest.CaptureFixture) -> None:
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
-    launch.announce(settings, Nodes(addresses=("10.0.0.1",), index=0), "eth0", 4, 29500, b"")
+    launcher.announce(settings, Nodes(addresses=("10.0.0.1",), index=0), "eth0", 4, 29500, b"")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo" and "JOB_SECRET" not in capsys.readouterr().err
 
 
 def test_scratch_folder_is_removed_after_sigkill(tmp_path: Path) -> None:
     program = (
-        "import os, signal, sys\nfrom executor.launch import Scratch\nscratch = Scratch()\n"
+        "import os, signal, sys\nfrom executor.launch.launcher import Scratch\nscratch = Scratch()\n"
         "open(scratch.path + '/file', 'w').close()\nprint(scratch.path, flush=True)\n"
         "os.kill(os.getpid(), getattr(signal, sys.argv[1]))"
     )
@@ -158,10 +156,10 @@ def test_job_facts(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
 
     def different() -> set[str]:
-        now = launch.job_facts(load_settings(yaml), ["executor.infer"])
+        now = launcher.job_facts(load_settings(yaml), ["executor.infer"])
         return {key for key, value in now.items() if value != facts.get(key)}
 
-    facts = launch.job_facts(load_settings(yaml), ["executor.infer"])
+    facts = launcher.job_facts(load_settings(yaml), ["executor.infer"])
     assert facts["data_config.max_new_tokens"] == "32" and facts["the program"] == "executor.infer" and not different()
     yaml.write_text(yaml.read_text().replace("of_this_node", "of_another"))
     assert not different()
@@ -191,4 +189,4 @@ def test_platform_rank_variables_are_ignored(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("sys.argv", ["launch", "--yaml_file_path", str(ROOT / "models/qwen3_moe/config/demo.yaml")])
     monkeypatch.setattr("executor.infer.main", lambda: 3 if "RANK" in os.environ else 0)
     monkeypatch.setenv("RANK", "1")
-    assert launch.main() == 0
+    assert launcher.main() == 0

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from executor import LLM, SamplingParams
-from executor.before_loading import load_config
 from executor.config import REPOSITORY
+from executor.loading.before_loading import load_config
 from tests.checkpoints import make_checkpoint, reference_logits
 
 DEMO = REPOSITORY / "models/qwen3_moe/demo"

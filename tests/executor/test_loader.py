@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from executor.before_loading import load_config
 from executor.config import REPOSITORY
-from executor.loader import MAPPED_BYTES, load_parameters, parameter_bytes, random_parameters
+from executor.loading.before_loading import load_config
+from executor.loading.loader import MAPPED_BYTES, load_parameters, parameter_bytes, random_parameters
 from models.layers.parameter import Parameters, ParameterSpec, Role
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
@@ -105,7 +105,7 @@ def test_sharded(single, sharded):
 
 
 def test_file_larger_than_one_mapping(single, monkeypatch):
-    monkeypatch.setattr("executor.loader.MAPPED_BYTES", 10_000)
+    monkeypatch.setattr("executor.loading.loader.MAPPED_BYTES", 10_000)
     assert_loaded(load(single), single, load_file(single / "model.safetensors"), torch.float32)
 
 
@@ -136,7 +136,7 @@ def test_mismatched_tensors(change, named, checkpoint, monkeypatch):
 
 
 def test_lm_head_with_tied_embedding(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("executor.loader.MAPPED_BYTES", 10_000)
+    monkeypatch.setattr("executor.loading.loader.MAPPED_BYTES", 10_000)
     make_checkpoint(tmp_path, tie_word_embeddings=True)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     caplog.set_level("INFO")
@@ -217,9 +217,9 @@ LOAD_AND_MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from executor import loader
-from executor.loader import load_parameters, parameter_bytes
-from executor.before_loading import load_config
+from executor.loading import loader
+from executor.loading.loader import load_parameters, parameter_bytes
+from executor.loading.before_loading import load_config
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 

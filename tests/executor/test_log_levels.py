@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from executor.launch import torchrun_log_level
+from executor.launch.launcher import torchrun_log_level
 from executor.utils.logging_utils import setup_logging
 
 

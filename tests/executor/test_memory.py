@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from executor import LLM, device
-from executor.cgroup import memory_left_bytes
+from executor import LLM
 from executor.config import REPOSITORY, settings_from_dict
-from executor.device import cpu_name, free_memory_bytes
-from executor.kv_cache import BLOCK_SIZE, blocks_for
-from executor.memory import allocate_cache, blocks_in_use
+from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
+from executor.loading import device
+from executor.loading.cgroup import memory_left_bytes
+from executor.loading.device import cpu_name, free_memory_bytes
+from executor.loading.memory import allocate_cache, blocks_in_use
 from ops.comm import Group, ParallelContext
 
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_ranks_of_a_node_share_a_group_s_limit(tmp_path, monkeypatch):
 CHILD = """
 import json, os, resource, sys
 import psutil, torch
-from executor.device import free_memory_bytes
+from executor.loading.device import free_memory_bytes
 from executor.llm import LLM
 from executor.config import load_settings
 

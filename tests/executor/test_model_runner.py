@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from executor import LLM, SamplingParams
-from executor.graph_runner import graph_sizes
-from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK
-from executor.model_runner import DecodeInputs
+from executor.engine.graph_runner import graph_sizes
+from executor.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK
+from executor.engine.model_runner import DecodeInputs
 from tests.checkpoints import make_checkpoint
 
 

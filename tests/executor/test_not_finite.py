@@ -16,8 +16,8 @@ import executor.llm
 from executor import LLM, RequestOutput, SamplingParams
 from executor.bench import measure, throughput
 from executor.bench.report import Report
-from executor.graph_runner import GraphRunner
-from executor.kv_cache import BLOCK_SIZE
+from executor.engine.graph_runner import GraphRunner
+from executor.engine.kv_cache import BLOCK_SIZE
 from ops.reference import ReferenceOps
 from tests.checkpoints import TINY, make_model
 from tests.parallel.ranks import run_ranks, settings_of
@@ -270,7 +270,7 @@ def test_padding_rows_do_not_corrupt_the_cache(text, tmp_path, monkeypatch):
     ops = ReferenceOps(grouped_mm=True)
     ops.graph_recorder = Rerun
     monkeypatch.setattr(executor.llm, "load_ops", lambda device_type: ops)
-    monkeypatch.setattr("executor.graph_runner.UNPADDED", 0)
+    monkeypatch.setattr("executor.engine.graph_runner.UNPADDED", 0)
     settings = {"exe_mode": "graph", "batch_size": 4, "input_max_len": 300, "max_new_tokens": 20}
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead=True, **settings)
     assert isinstance(llm.runner, GraphRunner) and set(llm.runner.graphs) == {1, 2, 4}

@@ -8,8 +8,8 @@ import torch
 from transformers import Qwen3MoeForCausalLM
 
 from executor.config import REPOSITORY
+from executor.engine.model_runner import ModelRunner
 from executor.llm import LLM
-from executor.model_runner import ModelRunner
 from executor.sampling_params import SamplingParams
 from tests.checkpoints import reference_logits
 from tests.logits import decode_logits, relative_error

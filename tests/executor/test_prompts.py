@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, BatchEncoding
 
 from executor import LLM, SamplingParams
-from executor.prompts import conversation_list, prompt_list, token_id_list
+from executor.loading.prompts import conversation_list, prompt_list, token_id_list
 from tests.checkpoints import make_checkpoint
 from tests.conversations import DEMO, assistant, user
 

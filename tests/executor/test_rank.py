@@ -3,7 +3,7 @@
 
 import pytest
 
-from executor.rank import RANK_VARIABLES, join
+from executor.launch.rank import RANK_VARIABLES, set_up_rank
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def test_a_value_that_is_no_whole_number_is_refused_by_its_name(
 ) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as raised:
-        join()
+        set_up_rank()
     line = str(raised.value)
     assert line.startswith(f"{name}: ") and line.isprintable() and len(line) < 200
 
@@ -40,8 +40,8 @@ def test_a_rank_beyond_its_group_is_refused(environment: dict[str, str], monkeyp
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="RANK: . must be below (LOCAL_)?WORLD_SIZE, which is "):
-        join()
+        set_up_rank()
 
 
 def test_one_process_needs_no_environment() -> None:
-    assert join() == 0
+    assert set_up_rank() == 0

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-import executor.chat_template
-from executor.chat_template import ChatTemplate, RenderTimeout, call_within
+import executor.loading.chat_template
+from executor.loading.chat_template import ChatTemplate, RenderTimeout, call_within
 from tests.conversations import SYSTEM, THINKING, assistant, user, with_template
 
 
@@ -34,7 +34,7 @@ def test_conversation_that_time_ends_says_so_whenever_it_ends(monkeypatch: pytes
 
 
 def test_no_thread_starts_when_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor.chat_template.threading, "Thread", None)
+    monkeypatch.setattr(executor.loading.chat_template.threading, "Thread", None)
     for left_s in (0, -1):
         with pytest.raises(TimeoutError):
             call_within(left_s, time.monotonic)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from executor import results
 from executor.config import Settings
-from executor.rank import PartialFailure
-from executor.results import LineFile, Results, create_run_folder
+from executor.launch import results
+from executor.launch.rank import PartialFailure
+from executor.launch.results import LineFile, Results, create_run_folder
 
 YAML = Path("some/where/tiny.yaml")
 
@@ -159,8 +159,8 @@ def test_a_moved_file_is_followed(tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from executor.rank import PartialFailure
-from executor.results import Results
+from executor.launch.rank import PartialFailure
+from executor.launch.results import Results
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (120, 120))
 results = Results([Path(name) for name in sys.argv[1:]])
@@ -274,7 +274,8 @@ def test_pipes_and_standard_output(tmp_path):
     file.close()
     assert os.read(reader, 99) == b"1\n2\n"
     os.close(reader)
-    code = "from executor.results import *; f = LineFile(Path('/dev/stdout')); f.write(b'1\\n'); f.close(); print(2)"
+    code = "from executor.launch.results import *\nfile = LineFile(Path('/dev/stdout'))\n"
+    code += "file.write(b'1\\n')\nfile.close()\nprint(2)"
     with (tmp_path / "out").open("w") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "1\n2\n"

@@ -18,9 +18,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from executor import LLM, SamplingParams, sampler
-from executor.sampler import sample
-from executor.scheduler import Sequence
+from executor import LLM, SamplingParams
+from executor.engine import sampler
+from executor.engine.sampler import sample
+from executor.engine.scheduler import Sequence
 from models.layers.lm_head import ShardedLogits
 from ops.comm import SINGLE
 from tests.checkpoints import make_checkpoint

@@ -11,7 +11,7 @@ import torch
 
 from executor import LLM, SamplingParams
 from executor.config import SECTIONS, Settings
-from executor.known_names import HINTS, VALUES, hint, known_value
+from executor.utils.known_names import HINTS, VALUES, hint, known_value
 
 KEYS = {field.name for kind in (Settings, *SECTIONS.values()) for field in dataclasses.fields(kind)}
 NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

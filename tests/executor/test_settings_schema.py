@@ -6,8 +6,8 @@ import typing
 
 import pytest
 
-from executor import settings_schema
 from executor.config import REPOSITORY, SECTIONS, Settings, load_settings
+from executor.utils import settings_schema
 
 CONFIG = REPOSITORY / "models/qwen3_moe/config"
 FILE = CONFIG / "settings.schema.json"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from executor import terminal
+from executor.launch import terminal
 
 PRINTING = """
 import logging, sys
-from executor.terminal import print_error, resilient_terminal
+from executor.launch.terminal import print_error, resilient_terminal
 from executor.utils.logging_utils import setup_logging
 with resilient_terminal():
     setup_logging("INFO", 0)
@@ -93,7 +93,7 @@ def test_dropped_output_is_counted(monkeypatch):
 BAR = """
 import sys
 from tqdm import tqdm
-from executor.terminal import print_error, resilient_terminal
+from executor.launch.terminal import print_error, resilient_terminal
 with resilient_terminal():
     for _ in tqdm(range(3)):
         pass
@@ -112,7 +112,7 @@ def test_error_starts_on_a_new_line():
 EARLY = """
 import os, runpy, signal, sys
 sys.argv = ["-m"]
-runpy.run_module("executor.known_names")
+runpy.run_module("executor.utils.known_names")
 os.kill(os.getpid(), getattr(signal, NAME))
 """
 LIBRARY = "import signal, executor; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
@@ -138,7 +138,7 @@ def test_other_programs_keep_their_signal_handlers(tmp_path):
 
 COMMAND = """
 import sys, time
-from executor.command import run_command
+from executor.launch.command import run_command
 def body():
     print("ready", flush=True)
     time.sleep(60)
@@ -148,7 +148,7 @@ sys.exit(run_command(body))
 
 CONVERTING = """
 import os, signal, sys
-from executor.command import run_command
+from executor.launch.command import run_command
 def body():
     try:
         os.kill(os.getpid(), signal.SIGINT)

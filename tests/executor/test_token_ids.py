@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from executor.prompts import MAX_TOKEN_IDS, prompt_list, token_id_list
+from executor.loading.prompts import MAX_TOKEN_IDS, prompt_list, token_id_list
 
 
 @pytest.mark.parametrize("count", [MAX_TOKEN_IDS + 1, 10**12, 10**30])

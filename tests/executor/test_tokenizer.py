@@ -11,9 +11,9 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from executor import LLM, SamplingParams
-from executor.before_loading import default_sampling
 from executor.config import REPOSITORY, DataSettings
-from executor.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from executor.loading.before_loading import default_sampling
+from executor.loading.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 from tests.checkpoints import make_checkpoint
 
 DEMO = REPOSITORY / "models/qwen3_moe/demo"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from executor.tokenizer import Tokenizer, load_tokenizer
+from executor.loading.tokenizer import Tokenizer, load_tokenizer
 from tests.conversations import DEMO
 
 

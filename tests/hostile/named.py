@@ -79,7 +79,7 @@ BROKEN_TEXTS = {
     "deep": DEEP,
     "deep objects": '{"a": ' * 50_000,
     "digits": "9" * 5000,
-    "not UTF-8": b"{\"a\": \"\xff\"}",
+    "not UTF-8": b'{"a": "\xff"}',
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "a null character": "\0",
     "a list": "[]",

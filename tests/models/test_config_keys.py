@@ -8,8 +8,8 @@ import time
 import pytest
 from transformers import Qwen3MoeConfig
 
-from executor.before_loading import check_before_launch, load_config
 from executor.config import settings_from_dict
+from executor.loading.before_loading import check_before_launch, load_config
 from models.qwen3_moe.architecture import attention_limit, override_rope, parse_config
 from models.qwen3_moe.config_keys import KNOWN_KEYS, NETWORK_KEYS, ignored_keys
 from tests.checkpoints import TINY

@@ -85,15 +85,15 @@ def run_emulated(
     """
     install(wheel, product)
     emulate_communicators()
-    import executor.exchanges
     import executor.llm
+    import executor.loading.exchanges
     from ops.npu import NpuOps
 
     bound = []
     executor.llm.load_ops = lambda device_type: bound.append(NpuOps("cpu")) or bound[-1]
     if all_to_all:
-        cost = executor.exchanges.sent_bytes_per_token
-        executor.exchanges.sent_bytes_per_token = lambda *arguments: cost(*arguments) | {"all_to_all": FREE}
+        cost = executor.loading.exchanges.sent_bytes_per_token
+        executor.loading.exchanges.sent_bytes_per_token = lambda *arguments: cost(*arguments) | {"all_to_all": FREE}
     with CalledOperations() as called:
         results = run_model(*(model or (DEMO,)), **settings)
     buffer = os.environ.get("HCCL_BUFFSIZE")

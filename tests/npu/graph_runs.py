@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 import torch
 
-import executor.graph_runner
+import executor.engine.graph_runner
 import executor.llm
 from executor import LLM, SamplingParams
-from executor.model_runner import DecodeInputs
+from executor.engine.model_runner import DecodeInputs
 from ops import load_ops
 from tests.npu.emulated import DEMO, LONG_PROMPT, PROMPTS, CalledOperations, emulate_communicators
 from tests.npu.emulator import install
@@ -52,7 +52,7 @@ def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: 
     """Tokens of three prompts, so that a batch of four has a padding row."""
     with (
         patch.object(executor.llm, "load_ops", lambda device_type: ops),
-        patch.object(executor.graph_runner, "UNPADDED", 2),
+        patch.object(executor.engine.graph_runner, "UNPADDED", 2),
     ):
         llm = LLM(DEMO, "cpu", dtype, batch_size=batch_size, cache_tokens=2048, input_max_len=512, **settings)
     if settings.get("exe_mode") == "graph":

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from executor.before_loading import load_config
-from executor.kv_cache import cache_tensors
-from executor.loader import as_parameters
+from executor.engine.kv_cache import cache_tensors
+from executor.loading.before_loading import load_config
+from executor.loading.loader import as_parameters
 from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share
 from models.layers.parameter import Parameters
 from models.layers.rotary import RotaryEmbedding
@@ -108,7 +108,7 @@ def parallel_context(layout: str) -> ParallelContext:
 
 
 def expert_exchanges(parallel: ParallelContext, config: Any, ops: Any) -> dict[str, Any]:
-    """As executor.exchanges selects them, but all-to-all in prefill wherever attn_dp_size > 1."""
+    """As executor.loading.exchanges selects them, but all-to-all in prefill wherever attn_dp_size > 1."""
     num_local_experts = config.num_experts // parallel.moe_ep.size
     gather = GatherExchange(parallel, num_local_experts)
     if parallel.attn_dp.size == 1:

@@ -39,7 +39,7 @@ def results_of(wheel_file: str, folder: Path, prompts: list[list[int]], settings
     for one in settings:
         with (
             patch("executor.llm.load_ops", lambda device_type: NpuOps("cpu")),
-            patch("executor.graph_runner.UNPADDED", 0),
+            patch("executor.engine.graph_runner.UNPADDED", 0),
         ):
             llm = LLM(folder, "cpu", "float16", batch_size=4, cache_tokens=2048, input_max_len=256, **one)
         for sampling in ({}, {"temperature": 1.0, "seed": 3}):

@@ -15,7 +15,7 @@ import triton  # noqa: E402
 
 from ops import DenseWeight, RouterLogits  # noqa: E402
 from ops.cuda import CudaOps  # noqa: E402
-from ops.cuda.moe import choose_experts_kernel  # noqa: E402
+from ops.cuda.moe import topk_softmax_kernel  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 from tests.ops.test_cuda_kernels import (  # noqa: E402
@@ -74,7 +74,7 @@ def test_choice_of_experts(num_experts, top_k, renormalize):
     weights = torch.empty(len(rows), top_k, device=DEVICE)
     ids = torch.full((len(rows), top_k), -7, device=DEVICE)
     sizes = {"E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
-    choose_experts_kernel[(len(rows),)](logits, weights, ids, **sizes, RENORMALIZE=renormalize, num_warps=1)
+    topk_softmax_kernel[(len(rows),)](logits, weights, ids, **sizes, RENORMALIZE=renormalize, num_warps=1)
     for name, chosen in zip(names, ids.tolist(), strict=True):
         assert len(set(chosen)) == top_k and min(chosen) >= 0 and max(chosen) < num_experts, name
     expected = RouterLogits(logits, top_k, renormalize).chosen()

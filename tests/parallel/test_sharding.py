@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from executor.before_loading import check_before_launch
 from executor.bench.common import CONFIG_FOLDER
 from executor.config import load_settings
-from executor.loader import load_parameters
+from executor.loading.before_loading import check_before_launch
+from executor.loading.loader import load_parameters
 from models.qwen3_moe.sharding import Layout, check_layout
 from models.qwen3_moe.weights import parameter_specs
 from ops.comm import group_members

@@ -4,9 +4,9 @@
 import pytest
 import torch
 
-import executor.exchanges
+import executor.loading.exchanges
 from executor import LLM, SamplingParams
-from executor.traffic import expected_run_bytes
+from executor.bench.traffic import expected_run_bytes
 from models.layers.expert_exchange import AllToAllExchange
 from tests.checkpoints import make_checkpoint
 from tests.parallel.ranks import run_ranks
@@ -36,7 +36,7 @@ NEW_TOKENS = 4
 def measure(folder: str, prompts: list[list[int]], layouts: list[tuple], all_to_all: bool) -> list[dict[str, float]]:
     """Runs every layout and returns its counters. all_to_all: force this exchange whatever its traffic."""
     if all_to_all:
-        executor.exchanges.sent_bytes_per_token = lambda *_: {"gather": 1, "all_to_all": 0}
+        executor.loading.exchanges.sent_bytes_per_token = lambda *_: {"gather": 1, "all_to_all": 0}
     results = []
     for attn_tp, moe_tp, embed_tp, lmhead_tp, sequence_parallel in layouts:
         llm = LLM(

@@ -18,7 +18,7 @@ def repo(tmp_path: Path) -> Path:
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
     (repo / "executor/__init__.py").touch()
-    (repo / "executor/launch.py").write_text(REPORTING_EXECUTOR)
+    (repo / "executor/launch/launcher.py").write_text(REPORTING_EXECUTOR)
     (repo / "models/qwen3_moe/config").mkdir()
     for name in ["demo.yaml", "other.yaml"]:
         (repo / "models/qwen3_moe/config" / name).write_text("model_name: x\n")

@@ -34,7 +34,7 @@ def test_default_yaml(repo: Path, tmp_path: Path) -> None:
     (shadow / "launch.py").write_text("raise SystemExit('the wrong executor')")
     report = started(infer(repo, cwd=shadow.parent))
     assert report["argv"] == ["--yaml_file_path", str(repo / "models/qwen3_moe/config/demo.yaml")]
-    assert report["executor"] == str(repo / "executor/launch.py")
+    assert report["executor"] == str(repo / "executor/launch/launcher.py")
 
 
 def test_edited_default(repo: Path) -> None:
@@ -167,7 +167,7 @@ def test_cann_is_found_at_its_default_path(repo: Path, tmp_path: Path, layout: s
 def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "davinci0").touch()
     npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*"), "JEMALLOC": ""}
-    (repo / "executor/launch.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    (repo / "executor/launch/launcher.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
     (tmp_path / "davinci1").touch()
     given = {"HCCL_OP_EXPANSION_MODE": "HOST", "TASK_QUEUE_ENABLE": "", "ASCEND_RT_VISIBLE_DEVICES": "1"}
     given |= {"HCCL_BUFFSIZE": "512"}

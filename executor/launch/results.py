@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from executor.config import REPOSITORY, Settings
-from executor.rank import PartialFailure
+from executor.launch.rank import PartialFailure
 
 logger = logging.getLogger(__name__)
 

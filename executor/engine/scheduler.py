@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from executor.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
+from executor.engine.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
 from executor.sampling_params import SamplingParams
 
 MAX_PREFILL_TOKENS = 16384  # packed in one step, so that activations stay bounded; one longer prompt goes alone

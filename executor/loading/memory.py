@@ -10,9 +10,9 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from executor.config import Settings
-from executor.device import free_memory_bytes
-from executor.kv_cache import BLOCK_SIZE, block_bytes, blocks_for, cache_tensors
-from executor.loader import load_parameters, parameter_bytes, random_parameters
+from executor.engine.kv_cache import BLOCK_SIZE, block_bytes, blocks_for, cache_tensors
+from executor.loading.device import free_memory_bytes
+from executor.loading.loader import load_parameters, parameter_bytes, random_parameters
 from models.layers.attention import KVCache
 from models.layers.parameter import Parameters
 from models.qwen3_moe.sharding import Layout

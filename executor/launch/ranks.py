@@ -14,10 +14,10 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args, run
 
-from ops.messages import Failure, clean
-from ops.nodes import Nodes
+from executor.launch.messages import Failure, clean
+from executor.launch.nodes import Nodes
 
-ROOT = Path(__file__).resolve().parents[1]  # root of the repository
+ROOT = Path(__file__).resolve().parents[2]  # root of the repository
 PORTS_TRIED = 100
 # `python -m` with ROOT in sys.path instead of the current folder, whose files may shadow modules (random.py)
 RUN_MODULE = """import sys
@@ -110,7 +110,7 @@ def describe(where: str, failure: ProcessFailure) -> Failure:
 
 
 def read_report(report: Any) -> tuple[str, int, bool] | None:
-    """Parses the error file of executor.rank.fail: message, exit code, is_consequence; None if it is not one."""
+    """Parses the error file of executor.launch.rank.fail: message, exit code, is_consequence; None if it is not one."""
     if not isinstance(report, dict) or report.get("exit_code") not in (1, 2):
         return None
     return clean(str(report.get("message", ""))), report["exit_code"], report.get("is_consequence") is True

@@ -73,7 +73,7 @@ def check_npu_options(settings: Settings, ops: Ops, plan: Any) -> None:
         raise ValueError(f"parallel_config.npu_mm_all_reduce_base: {refusal}; leave it out")
 
 
-def choose_exchanges(
+def select_exchanges(
     settings: Settings, config: Qwen3MoeConfig, parallel: ParallelContext, ops: Ops, plan: Any, device: torch.device
 ) -> dict[bool, ExpertExchange]:
     """Selects the exchange of prefill (True) and decode (False) steps with the least communication.
@@ -87,7 +87,7 @@ def choose_exchanges(
     sent = sent_bytes_per_token(parallel, config.num_experts_per_tok, config.hidden_size, dtype.itemsize)
     all_to_all = AllToAllExchange(parallel, num_local_experts, ops)
     cheaper = all_to_all if sent["all_to_all"] < sent["gather"] else gather
-    decode: ExpertExchange = gather if settings.exe_mode == "graph" or ops.decode_reads_nothing else cheaper
+    decode: ExpertExchange = gather if settings.exe_mode == "graph" or ops.decode_without_host_sync else cheaper
     detail = ""
     if plan is not None:
         pair = plan.make(parallel.dispatch)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from executor.checkpoint import StoredTensor, open_checked, read_headers, some, weight_files
+from executor.loading.checkpoint import StoredTensor, open_checked, read_headers, some, weight_files
 from executor.utils.text import one_line
 from models.layers.parameter import Parameters, ParameterSpec, Role, Source
 from models.qwen3_moe.weights import EMBEDDING, HEAD, NOT_A_WEIGHT, name_in_model

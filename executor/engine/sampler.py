@@ -3,8 +3,8 @@
 
 import torch
 
+from executor.engine.scheduler import Sequence
 from executor.sampling_params import SamplingParams
-from executor.scheduler import Sequence
 from models.layers.lm_head import ShardedLogits
 
 

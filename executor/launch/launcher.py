@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launcher: starts this node's ranks, `python -m executor.launch` with the arguments of executor.infer.
+"""Launcher: starts this node's ranks and reports their outcome.
 
 Environment: NODE_IPS (all nodes in rank order), MASTER_PORT, RENDEZVOUS_TIMEOUT_S, JOB_SECRET; see docs/parallelism.md.
 """
@@ -23,18 +23,18 @@ from typing import TYPE_CHECKING, NoReturn
 import psutil
 
 from executor import infer
-from executor.command import run_command
 from executor.config import Settings, load_settings, resolve_path
-from executor.interrupts import Interrupted
-from executor.rank import DRAIN_S, LAUNCHER_VARIABLE, forget_rank
-from executor.results import RUN_NAME_VARIABLE, RunFolder, create_run_folder
-from executor.terminal import drain, print_error
+from executor.launch.command import run_command
+from executor.launch.interrupts import Interrupted
+from executor.launch.rank import DRAIN_S, LAUNCHER_VARIABLE, forget_rank
+from executor.launch.results import RUN_NAME_VARIABLE, RunFolder, create_run_folder
+from executor.launch.terminal import drain, print_error
 from executor.utils.data_utils import load_prompts
 from executor.utils.text import quoted
 
 if TYPE_CHECKING:
-    from ops.messages import Failure, Start
-    from ops.nodes import Nodes
+    from executor.launch.messages import Failure, Start
+    from executor.launch.nodes import Nodes
 
 LOOPBACK = ("lo", "127.0.0.1")
 
@@ -62,9 +62,9 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
     # A failed rank is reported once, by this launcher, not also by torchrun and the C++ side of torch.
     logging.getLogger("torch.distributed.elastic").setLevel(torchrun_log_level())
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from executor.before_loading import check_before_launch
-    from ops.cluster import open_job
-    from ops.messages import Failure
+    from executor.launch.cluster import open_job
+    from executor.launch.messages import Failure
+    from executor.loading.before_loading import check_before_launch
 
     timeout_s, port = environment_number("RENDEZVOUS_TIMEOUT_S", 120), environment_number("MASTER_PORT", 29500)
     secret = os.fsencode(os.environ.pop("JOB_SECRET", ""))  # not passed on to the ranks
@@ -79,7 +79,7 @@ def launch(settings: Settings, command: list[str], yaml_file: Path | None = None
     watched = None
     try:
         job = open_job(nodes, port, secret, timeout_s)
-        outcome = job.meet(facts, timeout_s, run.decide)
+        outcome = job.rendezvous(facts, timeout_s, run.decide)
         if isinstance(outcome, Failure):
             run.end(outcome)
         job.watch(run.end)
@@ -138,8 +138,8 @@ class Run:
 
         ValueError if the folder cannot be created.
         """
-        from ops.messages import Start
-        from ops.ranks import open_store
+        from executor.launch.messages import Start
+        from executor.launch.ranks import open_store
 
         first = self.port + (len(self.nodes) > 1)  # with several nodes MASTER_PORT is the control channel's
         self.store = store = open_store(self.address, first, self.timeout_s)
@@ -151,8 +151,8 @@ class Run:
 
     def run(self, start: "Start", processes: int) -> "Failure | None":
         """Runs this node's ranks until they exit; returns their failure, or None."""
-        from ops.messages import Failure
-        from ops.ranks import run_ranks
+        from executor.launch.messages import Failure
+        from executor.launch.ranks import run_ranks
 
         try:
             if self.yaml_file is not None and self.folder is None:
@@ -212,7 +212,7 @@ def environment_number(name: str, default: int) -> int:
 
 def find_node(hosts: list[str]) -> tuple["Nodes", str]:
     """Resolves the nodes' host names; returns them with this machine's index, and its network interface."""
-    from ops.nodes import Nodes
+    from executor.launch.nodes import Nodes
 
     addresses = []
     for host in hosts:
@@ -256,7 +256,7 @@ def check_devices(settings: Settings, processes: int) -> None:
     """Raises ValueError if this node has fewer accelerators than ranks, or the device has no graph mode."""
     import torch
 
-    from executor.device import select_device
+    from executor.loading.device import select_device
 
     kind = select_device(settings.device).type
     count = torch.accelerator.device_count()
@@ -309,7 +309,3 @@ def job_facts(settings: Settings, command: list[str]) -> dict[str, str]:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

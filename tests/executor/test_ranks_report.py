@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from ops.ranks import first_failure, open_store, read_report
+from executor.launch.ranks import first_failure, open_store, read_report
 
 
 def listening_at(port: int) -> list[str]:

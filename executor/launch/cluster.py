@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ops.channel import Channel, Listener, Stranger
-from ops.messages import MAX_FACT, Failure, Start, clean, parse, parse_facts, parse_failure, parse_start
-from ops.nodes import TIMING, Nodes, Timing, connect
+from executor.launch.channel import Channel, Listener, ProtocolError
+from executor.launch.messages import MAX_FACT, Failure, Start, clean, parse, parse_facts, parse_failure, parse_start
+from executor.launch.nodes import TIMING, Nodes, Timing, connect
 
 
 class Job:
@@ -25,7 +25,7 @@ class Job:
         self.nodes = nodes
         self.timing = timing
 
-    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+    def rendezvous(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
         """Rendezvous: waits for all nodes, then returns node 0's `decide()` on every node, or on every node the same
         Failure if a node is missing or its facts differ from node 0's. Raises TimeoutError if node 0 exits; node 0
         re-raises what `decide` raises."""
@@ -55,7 +55,7 @@ class JobOfSeveral(Job):
             with self.state:
                 while self.cause is None and not self.has_left:
                     self.state.wait(self.timing.beat_s / 4)
-                    self._look_at_the_clock(time.monotonic())
+                    self._check_timeouts(time.monotonic())
             if self.cause is not None:
                 self._leave(self.timing.leave_s)
                 end(self.cause)
@@ -78,7 +78,7 @@ class JobOfSeveral(Job):
             self._send(kind="beat")
             time.sleep(self.timing.beat_s)
 
-    def _look_at_the_clock(self, now_s: float) -> None:
+    def _check_timeouts(self, now_s: float) -> None:
         """Checks heartbeat timeouts and reports this node's failure when it is due; the caller holds `state`."""
         # Report a consequence only after its root cause had time to be reported, or its node to be declared lost.
         late = self.failure is not None and self.failure.is_consequence
@@ -114,7 +114,7 @@ class Member:
         self.is_done = False
 
 
-class Head(JobOfSeveral):
+class Coordinator(JobOfSeveral):
     """Coordinator of a multi-node job, on node 0."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timing: Timing):
@@ -131,8 +131,8 @@ class Head(JobOfSeveral):
             ) from None
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
-        failure = self._judge(facts, timeout_s)
+    def rendezvous(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+        failure = self._check_facts(facts, timeout_s)
         if failure:
             self._refuse(failure)
             return failure
@@ -148,7 +148,7 @@ class Head(JobOfSeveral):
         self._post(failure)
         self._leave(self.timing.leave_s)
 
-    def _judge(self, facts: dict[str, str], timeout_s: float) -> Failure | None:
+    def _check_facts(self, facts: dict[str, str], timeout_s: float) -> Failure | None:
         """Waits for all nodes' facts; returns a Failure if a node is missing or its facts differ from node 0's."""
         others, deadline_s = range(1, len(self.nodes)), time.monotonic() + timeout_s
         with self.state:
@@ -171,7 +171,7 @@ class Head(JobOfSeveral):
 
     def _admit(self, channel: Channel, message: dict[str, Any]) -> None:
         """Admits or refuses a node, then handles its messages until it disconnects."""
-        with contextlib.suppress(OSError, Stranger):
+        with contextlib.suppress(OSError, ProtocolError):
             hello = parse(message, "hello")
             index, ips = hello["index"], " ".join(self.nodes.addresses)
             member = None
@@ -211,11 +211,11 @@ class Head(JobOfSeveral):
             with contextlib.suppress(OSError):  # a lost connection is detected by the heartbeat timeout
                 member.channel.send(message)
 
-    def _look_at_the_clock(self, now_s: float) -> None:
+    def _check_timeouts(self, now_s: float) -> None:
         for index, member in self.members.items():
             if not member.is_done and now_s - member.heard_s > self.timing.lost_after_s:
                 self._post(self._lost(index))
-        super()._look_at_the_clock(now_s)
+        super()._check_timeouts(now_s)
 
     def _post(self, failure: Failure) -> None:
         with self.state:
@@ -233,7 +233,7 @@ class Head(JobOfSeveral):
         self.listener.close()
 
 
-class Guest(JobOfSeveral):
+class Follower(JobOfSeveral):
     """Side of every other node of a multi-node job: a client of node 0."""
 
     def __init__(self, nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Timing):
@@ -246,7 +246,7 @@ class Guest(JobOfSeveral):
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._beat, daemon=True).start()
 
-    def meet(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
+    def rendezvous(self, facts: dict[str, str], timeout_s: float, decide: Callable[[], Start]) -> Start | Failure:
         self._send(kind="facts", facts=facts)
         deadline_s = time.monotonic() + timeout_s + self.timing.answer_s
         with self.state:
@@ -262,7 +262,7 @@ class Guest(JobOfSeveral):
         return outcome
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError, Stranger):
+        with contextlib.suppress(OSError, ProtocolError):
             while True:
                 message = parse(self.channel.receive(self.timing.lost_after_s), "start", "beat", "end")
                 with self.state:
@@ -280,10 +280,10 @@ class Guest(JobOfSeveral):
         with contextlib.suppress(OSError):  # a lost connection is detected by the heartbeat timeout
             self.channel.send(message)
 
-    def _look_at_the_clock(self, now_s: float) -> None:
+    def _check_timeouts(self, now_s: float) -> None:
         if now_s - self.heard_s > self.timing.lost_after_s:
             self.cause = self.cause or self._lost(0)
-        super()._look_at_the_clock(now_s)
+        super()._check_timeouts(now_s)
 
     def _post(self, failure: Failure) -> None:
         self._send(kind="failure", **dataclasses.asdict(failure))  # node 0 replies with the job's cause
@@ -306,5 +306,5 @@ def open_job(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: T
     if len(nodes) == 1:
         return Job(nodes, timing)
     if nodes.index == 0:
-        return Head(nodes, port, secret, timing)
-    return Guest(nodes, port, secret, timeout_s, timing)
+        return Coordinator(nodes, port, secret, timing)
+    return Follower(nodes, port, secret, timeout_s, timing)

@@ -4,9 +4,9 @@
 import os
 from collections.abc import Callable
 
-from executor.interrupts import Interrupted, raise_on_signals, raised
-from executor.rank import DRAIN_S, fail
-from executor.terminal import drain, resilient_terminal
+from executor.launch.interrupts import Interrupted, raise_on_signals, raised
+from executor.launch.rank import DRAIN_S, fail
+from executor.launch.terminal import drain, resilient_terminal
 
 
 def run_command(body: Callable[[], int]) -> int:

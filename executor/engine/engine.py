@@ -17,11 +17,11 @@ from collections.abc import Iterator
 
 import torch
 
-from executor.kv_cache import zero_blocks
-from executor.model_runner import Batches, ModelRunner
-from executor.sampler import sample
-from executor.scheduler import Scheduler, Sequence
-from executor.tokenizer import Tokenizer
+from executor.engine.kv_cache import zero_blocks
+from executor.engine.model_runner import Batches, ModelRunner
+from executor.engine.sampler import sample
+from executor.engine.scheduler import Scheduler, Sequence
+from executor.loading.tokenizer import Tokenizer
 from models.layers.lm_head import ShardedLogits
 from models.layers.padding import pad_rows
 from ops.comm import ParallelContext

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from executor.kv_cache import blocks_for
-from executor.model_runner import Batches, DecodeInputs, ModelRunner, lens_of
-from executor.scheduler import Sequence
+from executor.engine.kv_cache import blocks_for
+from executor.engine.model_runner import Batches, DecodeInputs, ModelRunner, lens_of
+from executor.engine.scheduler import Sequence
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON schema of the YAML, for editors: `python -m executor.settings_schema FILE` regenerates it."""
+"""JSON schema of the YAML, for editors: `python -m executor.utils.settings_schema FILE` regenerates it."""
 
 import dataclasses
 import json

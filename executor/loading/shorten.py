@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from executor.chat_template import RenderTimeout
+from executor.loading.chat_template import RenderTimeout
 
 Piece = tuple[int, int]  # (start, end) offsets of a span of text
 MARGIN = 16  # characters left uncut at an end of a rendered message whose exact boundary is unknown

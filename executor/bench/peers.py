@@ -6,8 +6,8 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 
-from executor.device import synchronize
 from executor.llm import LLM
+from executor.loading.device import synchronize
 from models.transformers_internals import compute_rope_buffers
 from ops import TransposedWeight
 

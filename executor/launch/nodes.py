@@ -5,8 +5,8 @@ import socket
 import time
 from dataclasses import dataclass
 
-from ops.channel import Channel, Stranger, WrongSecret, greet
-from ops.messages import MAX_FACT, clean, parse
+from executor.launch.channel import Channel, ProtocolError, WrongSecret, greet
+from executor.launch.messages import MAX_FACT, clean, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Ti
         try:
             connection = socket.create_connection((nodes.addresses[0], port), timeout=timing.answer_s)
             return introduce(connection, nodes, secret, timing)
-        except Stranger as error:
+        except ProtocolError as error:
             known = "has another JOB_SECRET" if isinstance(error, WrongSecret) else "is not this job"
             raise ValueError(
                 f"MASTER_PORT: what answers at {there} {known}: give all nodes the same JOB_SECRET, and "
@@ -70,7 +70,7 @@ def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Ti
         if now_s > deadline_s:
             raise TimeoutError(
                 f"{nodes.name(0)} did not answer on port {port} within {timeout_s:g} s ({reason}): start infer.sh "
-                "there too, and let no firewall stand between"
+                "there too, and check for a firewall between them"
             )
         time.sleep(0.2)
 
@@ -78,7 +78,8 @@ def connect(nodes: Nodes, port: int, secret: bytes, timeout_s: float, timing: Ti
 def introduce(connection: socket.socket, nodes: Nodes, secret: bytes, timing: Timing) -> Channel:
     """Performs the handshake with node 0 and returns the channel.
 
-    Raises ValueError if node 0 refuses this node, Stranger if the peer is not node 0, OSError if it does not answer.
+    Raises ValueError if node 0 refuses this node, ProtocolError if the peer is not node 0, OSError if it
+    does not answer.
     """
     own_ips = " ".join(nodes.addresses)
     channel = greet(connection, secret, False, timing.answer_s)

@@ -29,11 +29,11 @@ MAX_STRANGERS = 32  # concurrent unauthenticated connections
 SEND_S = 2.0
 
 
-class Stranger(Exception):
+class ProtocolError(Exception):
     """Unauthenticated peer: it does not speak this protocol or does not know the job's secret."""
 
 
-class WrongSecret(Stranger):
+class WrongSecret(ProtocolError):
     """Secret mismatch, as reported by the peer."""
 
 
@@ -64,25 +64,25 @@ class Channel:
                 raise
 
     def receive(self, timeout_s: float) -> dict[str, Any]:
-        """Receives the next message. Raises OSError on timeout or a closed connection, Stranger on an invalid frame,
-        WrongSecret if the peer reports that the secrets differ."""
+        """Receives the next message. Raises OSError on timeout or a closed connection, ProtocolError on an invalid
+        frame, WrongSecret if the peer reports that the secrets differ."""
         deadline_s = time.monotonic() + timeout_s
         header = read(self.connection, LENGTH_BYTES + MAC_BYTES, deadline_s)
         if header == WRONG_MAC and self.received == 0:
             raise WrongSecret
         length = int.from_bytes(header[:LENGTH_BYTES], "big")
         if not 0 < length <= (MAX_BYTES if self.received else MAX_FIRST_BYTES):
-            raise Stranger
+            raise ProtocolError
         body = read(self.connection, length, deadline_s)
         if not hmac.compare_digest(header[LENGTH_BYTES:], self._mac(self.labels[1], self.received, body)):
-            raise Stranger
+            raise ProtocolError
         self.received += 1
         try:
             message = json.loads(body)
         except (ValueError, RecursionError):
-            raise Stranger from None
+            raise ProtocolError from None
         if not isinstance(message, dict):
-            raise Stranger
+            raise ProtocolError
         return message
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ def read(connection: socket.socket, count: int, deadline_s: float) -> bytes:
 def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s: float) -> Channel:
     """Performs the handshake, greetings and nonces; the MAC of the first frame then proves whether the secrets match.
 
-    Raises Stranger on an unexpected greeting, OSError on timeout.
+    Raises ProtocolError on an unexpected greeting, OSError on timeout.
     """
     deadline_s = time.monotonic() + timeout_s
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -123,7 +123,7 @@ def greet(connection: socket.socket, secret: bytes, from_server: bool, timeout_s
     if not from_server:
         connection.sendall(GREETING + own)
     if read(connection, len(GREETING), deadline_s) != GREETING:
-        raise Stranger
+        raise ProtocolError
     theirs = read(connection, NONCE_BYTES, deadline_s)
     if from_server:
         connection.sendall(GREETING + own)
@@ -186,11 +186,11 @@ class Listener:
 
     def _welcome(self, connection: socket.socket) -> None:
         channel = message = None
-        with contextlib.suppress(OSError, Stranger):
+        with contextlib.suppress(OSError, ProtocolError):
             channel = greet(connection, self.secret, True, self.timeout_s)
             try:
                 message = channel.receive(self.timeout_s)
-            except Stranger:
+            except ProtocolError:
                 connection.sendall(WRONG_MAC)
         with self.lock:
             del self.strangers[connection]

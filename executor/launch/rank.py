@@ -10,8 +10,8 @@ import signal
 import time
 from pathlib import Path
 
-from executor.interrupts import Interrupted
-from executor.terminal import drain, print_error
+from executor.launch.interrupts import Interrupted
+from executor.launch.terminal import drain, print_error
 from executor.utils.text import one_line, quoted
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ CONSEQUENCE_DELAY_S = 2.0
 DRAIN_S = 5.0  # time for a stalled reader before a failed rank exits anyway
 
 
-def join() -> int:
+def set_up_rank() -> int:
     """Ties the process lifetime to the launcher's and sets CPU affinity; returns the rank.
 
     Call before importing torch, which sizes its thread pool by the affinity.

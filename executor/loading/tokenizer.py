@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
 
-from executor.chat_template import ChatTemplate
-from executor.prompts import Messages, check_text
-from executor.shorten import fewest_turns_left_out, shorten, shown_pieces
+from executor.loading.chat_template import ChatTemplate
+from executor.loading.prompts import Messages, check_text
+from executor.loading.shorten import fewest_turns_left_out, shorten, shown_pieces
 from executor.utils.reading import read_json_object, read_text, refusing
 from executor.utils.text import one_line, quoted
 

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ops.channel import Stranger
+from executor.launch.channel import ProtocolError
 
 MAX_TEXT = 1000  # maximum characters of a message
 MAX_FACT = 120  # maximum characters of a fact (a setting compared between nodes) quoted in a message
@@ -42,18 +42,18 @@ class Start:
 
 
 def parse(message: dict[str, Any], *kinds: str) -> dict[str, Any]:
-    """Validates a message: one of `kinds`, with exactly its fields and types. Raises Stranger otherwise."""
+    """Validates a message: one of `kinds`, with exactly its fields and types. Raises ProtocolError otherwise."""
     kind = message.get("kind")
     if not isinstance(kind, str) or kind not in kinds or message.keys() != {"kind", *FIELDS[kind]}:
-        raise Stranger
+        raise ProtocolError
     if any(type(message[name]) is not expected for name, expected in FIELDS[kind].items()):
-        raise Stranger
+        raise ProtocolError
     return message
 
 
 def parse_failure(message: dict[str, Any]) -> Failure:
     if message["exit_code"] not in (1, 2):
-        raise Stranger
+        raise ProtocolError
     return Failure(
         message=clean(message["message"]), exit_code=message["exit_code"], is_consequence=message["is_consequence"]
     )
@@ -61,13 +61,13 @@ def parse_failure(message: dict[str, Any]) -> Failure:
 
 def parse_facts(message: dict[str, Any]) -> dict[str, str]:
     if any(type(value) is not str for value in message["facts"].values()):
-        raise Stranger
+        raise ProtocolError
     return message["facts"]
 
 
 def parse_start(message: dict[str, Any]) -> Start:
     if not 0 < message["port"] < 65536:
-        raise Stranger
+        raise ProtocolError
     return Start(port=message["port"], run_name=clean(message["run_name"], MAX_FACT))
 
 

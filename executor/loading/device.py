@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from executor.cgroup import memory_left_bytes
+from executor.loading.cgroup import memory_left_bytes
 from ops import npu_available
 
 

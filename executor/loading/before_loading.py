@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import Qwen3MoeConfig
 
-from executor.checkpoint import read_unique_object
 from executor.config import SECTIONS, DataSettings, Settings, nearest, resolve_path
+from executor.loading.checkpoint import read_unique_object
+from executor.loading.tokenizer import read_generation_config
 from executor.sampling_params import SamplingParams
-from executor.tokenizer import read_generation_config
 from executor.utils.reading import refusing
 from executor.utils.text import one_line, quoted
 from models.qwen3_moe.architecture import attention_limit, override_rope, parse_config
@@ -86,7 +86,7 @@ def folder_name(model_path: str | Path) -> str:
         return name if name and name.isprintable() and len(name.encode()) <= 100 else "model"
 
 
-def place(raw: dict[str, Any], key: str, value: Any) -> None:
+def store_setting(raw: dict[str, Any], key: str, value: Any) -> None:
     """Stores a setting, given by its name without section, in its section of `raw`; ValueError if unknown."""
     if key in {definition.name for definition in dataclasses.fields(Settings)} and key not in SECTIONS:
         raw[key] = value

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from executor.prompts import check_text
+from executor.loading.prompts import check_text
 from executor.utils.reading import refusing
 from executor.utils.text import one_line
 

@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 import pytest
 
-from ops.channel import (
+from executor.launch.channel import (
     GREETING,
     MAX_BYTES,
     MAX_FIRST_BYTES,
     MAX_STRANGERS,
     Channel,
     Listener,
-    Stranger,
+    ProtocolError,
     WrongSecret,
     greet,
     read,
@@ -175,7 +175,7 @@ FORGERIES += [no_object, no_json, nested_deeply]
 def test_what_is_not_the_next_message_is_refused(forgery: Any) -> None:
     client, server, raw, _ = pair()
     forgery(client, server, raw)
-    with pytest.raises(Stranger):
+    with pytest.raises(ProtocolError):
         server.receive(1)
 
 
@@ -258,7 +258,7 @@ def test_greeting_of_something_else() -> None:
     for said in (b"SSH-2.0-OpenSSH_9.2p1 Debian", b"HTTP/1.1 400 Bad Request\r\n", b"\0" * 100):
         client, server = connected()
         server.sendall(said)
-        with pytest.raises(Stranger):
+        with pytest.raises(ProtocolError):
             greet(client, b"", False, 5)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from ops.channel import Channel, greet
-from ops.cluster import Guest, Head, open_job
-from ops.messages import Failure, Start, clean
-from ops.nodes import Nodes, Timing
+from executor.launch.channel import Channel, greet
+from executor.launch.cluster import Coordinator, Follower, open_job
+from executor.launch.messages import Failure, Start, clean
+from executor.launch.nodes import Nodes, Timing
 
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 TWO_NODES = [Nodes(addresses=ADDRESSES, index=index) for index in range(2)]
@@ -40,11 +40,11 @@ class Pair:
 
     def __init__(self, timing: Timing = FAST):
         port = free_port()
-        self.head = Head(TWO_NODES[0], port, SECRET, timing)
-        self.guest = Guest(TWO_NODES[1], port, SECRET, 5, timing)
+        self.head = Coordinator(TWO_NODES[0], port, SECRET, timing)
+        self.guest = Follower(TWO_NODES[1], port, SECRET, 5, timing)
         self.ended: dict[int, Failure] = {}
         with ThreadPoolExecutor(2) as pool:
-            met = pool.map(lambda job: job.meet({"a": "1"}, 5, lambda: START), (self.head, self.guest))
+            met = pool.map(lambda job: job.rendezvous({"a": "1"}, 5, lambda: START), (self.head, self.guest))
         assert list(met) == [START, START]
         for index, job in enumerate((self.head, self.guest)):
             job.watch(lambda failure, index=index: self.ended.update({index: failure}))
@@ -74,7 +74,7 @@ def both_meet(facts: list[dict[str, str]], nodes: list[Nodes] = TWO_NODES, secre
 
     def one(index: int) -> Start | Failure | Exception:
         try:
-            return open_job(nodes[index], port, secrets[index], 2, FAST).meet(facts[index], 2, decide)
+            return open_job(nodes[index], port, secrets[index], 2, FAST).rendezvous(facts[index], 2, decide)
         except (ValueError, TimeoutError) as error:
             return error
 
@@ -85,7 +85,7 @@ def both_meet(facts: list[dict[str, str]], nodes: list[Nodes] = TWO_NODES, secre
 def test_one_node_has_nobody_to_meet() -> None:
     job = open_job(Nodes(addresses=ADDRESSES[:1], index=0), 1, b"", 0, FAST)
     threads = threading.active_count()
-    assert job.meet({}, 0, lambda: START) == START
+    assert job.rendezvous({}, 0, lambda: START) == START
     job.watch(lambda failure: pytest.fail("nobody else can fail"))
     assert job.finish(None) is None and job.finish(Failure(message="a")) == Failure(message="a")
     assert threading.active_count() == threads
@@ -99,7 +99,7 @@ def test_several_nodes_need_the_port_itself() -> None:
 
 
 def test_node_0_listens_at_its_own_address_alone() -> None:
-    head = Head(TWO_NODES[0], free_port(), SECRET, FAST)
+    head = Coordinator(TWO_NODES[0], free_port(), SECRET, FAST)
     address, port = head.listener.socket.getsockname()
     assert address == "127.0.0.1"
     with pytest.raises(ConnectionRefusedError):
@@ -114,7 +114,7 @@ def test_node_0_does_not_come() -> None:
 
 
 def test_node_1_does_not_come() -> None:
-    failure = Head(TWO_NODES[0], free_port(), SECRET, FAST).meet({}, 0.3, lambda: START)
+    failure = Coordinator(TWO_NODES[0], free_port(), SECRET, FAST).rendezvous({}, 0.3, lambda: START)
     assert failure == Failure(message="node 1 (127.0.0.2) did not come within 0.3 s: start infer.sh there too")
 
 
@@ -167,21 +167,21 @@ def test_node_that_was_started_before(two: Pair) -> None:
 
 def test_node_that_left_before_all_had_met_may_come_again() -> None:
     port = free_port()
-    head = Head(TWO_NODES[0], port, SECRET, FAST)
-    Guest(TWO_NODES[1], port, SECRET, 1, FAST).channel.close()
+    head = Coordinator(TWO_NODES[0], port, SECRET, FAST)
+    Follower(TWO_NODES[1], port, SECRET, 1, FAST).channel.close()
     wait_for(lambda: not head.members)
-    guest = Guest(TWO_NODES[1], port, SECRET, 1, FAST)
+    guest = Follower(TWO_NODES[1], port, SECRET, 1, FAST)
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(lambda job: job.meet({}, 2, lambda: START), (head, guest))) == [START, START]
+        assert list(pool.map(lambda job: job.rendezvous({}, 2, lambda: START), (head, guest))) == [START, START]
 
 
 def test_node_0_ends_before_all_have_met() -> None:
     port = free_port()
-    head = Head(TWO_NODES[0], port, SECRET, FAST)
-    guest = Guest(TWO_NODES[1], port, SECRET, 1, FAST)
+    head = Coordinator(TWO_NODES[0], port, SECRET, FAST)
+    guest = Follower(TWO_NODES[1], port, SECRET, 1, FAST)
     threading.Timer(0.2, lambda: head.members[1].channel.close()).start()
     with pytest.raises(TimeoutError, match=r"node 0 \(127.0.0.1\) ended before all nodes had met"):
-        guest.meet({}, 5, lambda: START)
+        guest.rendezvous({}, 5, lambda: START)
 
 
 SERVICES: dict[str, Callable[[socket.socket], None]] = {
@@ -296,7 +296,7 @@ WRONG_MESSAGES = [
 
 @pytest.mark.parametrize("message", WRONG_MESSAGES, ids=str)
 def test_node_0_takes_no_other_message(message: dict[str, Any]) -> None:
-    head = Head(TWO_NODES[0], free_port(), SECRET, FAST)
+    head = Coordinator(TWO_NODES[0], free_port(), SECRET, FAST)
     channel = say(head.listener.socket.getsockname()[1], message)
     with pytest.raises(OSError):
         while channel.receive(2)["kind"] == "beat":
@@ -305,7 +305,7 @@ def test_node_0_takes_no_other_message(message: dict[str, Any]) -> None:
     head._leave(0)
 
 
-class FalseHead:
+class FalseCoordinator:
     """A server at node 0's port that knows the secret and sends arbitrary messages."""
 
     def __init__(self, *messages: dict[str, Any]):
@@ -336,9 +336,9 @@ class FalseHead:
     ids=str,
 )
 def test_other_nodes_take_no_other_message(message: dict[str, Any]) -> None:
-    guest = Guest(TWO_NODES[1], FalseHead(message).port, SECRET, 1, FAST)
+    guest = Follower(TWO_NODES[1], FalseCoordinator(message).port, SECRET, 1, FAST)
     with pytest.raises(TimeoutError, match="ended before all nodes had met"):
-        guest.meet({}, 1, lambda: START)
+        guest.rendezvous({}, 1, lambda: START)
 
 
 def test_nobody_ends_well_on_anothers_word(two: Pair) -> None:

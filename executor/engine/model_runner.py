@@ -12,8 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from executor.kv_cache import BLOCK_SIZE, NULL_BLOCK, blocks_for
-from executor.scheduler import Sequence
+from executor.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK, blocks_for
+from executor.engine.scheduler import Sequence
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe

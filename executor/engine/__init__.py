@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Request scheduling, paged KV cache, model steps and sampling."""
