@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference engine: generates tokens from YAML settings and a checkpoint. Public API: `LLM`, `SamplingParams`."""
+"""Inference engine: generates tokens from YAML settings and a checkpoint. Public API: `LLM`, `AsyncLLM`."""
 
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from executor.llm import LLM, RequestOutput
+    from executor.async_llm import AsyncLLM
+    from executor.llm import LLM
+    from executor.outputs import Completion, RequestOutput, StreamChunk, TokenLogprobs
     from executor.sampling_params import SamplingParams
 
 
@@ -24,8 +26,13 @@ if is_command():  # a signal during the imports prints one line, no traceback
     end_quietly_on_signals()
 
 __version__ = "0.2.0"
-EXPORTS = {"LLM": "executor.llm", "RequestOutput": "executor.llm", "SamplingParams": "executor.sampling_params"}
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+EXPORTS = {
+    "AsyncLLM": "executor.async_llm",
+    "LLM": "executor.llm",
+    "SamplingParams": "executor.sampling_params",
+    **dict.fromkeys(("Completion", "RequestOutput", "StreamChunk", "TokenLogprobs"), "executor.outputs"),
+}
+__all__ = ["LLM", "AsyncLLM", "Completion", "RequestOutput", "SamplingParams", "StreamChunk", "TokenLogprobs"]
 
 
 def __getattr__(name: str) -> Any:

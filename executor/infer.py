@@ -39,18 +39,18 @@ def run_rank(arguments: argparse.Namespace) -> int:
 
         adopt_transformers_logging()
         llm = LLM.from_settings(settings, prompts)
-        sequences = llm.requests(llm.known_prompts)
+        requests = llm.requests(llm.known_prompts)
     except ValueError:
         folder.discard()
         raise
     try:
         if settings.model_config.enable_profiler:
-            profile_first(llm, sequences, folder.path / f"trace_{rank}.json")
+            profile_first(llm, requests, folder.path / f"trace_{rank}.json")
         if rank == 0:
             folder.link_latest()
-            run(llm, sequences, Results([folder.path / "result.jsonl", *([output] if output else [])]))
+            run(llm, requests, Results([folder.path / "result.jsonl", *([output] if output else [])]))
         else:
-            for _ in llm.stream(sequences):
+            for _ in llm.finished(requests):
                 pass
     except ValueError as error:
         return fail(1, error)  # the input is valid at this point
@@ -72,26 +72,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def profile_first(llm: Any, sequences: list[Any], file: Path) -> None:
+def profile_first(llm: Any, requests: list[Any], file: Path) -> None:
     """Profiles the first batch; rank 0 prints the kernel times."""
     from executor.bench.profiling import profile
 
-    first = sequences[: llm.settings.data_config.batch_size]
-    kernels = profile(llm, [sequence.prompt_token_ids for sequence in first], file)
+    first = requests[: llm.settings.data_config.batch_size]
+    kernels = profile(llm, [request.prompt_token_ids for request in first], file)
     if llm.parallel.world.index == 0:
         print(f"{kernels}\n\ntrace: {file}")
 
 
-def run(llm: Any, sequences: list[Any], results: Results) -> None:
+def run(llm: Any, requests: list[Any], results: Results) -> None:
     """Generates all completions; writes and prints each when it finishes, then the summary.
 
     Raises PartialFailure if a prompt failed or a result file could not be written completely.
     """
     from tqdm import tqdm
 
-    unwritten = {sequence.index: sequence for sequence in sequences}
+    unwritten = {request.index: request for request in requests}
     outputs: list[Any] = []
-    count, start_s = len(sequences), time.perf_counter()
+    count, start_s = len(requests), time.perf_counter()
 
     def keep(index: int, output: Any) -> None:
         with interrupts_deferred():  # so that either all files get the line or none
@@ -100,7 +100,7 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
 
     try:
         with tqdm(total=count, desc="prompts", disable=count == 1) as progress:
-            for index, output in llm.stream(sequences):
+            for index, output in llm.finished(requests):
                 keep(index, output)
                 outputs.append(output)
                 progress.update()
@@ -109,8 +109,8 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
         summary = summarize(llm, outputs, time.perf_counter() - start_s)
         results.write({"summary": summary})
     finally:
-        for sequence in [sequence for sequence in unwritten.values() if sequence.finish_reason and results.files]:
-            keep(sequence.index, llm._output(sequence))  # finished in the step that was interrupted
+        for request in [request for request in unwritten.values() if request.is_complete and results.files]:
+            keep(request.index, llm.output(request))  # finished in the step that was interrupted
         written = count - len(unwritten)
         paths = ", ".join(map(str, results.close()))
         if written < count:
@@ -123,10 +123,11 @@ def run(llm: Any, sequences: list[Any], results: Results) -> None:
 
 
 def line_of(index: int, output: Any) -> dict[str, Any]:
-    """JSON object of a finished prompt; it has `error` only if the prompt failed."""
+    """JSON object of a finished prompt; it has `error` only if it failed, `outputs` only for several samples."""
     keys = ("prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms")
     line = {"index": index} | {key: getattr(output, key) for key in keys}
-    return line | ({"error": output.error} if output.error else {})
+    line |= {"error": output.error} if output.error else {}
+    return line | ({"outputs": list(map(dataclasses.asdict, output.outputs))} if len(output.outputs) > 1 else {})
 
 
 def shortened(text: str, limit: int = 600) -> str:
@@ -143,6 +144,7 @@ def summarize(llm: Any, outputs: list[Any], wall_s: float) -> dict[str, Any]:
         "prompts": len(outputs),
         "failed": sum(output.error is not None for output in outputs),
         "prompt_tokens": sum(len(output.prompt_token_ids) for output in outputs),
+        "cached_prompt_tokens": sum(output.num_cached_tokens for output in outputs),
         "new_tokens": new_tokens,
         "ttft_ms": percentiles([output.ttft_ms for output in outputs if output.ttft_ms is not None]),
         "tpot_ms": percentiles([interval for output in outputs for interval in output.token_intervals_ms]),

@@ -7,16 +7,15 @@ F expert width, N output width, L cache blocks, S cache block size.
 
 import importlib.util
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ops.ascend import ExchangeSizes
-from ops.comm import Group
 from ops.profiler import Profiler
 from ops.recorder import GraphRecorder
 from ops.routing import GroupedRows, RouterLogits, Routing
+from ops.step import StepMetadata
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 __all__ = [
@@ -34,33 +33,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepMetadata:
-    """Where the tokens of one step stand. Sequences are packed one after the other along T.
-
-    Tensors live on the device; the two lists repeat on the host what some kernels want as plain integers. Before each
-    replay of a captured decode step the tensors are rewritten; what the step made of the lists, the replay renews.
-    """
-
-    is_prefill: bool
-    positions: torch.Tensor  # [T] int64, of each token in its sequence
-    slot_mapping: torch.Tensor  # [T] int64, cache slot of each token: block * S + offset
-    block_table: torch.Tensor  # [B, max_blocks] int64, cache blocks of each sequence; unused entries are 0
-    seq_lens: torch.Tensor  # [B] int64, tokens of each sequence including those of this step
-    query_lens_list: list[int]  # [B], tokens of each sequence in this step
-    seq_lens_list: list[int]  # [B], the same as seq_lens
-    dp_num_tokens: list[int]  # tokens of this step in every group of attention ranks, this one's among them
-    sequence_parallel: bool = False  # whether, outside attention, the ranks of a group share its tokens out
-
-    @property
-    def num_tokens(self) -> int:
-        return self.positions.shape[0]
-
-    @property
-    def max_dp_tokens(self) -> int:
-        return max(self.dp_num_tokens)
-
-
 class Ops:
     """Backend interface: operations of a forward pass, each the largest part that some backend fuses.
 
@@ -70,6 +42,7 @@ class Ops:
 
     name = "abstract"
     can_record = False  # whether decode steps can be captured: the device has graphs and the step has no host sync
+    runs_ahead = False  # whether a step can be launched before the tokens of the previous one are read
     decode_without_host_sync = False  # whether decode steps must not contain a host sync
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
@@ -106,17 +79,6 @@ class Ops:
         a process group of its own.
         """
         return None
-
-    def refuses_linear_all_reduce(self, ranks: int) -> str | None:
-        """Returns why `linear_all_reduce` over `ranks` ranks is not fused on this backend; None if it is."""
-        return "only possible on device npu"
-
-    def linear_all_reduce(self, hidden_states: torch.Tensor, weight: Weight, group: Group) -> torch.Tensor:
-        """Row-parallel `linear` (each rank holds a slice of K) followed by all-reduce: [T, K] -> [T, N]."""
-        return group.all_reduce(self.linear(hidden_states, weight))
-
-    def prefetch(self, weight: Weight) -> None:
-        """Starts an asynchronous prefetch of a weight into the L2 cache, overlapping with compute."""
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Embedding lookup in `weight` [V, D]: token_ids [T] int64 -> [T, D]."""
@@ -163,8 +125,8 @@ class Ops:
 
         qkv [T, (H + 2G) * C] holds all query heads, then all key heads, then all value heads; the norm weights are [C];
         cos and sin (half-split rotary: the second half repeats the first) and the step come from `prepare_attention`;
-        the caches [L, S, G, C] are written in place. Sequences of a prefill step have no cached tokens yet.
-        Returns [T, H * C].
+        the caches [L, S, G, C] are written in place. Each token attends to the cached tokens of its sequence, to the
+        new ones before it and to itself. Returns [T, H * C].
         """
         raise NotImplementedError
 

@@ -22,6 +22,8 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 
 EXCHANGE_TIMEOUT = datetime.timedelta(hours=1)  # loading times of ranks differ widely; the launcher detects failures
 
+IDLE_TIMEOUT = datetime.timedelta(days=365)  # a server may be idle for long
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -116,6 +118,27 @@ class Group:
         assert self.process_group is not None, "a group of one rank has no communicator"
         backend = self.process_group._get_backend(torch.device("npu"))
         return backend.get_hccl_comm_name(self.ranks[self.index])
+
+
+class CommandChannel:
+    """Broadcast of bytes from rank 0 over a CPU group: waiting ranks block without using CPU or device."""
+
+    def __init__(self) -> None:
+        """Collective: all ranks must call it."""
+        self.group = dist.new_group(backend="gloo", timeout=IDLE_TIMEOUT)
+        self.is_source = dist.get_rank() == 0
+
+    def broadcast(self, data: bytes = b"") -> bytes:
+        """Returns rank 0's `data` on every rank."""
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, src=0, group=self.group)
+        if not size.item():
+            return b""
+        payload = torch.empty(int(size.item()), dtype=torch.uint8)
+        if self.is_source:
+            payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(payload, src=0, group=self.group)
+        return payload.numpy().tobytes()
 
 
 GROUP_NAMES = ("world", "control", "attn_tp", "attn_dp", "moe_tp", "moe_ep", "embed_tp", "lmhead_tp")

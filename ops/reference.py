@@ -83,10 +83,12 @@ class ReferenceOps(Ops):
         key = apply_rotary(rms_norm(key, k_norm_weight, eps), *cos_sin).to(qkv.dtype)
         key_cache.flatten(0, 1).index_copy_(0, step.slot_mapping, key)
         value_cache.flatten(0, 1).index_copy_(0, step.slot_mapping, value)
-        if step.is_prefill:
+        if step.is_decode:
+            output = self.decode_attention(query, key_cache, value_cache, step)
+        elif step.starts_fresh:
             output = self.prefill_attention(query, key, value, step)
         else:
-            output = self.decode_attention(query, key_cache, value_cache, step)
+            output = self.extend_attention(query, key_cache, value_cache, step)
         return output.flatten(1)
 
     def prefill_attention(
@@ -97,6 +99,21 @@ class ReferenceOps(Ops):
         for sequence in zip(*(packed.split(step.query_lens_list) for packed in (query, key, value)), strict=True):
             q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in sequence)
             output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            outputs.append(output[0].transpose(0, 1))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def extend_attention(
+        self, query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, step: StepMetadata
+    ) -> torch.Tensor:
+        """Causal attention of each sequence's new tokens and its cached ones: [T, H, C] -> [T, H, C]."""
+        outputs = []
+        block_size = key_cache.shape[1]
+        for row, (q, seq_len) in enumerate(zip(query.split(step.query_lens_list), step.seq_lens_list, strict=True)):
+            blocks = step.block_table[row, : -(-seq_len // block_size)]
+            k, v = (cache[blocks].flatten(0, 1)[:seq_len] for cache in (key_cache, value_cache))
+            seen = torch.ones(q.shape[0], seq_len, dtype=torch.bool, device=q.device).tril(seq_len - q.shape[0])
+            q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
             outputs.append(output[0].transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

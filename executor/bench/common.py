@@ -60,14 +60,21 @@ def start_ranks(settings: Settings) -> None:
         launch(settings, ["executor.bench", *sys.argv[1:]])
 
 
-def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int, allow_fallback: bool) -> "LLM":
-    """Builds the model for batches of the given sizes (prompt tokens, new tokens).
+def build_llm(
+    settings: Settings,
+    sizes: list[tuple[int, int]],
+    batch_size: int,
+    allow_fallback: bool,
+    prefix_cache: bool = False,
+) -> "LLM":
+    """Builds the model for batches of the given sizes (prompt tokens, new tokens); without prefix cache, as prompts
+    are repeated, unless that is what is measured.
 
     ValueError if the cache cannot hold the batch (fewer sequences than reported would run at a time), and, before
     loading, if operations would fall back to plain torch without `allow_fallback`.
     """
-    from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
     from executor.llm import LLM
+    from ops.step import BLOCK_SIZE, blocks_for
 
     if not allow_fallback:
         refuse_fallbacks(settings)
@@ -76,8 +83,9 @@ def build_llm(settings: Settings, sizes: list[tuple[int, int]], batch_size: int,
     data = dataclasses.replace(
         settings.data_config, input_max_len=longest, max_new_tokens=tokens - longest, batch_size=batch_size
     )
-    llm = LLM.from_settings(dataclasses.replace(settings, data_config=data))
-    needed = llm.engine.schedulers[0].batch_size * blocks_for(tokens - 1)  # the last token is never cached
+    engine = dataclasses.replace(settings.engine_config, prefix_cache=prefix_cache)
+    llm = LLM.from_settings(dataclasses.replace(settings, data_config=data, engine_config=engine))
+    needed = llm.engine.schedulers[0].max_sequences * blocks_for(tokens - 1)  # the last token is never cached
     if needed > llm.num_blocks:
         raise ValueError(
             f"--batch-size: {batch_size} sequences of {tokens} tokens need a cache of {needed * BLOCK_SIZE} tokens, "

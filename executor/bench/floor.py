@@ -79,7 +79,8 @@ def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_ST
 
     llm.runner.decode = MethodType(eager_decode, llm.runner)
     try:
-        llm.generate(prompts, SamplingParams(max_new_tokens=1 + min(COUNTED_STEPS, steps), ignore_eos=True))
+        sampling = SamplingParams(max_new_tokens=1 + min(COUNTED_STEPS, steps), ignore_eos=True)
+        llm.generate(prompts, sampling, use_tqdm=False)
     finally:
         del llm.runner.decode
     return sum(counts) / max(1, len(counts))

@@ -64,13 +64,14 @@ def parse(command_line: list[str]) -> argparse.Namespace:
 def measure(llm: LLM, batch_size: int, prompt_tokens: int, repeats: int) -> dict[str, Any]:
     sampling = SamplingParams(max_new_tokens=llm.settings.data_config.max_new_tokens, ignore_eos=True)
     prompts = random_prompts(llm, batch_size, prompt_tokens)
-    sequences = llm.requests([("", prompt) for prompt in prompts], sampling)
-    for sequence in sequences:
-        llm.engine.schedulers[0].add(sequence)
+    requests = llm.requests([("", prompt) for prompt in prompts], sampling)
+    for request in requests:
+        llm.engine.add(request.samples)
 
     def step() -> None:
-        known = len(sequences[0].token_ids)
-        while len(sequences[0].token_ids) == known:
+        generated = requests[0].samples[0].token_ids
+        known = len(generated)
+        while len(generated) == known:
             llm.engine.step()
 
     step()  # the prefill

@@ -52,7 +52,7 @@ def measure(
 
 def generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
     """Runs one round; returns the times of the last prompt: after its prefill, all prompts decode together."""
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
     check_finished(outputs)
     return [output.token_ids for output in outputs], known(outputs[-1].ttft_ms), outputs[-1].token_intervals_ms
 

@@ -19,8 +19,8 @@ def profile(llm: LLM, prompts: list[list[int]], file: Path) -> str:
     """
     new_tokens = min(1 + DECODE_STEPS, llm.settings.data_config.max_new_tokens)
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-    llm.generate(prompts, sampling)
-    kernels = llm.ops.profiler().trace(lambda: llm.generate(prompts, sampling), file, llm.device)
+    llm.generate(prompts, sampling, use_tqdm=False)
+    kernels = llm.ops.profiler().trace(lambda: llm.generate(prompts, sampling, use_tqdm=False), file, llm.device)
     total_ms = sum(kernel.total_ms for kernel in kernels)
     rows = [
         [kernel.name[:NAME_WIDTH], kernel.calls, kernel.total_ms, f"{kernel.total_ms / total_ms:.1%}"]

@@ -78,9 +78,10 @@ def measure(llm: "LLM", batch_size: int, num_prompts: int, prompt_tokens: int, n
     """Measures one scenario at one batch size, after a warm-up of a few tokens; returns a result row."""
     limit_batch(llm, batch_size)
     prompts = random_prompts(llm, num_prompts, prompt_tokens)
-    llm.generate(prompts[:batch_size], SamplingParams(max_new_tokens=min(WARM_UP_TOKENS, new_tokens), ignore_eos=True))
+    warm_up = SamplingParams(max_new_tokens=min(WARM_UP_TOKENS, new_tokens), ignore_eos=True)
+    llm.generate(prompts[:batch_size], warm_up, use_tqdm=False)
     start_s = time.perf_counter()
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True), use_tqdm=False)
     seconds = time.perf_counter() - start_s
     check_finished(outputs)
     tok_per_s = num_prompts * new_tokens / seconds
@@ -104,7 +105,7 @@ def limit_batch(llm: "LLM", batch_size: int) -> None:
     """Sets the batch size of the loaded model, split over the attention DP groups."""
     schedulers = llm.engine.schedulers
     for scheduler in schedulers:
-        scheduler.batch_size = -(-batch_size // len(schedulers))
+        scheduler.max_sequences = -(-batch_size // len(schedulers))
 
 
 def result_table(report: Report) -> str:

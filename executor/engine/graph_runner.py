@@ -1,28 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps replayed from captured graphs: the same step as eager, without its launch costs."""
+"""Decode steps replayed from captured graphs: the eager step without its launch costs."""
 
 import dataclasses
 from functools import partial
 
 import torch
 
-from executor.engine.kv_cache import blocks_for
-from executor.engine.model_runner import Batches, DecodeInputs, ModelRunner, lens_of
-from executor.engine.scheduler import Sequence
+from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.model_runner import Batches, ModelRunner, Unread
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
-from ops.comm import ParallelContext, Traffic
+from ops.comm import ParallelContext
 from ops.recorder import GraphRecorder, Replay
+from ops.step import blocks_for
 
-UNPADDED = 8  # up to here every batch size has a graph, where a row of padding would cost 7 to 10% (on an H200)
+UNPADDED = 8  # every batch size up to here has a graph: a padding row would cost 7 to 10% (on an H200)
 
 
 class GraphRunner(ModelRunner):
-    """Captures a graph for each of `graph_sizes`; a batch in between is padded to the next.
+    """Captures a graph for each of `graph_sizes`; a batch in between is padded to the next size.
 
-    Where the groups of attention ranks have batches of different sizes, all take the largest one's graph. Sequences
-    that grow beyond `max_len` tokens take eager steps.
+    Where attention DP groups have batches of different sizes, all replay the graph of the largest. Steps with a
+    sequence of more than `graph_len` tokens run eagerly.
     """
 
     def __init__(
@@ -32,33 +32,37 @@ class GraphRunner(ModelRunner):
         parallel: ParallelContext,
         sequence_parallel: bool,
         device: torch.device,
-        recorder: GraphRecorder,
-        batch_size: int,
+        max_sequences: int,
         max_len: int,
+        recorder: GraphRecorder,
+        graph_len: int,
     ):
-        super().__init__(model, kv_caches, parallel, sequence_parallel, device)
+        super().__init__(model, kv_caches, parallel, sequence_parallel, device, max_sequences, max_len)
         self.recorder = recorder
-        self.max_blocks = blocks_for(max_len)
-        self.graphs = {size: self.capture(size) for size in reversed(graph_sizes(batch_size))}
+        self.graph_blocks = blocks_for(min(graph_len, max_len))
+        self.graphs = {size: self.capture(size) for size in reversed(graph_sizes(max_sequences))}
 
     def capture(self, batch_size: int) -> "DecodeGraph":
-        """Records a decode step of `batch_size` padding rows."""
-        inputs = DecodeInputs(batch_size, self.max_blocks, [batch_size] * self.parallel.attn_dp.size, self.device)
-        inputs.fill([])
-        step = partial(self.decode_step, inputs.token_ids, inputs.step)
+        """Captures a decode step of `batch_size` padding rows."""
+        inputs = DecodeInputs(batch_size, [batch_size] * self.parallel.attn_dp.size, self.device)
+        step = partial(self.decode_step, *inputs.fill([], None, self.block_table, self.graph_blocks))
         self.recorder.warm_up(step)
         traffic = self.parallel.traffic
         before = dict(traffic.sent_bytes)
         logits, replay = self.recorder.record(step)
-        return DecodeGraph(replay, inputs, logits, traffic, traffic.since(before))
+        return DecodeGraph(replay, inputs, logits, traffic.since(before))
 
-    def decode(self, batches: Batches, latest: torch.Tensor | None = None) -> ShardedLogits:
-        longest = max(lens_of(sum(batches, []), latest))
-        if blocks_for(longest) > self.max_blocks:
-            return super().decode(batches, latest)
-        size = min(size for size in self.graphs if size >= max(map(len, batches)))
-        self.tokens_run += len(batches[self.dp_index])
-        return self.graphs[size].run(batches[self.dp_index], latest)
+    def decode(self, batches: Batches, unread: Unread | None) -> ShardedLogits:
+        longest = max(work.end for batch in batches for work in batch)
+        if blocks_for(longest) > self.graph_blocks:
+            return super().decode(batches, unread)
+        graph = self.graphs[min(size for size in self.graphs if size >= max(map(len, batches)))]
+        batch = batches[self.dp_index]
+        graph.inputs.fill(batch, unread, self.block_table, self.graph_blocks)
+        graph.replay(graph.inputs.step.seq_lens_list)
+        for name, count in graph.sent_bytes.items():
+            self.parallel.traffic.add(name, count)
+        return dataclasses.replace(graph.logits, num_rows=len(batch))
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -69,18 +73,9 @@ def graph_sizes(largest: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class DecodeGraph:
-    """A recorded step with the tensors it reads and writes."""
+    """A captured step with the tensors it reads and writes."""
 
     replay: Replay
     inputs: DecodeInputs
     logits: ShardedLogits
-    traffic: Traffic
-    sent_bytes: dict[str, float]  # by one replay, which the groups do not see
-
-    def run(self, sequences: list[Sequence], latest: torch.Tensor | None) -> ShardedLogits:
-        """Replays the step for these sequences; rows beyond them are padding."""
-        self.inputs.fill(sequences, latest)
-        self.replay(self.inputs.step.seq_lens_list)
-        for name, count in self.sent_bytes.items():
-            self.traffic.add(name, count)
-        return dataclasses.replace(self.logits, num_rows=len(sequences))
+    sent_bytes: dict[str, float]  # traffic of one replay, which the groups cannot count

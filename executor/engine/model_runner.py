@@ -1,31 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the model on sequences: builds what a step needs, then one forward pass.
+"""Runs the model on the batches of a step: builds its inputs, then one forward pass.
 
-A step's `batches` are the sequences of every group of attention ranks, this rank's own at `dp_index`. All ranks take
-every step together; one whose group has nothing to do still takes part in the exchanges.
+A step's `batches` are those of every attention DP group, this rank's own at `dp_index`. All ranks run every step
+together; one whose group has nothing to do still takes part in the collectives.
 """
 
-from array import array
-from itertools import chain
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from executor.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK, blocks_for
-from executor.engine.scheduler import Sequence
+from executor.engine.block_table import BlockTable
+from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.scheduler import Batch, Scheduled
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
 from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
 from ops.comm import ParallelContext
+from ops.step import blocks_for, step_inputs
 
-Batches = list[list[Sequence]]
-ROW_FIELDS = 4  # numbers a row of a decode step has beside its cache blocks
+Batches = list[Batch]
+PROMPT_ROWS = 256  # prompt positions whose logits are computed at a time
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Tokens [R] of the previous step that are only on the device, integers."""
+
+    token_ids: torch.Tensor
+    rows: dict[int, int]  # id of a sequence -> row
+
+
+@dataclass(frozen=True)
+class Output:
+    """Hidden states and residual [T, D] of a step, and the logits of the rows that are sampled, in batch order."""
+
+    logits: ShardedLogits
+    hidden_states: torch.Tensor | None = None  # None for decode steps
+    residual: torch.Tensor | None = None
 
 
 class ModelRunner:
-    """Prefill and decode steps, eager. Sequence parallelism is for prefills: a decode step has too few tokens."""
+    """Runs eager steps. Sequence parallelism is not for decode steps, which have too few tokens."""
 
     def __init__(
         self,
@@ -34,130 +51,114 @@ class ModelRunner:
         parallel: ParallelContext,
         sequence_parallel: bool,
         device: torch.device,
+        max_sequences: int,
+        max_len: int,
     ):
+        """max_sequences: rows of a step in one group. max_len: cached tokens of a sequence."""
         self.model = model
         self.kv_caches = kv_caches
         self.parallel = parallel
         self.dp_index = parallel.attn_dp.index
         self.sequence_parallel = sequence_parallel
         self.device = device
+        self.block_table = BlockTable(max_sequences, blocks_for(max_len), device)
         self.tokens_run = 0  # by this rank's group, since the start
-        self.inputs: DecodeInputs | None = None  # of the last step, for the next one of the same shape
+        self.inputs: DecodeInputs | None = None  # of the last decode step, for the next one of the same size
 
-    def prefill(self, batches: Batches, all_positions: bool = False) -> ShardedLogits:
-        """Runs whole prompts, packed. Logits of each last token, or of `all_positions`."""
-        token_ids, step = self.prefill_inputs(batches)
+    def run(self, batches: Batches, unread: Unread | None = None) -> Output:
+        """Runs one step. unread: tokens of this rank's sequences that the host has not read."""
+        batch = batches[self.dp_index]
+        self.tokens_run += sum(work.num_new for work in batch)
+        if is_decode(batches):
+            return Output(self.decode(batches, unread))
+        token_ids, step = self.mixed_inputs(batches, unread)
         hidden_states, residual = self.model.forward(token_ids, step, self.kv_caches)
-        if all_positions:
-            return self.model.logits(hidden_states, residual, step.max_dp_tokens)
-        last = step.seq_lens.cumsum(0) - 1
-        return self.model.logits(hidden_states[last], residual[last], max(map(len, batches)))
+        sampled = [row for row, work in enumerate(batch) if work.samples]
+        if len(sampled) == len(batch):
+            last = step.query_starts[1:] - 1
+        else:
+            ends = [sum(step.query_lens_list[: row + 1]) - 1 for row in sampled]
+            last = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        most = max(sum(work.samples for work in other) for other in batches)
+        logits = self.model.logits(hidden_states[last], residual[last], most)
+        return Output(logits, hidden_states, residual)
 
-    def decode(self, batches: Batches, latest: torch.Tensor | None = None) -> ShardedLogits:
-        """One step of each sequence from its latest token. Logits of each.
+    def mixed_inputs(self, batches: Batches, unread: Unread | None) -> tuple[torch.Tensor, StepMetadata]:
+        """Token ids [T] and metadata of a step that is not a decode step."""
+        batch = batches[self.dp_index]
+        spans = [work.span for work in batch]
+        known = [work.sequence.tokens(work.num_computed, work.end) for work in batch]
+        token_ids, step = step_inputs(
+            spans,
+            known,
+            self.device,
+            block_table=self.block_table.update(spans),
+            dp_num_tokens=[sum(work.num_new for work in other) for other in batches],
+            is_decode=False,
+            sequence_parallel=self.sequence_parallel,
+        )
+        if unread is not None:
+            rows = [row for row, ids in enumerate(known) if not ids]  # decoding sequences
+            if rows:
+                sources = [unread.rows[id(batch[row].sequence)] for row in rows]
+                index = torch.tensor([rows, sources], device=self.device)
+                token_ids[step.query_starts[index[0]]] = unread.token_ids[index[1]].long()
+        return token_ids, step
 
-        latest [B]: tokens of this rank's sequences that the host has not read yet; the sequences lack them.
-        """
-        sequences = batches[self.dp_index]
-        self.tokens_run += len(sequences)
-        width = max((blocks_for(length) for length in lens_of(sequences, latest)), default=0)
-        shape = (len(sequences), width, [len(batch) for batch in batches])
+    def decode(self, batches: Batches, unread: Unread | None) -> ShardedLogits:
+        """Runs a decode step; logits of every sequence."""
+        batch = batches[self.dp_index]
+        shape = (len(batch), [len(other) for other in batches])
         if self.inputs is None or self.inputs.shape != shape:
             self.inputs = DecodeInputs(*shape, self.device)
-        self.inputs.fill(sequences, latest)
-        return self.decode_step(self.inputs.token_ids, self.inputs.step)
+        width = max((blocks_for(work.end) for work in batch), default=0)
+        token_ids, step = self.inputs.fill(batch, unread, self.block_table, width)
+        return self.decode_step(token_ids, step)
 
     def decode_step(self, token_ids: torch.Tensor, step: StepMetadata) -> ShardedLogits:
         """token_ids [B] -> logits [B, V]."""
         return self.model.logits(*self.model.forward(token_ids, step, self.kv_caches), step.max_dp_tokens)
 
-    def prefill_inputs(self, batches: Batches) -> tuple[torch.Tensor, StepMetadata]:
-        """Token ids [T] of whole prompts, their positions and cache places. What has a row a token travels at once."""
-        sequences = batches[self.dp_index]
-        num_tokens = sum(map(len, sequences))
-        self.tokens_run += num_tokens
-        none = torch.empty(3, 0, dtype=torch.int64)
-        parts = torch.cat([none, *map(token_places, sequences)], dim=1)
-        aligned = F.pad(parts, (0, num_tokens % 2))  # kernels want every tensor to start at a multiple of 16 bytes
-        token_ids, positions, slot_mapping = aligned.to(self.device)[:, :num_tokens]
-        lens = [len(sequence) for sequence in sequences]
-        used = [torch.tensor(sequence.blocks[: blocks_for(len(sequence))]) for sequence in sequences]
-        table = pad_sequence(used, batch_first=True, padding_value=NULL_BLOCK) if used else none[:0]
-        step = StepMetadata(
-            is_prefill=True,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            block_table=table.to(self.device),
-            seq_lens=self.tensor(lens),
-            query_lens_list=lens,
-            seq_lens_list=lens,
-            dp_num_tokens=[sum(map(len, batch)) for batch in batches],
-            sequence_parallel=self.sequence_parallel,
-        )
-        return token_ids, step
+    def prompt_logits(self, output: Output, batches: Batches) -> Iterator[tuple[Scheduled, int, ShardedLogits]]:
+        """Yields (scheduled tokens, first row within them, logits of up to PROMPT_ROWS rows) where these are wanted.
 
-    def tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def lens_of(sequences: list[Sequence], latest: torch.Tensor | None) -> list[int]:
-    """Tokens of each sequence, with the latest that it may lack."""
-    return [len(sequence) + (latest is not None) for sequence in sequences]
-
-
-def token_places(sequence: Sequence) -> torch.Tensor:
-    """Token ids, positions and cache slots [3, N] of a prompt, made without a Python step for each token."""
-    token_ids = torch.frombuffer(array("q", sequence.prompt_token_ids), dtype=torch.int64)
-    positions = torch.arange(len(sequence))
-    slots = torch.tensor(sequence.blocks)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)
-    return torch.stack((token_ids, positions, slots.flatten()[: len(sequence)]))
-
-
-class DecodeInputs:
-    """Token ids and metadata of decode steps in one tensor of the device, so that a step needs one copy to it."""
-
-    def __init__(self, num_rows: int, width: int, dp_num_tokens: list[int], device: torch.device):
-        """`width`: cache blocks of the longest sequence."""
-        self.shape = (num_rows, width, dp_num_tokens)
-        self.num_rows = num_rows
-        self.width = width
-        self.data = torch.empty(num_rows * (ROW_FIELDS + width), dtype=torch.int64, device=device)
-        fields, table = self.data.split([num_rows * ROW_FIELDS, num_rows * width])
-        self.token_ids, positions, slot_mapping, seq_lens = fields.view(ROW_FIELDS, num_rows)
-        self.step = StepMetadata(
-            is_prefill=False,
-            positions=positions,
-            slot_mapping=slot_mapping,
-            block_table=table.view(num_rows, width),
-            seq_lens=seq_lens,
-            query_lens_list=[1] * num_rows,
-            seq_lens_list=[1] * num_rows,
-            dp_num_tokens=dp_num_tokens,
-        )
-
-    def fill(self, sequences: list[Sequence], latest: torch.Tensor | None = None) -> None:
-        """Rows of the sequences' latest tokens, then rows of padding, which write to the null block.
-
-        Padding repeats the first sequence, so that no experts are read for it but those of that one. As long as the
-        null block has slots enough, each row writes to one of its own.
+        Every rank computes as many slices as the group with the most, as the vocabulary may be sharded across groups.
         """
-        lens = lens_of(sequences, latest)
-        padding = self.num_rows - len(sequences)
-        slots = [sequence.slot(length - 1) for sequence, length in zip(sequences, lens, strict=True)]
-        slots += [NULL_BLOCK * BLOCK_SIZE + row % BLOCK_SIZE for row in range(padding)]
-        token_ids = [sequence.token_ids[-1] if latest is None else 0 for sequence in sequences]
-        tables = []
-        for sequence, length in zip(sequences, lens, strict=True):
-            blocks = sequence.blocks[: blocks_for(length)]
-            tables.append(blocks + [NULL_BLOCK] * (self.width - len(blocks)))
-        token_ids += (token_ids[:1] or [0]) * padding
-        lens += (lens[:1] or [1]) * padding
-        tables += (tables[:1] or [[NULL_BLOCK] * self.width]) * padding
-        values = [*token_ids, *(length - 1 for length in lens), *slots, *lens, *chain.from_iterable(tables)]
-        # from ordinary memory CUDA copies a small tensor before it returns, so that nothing has to wait for the device
-        self.data.copy_(torch.tensor(values, dtype=torch.int64), non_blocking=self.data.is_cuda)
-        if latest is not None:
-            self.token_ids[: len(sequences)] = latest
-            if padding and sequences:
-                self.token_ids[len(sequences) :] = latest[:1]
-        self.step.seq_lens_list[:] = lens
+        slices = [
+            [(work, row) for work in batch if wants_rows(work) for row in range(0, work.num_new, PROMPT_ROWS)]
+            for batch in batches
+        ]
+        batch, own = batches[self.dp_index], slices[self.dp_index]
+        starts = dict(zip(map(id, batch), first_rows(batch), strict=True))
+        for number in range(max(map(len, slices))):
+            pieces = [group[number] for group in slices if number < len(group)]
+            most = max(min(PROMPT_ROWS, work.num_new - row) for work, row in pieces)
+            rows = slice(0, 0)
+            if number < len(own):
+                work, row = own[number]
+                start = starts[id(work)] + row
+                rows = slice(start, start + min(PROMPT_ROWS, work.num_new - row))
+            assert output.hidden_states is not None and output.residual is not None
+            logits = self.model.logits(output.hidden_states[rows], output.residual[rows], most)
+            if number < len(own):
+                yield *own[number], logits
+
+
+def wants_rows(work: Scheduled) -> bool:
+    """Whether logits of prompt positions are wanted of these tokens."""
+    sequence = work.sequence
+    return sequence.wants_prompt_rows and work.num_computed < len(sequence.prompt_token_ids) and not sequence.token_ids
+
+
+def first_rows(batch: Batch) -> list[int]:
+    """First row of each sequence along T."""
+    starts, row = [], 0
+    for work in batch:
+        starts.append(row)
+        row += work.num_new
+    return starts
+
+
+def is_decode(batches: Batches) -> bool:
+    """Whether a step is a decode step on every rank."""
+    return all(work.is_decode for batch in batches for work in batch)

@@ -1,83 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sequences run in the next step."""
+"""Selection of the tokens of each step, for one attention DP group.
+
+First come, first served: a request waits only for those before it. In a step every running sequence gets its next
+token; prompts share what is left of the token budget in order of arrival, so that while others decode, a long prompt
+is computed in chunks. A sequence gets cache blocks as it grows; when none is left, the one admitted last is preempted:
+its blocks are freed and it is recomputed, before any later request, when there is room again.
+"""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-
-from executor.engine.kv_cache import BLOCK_SIZE, BlockAllocator, blocks_for
-from executor.sampling_params import SamplingParams
-
-MAX_PREFILL_TOKENS = 16384  # packed in one step, so that activations stay bounded; one longer prompt goes alone
+from executor.engine.block_pool import BlockPool
+from executor.engine.sequence import Sequence
+from ops.step import BLOCK_SIZE, Span, blocks_for
 
 
-@dataclass(eq=False, kw_only=True)
-class Sequence:
-    """One request on its way: what it asks for, what was generated so far, its cache blocks, when things happened."""
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Tokens of one sequence in a step."""
 
-    index: int
-    prompt: str
-    prompt_token_ids: list[int]
-    sampling: SamplingParams
-    generator: torch.Generator | None  # of the sampled token; None for greedy
-    token_ids: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    started_s: float = 0.0
-    token_times_s: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.prompt_token_ids) + len(self.token_ids)
+    sequence: Sequence
+    num_computed: int  # tokens of the sequence that are computed before this step
+    num_new: int
+    samples: bool  # whether the step samples the sequence's next token
 
     @property
-    def max_len(self) -> int:
-        """Tokens that may have to be cached; the last new one never is."""
-        return len(self.prompt_token_ids) + self.sampling.max_new_tokens - 1
+    def end(self) -> int:
+        return self.num_computed + self.num_new
 
-    def slot(self, position: int) -> int:
-        """Cache slot of a token position."""
-        return self.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    @property
+    def span(self) -> Span:
+        sequence = self.sequence
+        return Span(self.num_computed, self.num_new, sequence.blocks, len(sequence.prompt_token_ids))
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether a decode step can compute it: one token, of which only the next one is wanted."""
+        wants_rows = self.sequence.wants_prompt_rows and self.num_computed < len(self.sequence.prompt_token_ids)
+        return self.num_new == 1 and self.samples and not wants_rows
+
+
+Batch = list[Scheduled]
 
 
 class Scheduler:
-    """First come, first served. A sequence gets all the cache it can need when it starts, so it never has to stop."""
+    """Running and waiting sequences of one attention DP group."""
 
-    def __init__(self, allocator: BlockAllocator, batch_size: int):
-        self.allocator = allocator
-        self.batch_size = batch_size
+    def __init__(
+        self, pool: BlockPool, max_sequences: int, max_step_tokens: int, chunk_tokens: int, prefix_cache: bool
+    ):
+        """max_step_tokens: budget of a step. chunk_tokens: prompt tokens of a step while others decode."""
+        self.pool = pool
+        self.max_sequences = max_sequences
+        self.max_step_tokens = max_step_tokens
+        self.chunk_tokens = min(chunk_tokens, max_step_tokens)
+        self.prefix_cache = prefix_cache
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # in order of admission
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences, and tokens they still need: new requests go to the group with the least."""
+        unfinished = [*self.running, *self.waiting]
+        return len(unfinished), sum(sequence.max_len - sequence.num_computed for sequence in unfinished)
+
+    @property
+    def has_decodes(self) -> bool:
+        """Whether a running sequence waits for its next token."""
+        return any(sequence.num_pending == 1 and not is_complete(sequence) for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence that the whole cache could hold."""
-        assert blocks_for(sequence.max_len) <= self.allocator.num_blocks, "it would wait for ever"
+        """Queues a sequence, which the whole cache must be able to hold."""
+        assert blocks_for(sequence.max_len) <= self.pool.num_blocks, "it would wait for ever"
         self.waiting.append(sequence)
 
-    def start_waiting(self) -> list[Sequence]:
-        """Waiting sequences that fit now: they run from here on and are to be prefilled together."""
-        started: list[Sequence] = []
-        num_tokens = 0
-        while self.waiting and len(self.running) < self.batch_size:
-            sequence = self.waiting[0]
-            num_tokens += len(sequence)
-            if started and num_tokens > MAX_PREFILL_TOKENS:
-                break
-            blocks = self.allocator.allocate(sequence.max_len)
-            if blocks is None:
-                break
-            sequence.blocks = blocks
-            started.append(self.waiting.popleft())
+    def schedule(self, others_decode: bool, may_preempt: bool) -> Batch | None:
+        """Selects the tokens of the next step and allocates their blocks.
+
+        others_decode: whether sequences of any group decode. Returns None if a sequence would have to be preempted
+        although `may_preempt` is False, as steps in flight use its blocks.
+        """
+        if not self._grow(may_preempt):
+            return None
+        decoding = [sequence for sequence in self.running if sequence.num_pending == 1 and not is_complete(sequence)]
+        batch = [Scheduled(sequence, sequence.num_computed, 1, True) for sequence in decoding]
+        budget = self.max_step_tokens
+        if others_decode or batch:
+            budget = min(self.chunk_tokens, max(1, budget - len(batch)))
+        for sequence in self.running:
+            if sequence.num_pending > 1 and budget > 0:
+                budget -= self._chunk(batch, sequence, budget)
+        while self.waiting and len(self.running) < self.max_sequences and budget > 0 and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
             self.running.append(sequence)
-        return started
+            budget -= self._chunk(batch, sequence, budget)
+        return batch
 
-    def finish(self, sequence: Sequence) -> None:
-        """Takes a running sequence out and frees its cache; the sequence still says which blocks that was."""
-        self.running.remove(sequence)
-        self.allocator.free(sequence.blocks)
+    def finish(self, sequence: Sequence, finish_reason: str) -> None:
+        """Ends a sequence; its blocks are freed when no step in flight uses them."""
+        sequence.finish_reason = finish_reason
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if not sequence.num_in_flight:
+            self.release(sequence)
 
-    def clear(self) -> None:
-        """Forgets all sequences."""
-        self.waiting.clear()
+    def release(self, sequence: Sequence) -> None:
+        """Frees the blocks of a sequence that no step in flight uses."""
+        is_unverified = sequence.num_computed > sequence.num_verified
+        self.pool.release(sequence.blocks, suspect=sequence.is_suspect or is_unverified)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_verified = sequence.num_registered = 0
+
+    def register(self, sequence: Sequence, num_tokens: int) -> None:
+        """Adds the full blocks of a sequence's first `num_tokens` tokens, which are verified, to the prefix cache."""
+        sequence.num_verified = num_tokens
+        if self.prefix_cache:
+            count = num_tokens // BLOCK_SIZE
+            digests = sequence.block_digests(count)
+            for index in range(sequence.num_registered, count):
+                self.pool.register(sequence.blocks[index], digests[index])
+            sequence.num_registered = max(sequence.num_registered, count)
+
+    def _chunk(self, batch: Batch, sequence: Sequence, budget: int) -> int:
+        """Adds up to `budget` tokens of a prompt to the batch; returns their number."""
+        count = min(sequence.num_pending, budget)
+        batch.append(Scheduled(sequence, sequence.num_computed, count, count == sequence.num_pending))
+        return count
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Allocates the blocks of a waiting sequence's known tokens, cached prefix included; False if too few are free.
+
+        Each running sequence that may still grow keeps one block in reserve, so that it does not preempt this one at
+        once.
+        """
+        cached = []
+        if self.prefix_cache and not sequence.wants_prompt_rows:
+            cached = self.pool.cached(sequence.block_digests((sequence.length - 1) // BLOCK_SIZE))
+        self.pool.share(cached)
+        reserve = sum(len(other.blocks) < blocks_for(other.max_len) for other in self.running)
+        needed = blocks_for(sequence.length) - len(cached)
+        if needed + reserve > self.pool.num_free:
+            self.pool.release(cached)
+            return False
+        sequence.blocks = cached + (self.pool.take(needed) or [])
+        sequence.num_registered = len(cached)
+        sequence.num_computed = sequence.num_verified = len(cached) * BLOCK_SIZE
+        sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, len(sequence.prompt_token_ids)))
+        return True
+
+    def _grow(self, may_preempt: bool) -> bool:
+        """Gives every decoding sequence the block of its next token; False if one would have to be preempted."""
         for sequence in list(self.running):
-            self.finish(sequence)
+            while sequence in self.running and len(sequence.blocks) < blocks_for(sequence.length):
+                if is_complete(sequence):
+                    break
+                block = self.pool.take(1)
+                if block is not None:
+                    sequence.blocks += block
+                elif not may_preempt:
+                    return False
+                else:
+                    self._preempt(self.running[-1])
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_in_flight
+        self.running.remove(sequence)
+        self.release(sequence)
+        if not sequence.token_ids:  # its prompt is computed again from the start
+            for rows in (sequence.prompt_logprobs, sequence.prompt_top_ids, sequence.prompt_logits):
+                rows.clear()
+        self.waiting.appendleft(sequence)
+
+
+def is_complete(sequence: Sequence) -> bool:
+    """Whether all tokens that a sequence may generate are sampled, though some may be unread."""
+    return sequence.num_generated >= sequence.sampling.max_new_tokens

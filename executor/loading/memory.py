@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from executor.config import Settings
-from executor.engine.kv_cache import BLOCK_SIZE, block_bytes, blocks_for, cache_tensors
+from executor.engine.kv_cache import block_bytes, cache_tensors
 from executor.loading.device import free_memory_bytes
 from executor.loading.loader import load_parameters, parameter_bytes, random_parameters
 from models.layers.attention import KVCache
@@ -18,6 +18,7 @@ from models.layers.parameter import Parameters
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 from ops.comm import ParallelContext
+from ops.step import BLOCK_SIZE, blocks_for
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,13 @@ def allocate_cache(
     dtype: torch.dtype,
     device: torch.device,
     known_lens: Sequence[int] = (),
+    fills_memory: bool = False,
 ) -> tuple[int, list[KVCache]]:
     """Allocates a KV cache of `cache_tokens`, else of `cache_memory_fraction` of the free memory.
 
     Returns its number of blocks, equal on all ranks, and each layer's (keys, values). max_len: maximum tokens of a
-    sequence. known_lens: cached tokens of each sequence that will run, if known; this caps the cache. ValueError if
-    it does not fit.
+    sequence. known_lens: cached tokens of each sequence that will run, if known; this caps the cache, as does
+    batch_size sequences of max_len unless it `fills_memory`. ValueError if it does not fit.
     """
     model = settings.model_config
     num_kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp.size)
@@ -76,7 +78,8 @@ def allocate_cache(
             )
         num_blocks = min(num_blocks, usable) if known_lens else num_blocks
     else:
-        num_blocks = min(usable, int(free * model.cache_memory_fraction) // bytes_per_block - 1)
+        num_blocks = int(free * model.cache_memory_fraction) // bytes_per_block - 1
+        num_blocks = num_blocks if fills_memory else min(usable, num_blocks)
     num_blocks = min(parallel.control.all_gather(torch.tensor([num_blocks], device=device)).tolist())
     if num_blocks < 1:
         raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asynchronous Python API for servers: requests join and leave the running batch at any time."""
+
+import asyncio
+import contextlib
+import logging
+import pickle
+import queue
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor.config import Settings
+from executor.engine.engine import TokenEvent
+from executor.engine.request import Request, stream_chunk
+from executor.engine.text_stream import TextStream
+from executor.llm import LLM, settings_of
+from executor.loading.prompts import Prompt, prompt_list
+from executor.outputs import StreamChunk
+from executor.sampling_params import SamplingParams
+from ops.comm import CommandChannel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What comes from outside between two steps: new requests, cancelled ones, and the end."""
+
+    requests: list[Request]
+    cancelled: list[str]
+    is_closed: bool = False
+
+
+@dataclass(frozen=True)
+class Client:
+    """Receiver of a request's events, in the event loop that asked for it."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[TokenEvent | BaseException]
+
+    def put(self, item: TokenEvent | BaseException) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
+
+
+class AsyncLLM:
+    """A loaded model that serves requests as they come; arguments as for `LLM`.
+
+    The engine runs in a thread. With several ranks, rank 0 serves and sends what comes to the others at step
+    boundaries; there `generate` is not possible, and `close` returns when rank 0 has closed.
+
+    Example:
+        llm = AsyncLLM("path/of/the/checkpoint", batch_size=8)
+        async for chunk in llm.generate("Once upon a time", SamplingParams(max_new_tokens=64)):
+            print(chunk.text, end="", flush=True)
+        llm.close()
+    """
+
+    def __init__(self, model_path: str | Path, device: str = "auto", dtype: str = "bfloat16", **settings: Any):
+        self._start(settings_of(model_path, device, dtype, settings))
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "AsyncLLM":
+        """Loads what checked settings describe."""
+        llm = cls.__new__(cls)
+        llm._start(settings)
+        return llm
+
+    def _start(self, settings: Settings) -> None:
+        self.llm = LLM.from_settings(settings, fills_memory=True)
+        several = self.llm.parallel.world.size > 1
+        self.channel = CommandChannel() if several else None
+        self.is_serving = self.llm.parallel.world.index == 0
+        self.inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()  # request, id to cancel, None: close
+        self.clients: dict[str, Client] = {}  # request id -> client; changed under `lock`
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.is_closed = False
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[StreamChunk]:
+        """Completes a prompt (a text or token ids) and yields each chunk as it comes.
+
+        Ending the iteration early cancels the request. Raises ValueError and TypeError as `LLM.generate` for a request
+        that can never run, RuntimeError if the engine has failed or is closed.
+        """
+        request = self._request(prompt, sampling_params, request_id)
+        client = Client(request, asyncio.get_running_loop(), asyncio.Queue())
+        self._submit(client)
+        texts = {id(sample): TextStream(self.llm.tokenizer, sample.sampling.stop) for sample in request.samples}
+        unfinished = len(request.samples)
+        try:
+            while unfinished:
+                event = await client.events.get()
+                if isinstance(event, BaseException):
+                    raise RuntimeError(f"the engine has ended: {event}") from event
+                unfinished -= event.is_last
+                yield stream_chunk(event, texts[id(event.sequence)], self.llm.tokenizer)
+        finally:
+            if unfinished:
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Cancels a request: its stream ends with finish_reason "cancelled". Unknown ids are ignored."""
+        self.inbox.put(request_id)
+
+    def close(self) -> None:
+        """Cancels all requests, ends the engine and waits for it; on other ranks, waits until rank 0 closes."""
+        self.is_closed = True
+        if self.is_serving:
+            self.inbox.put(None)
+        self.thread.join()
+
+    def _request(self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None) -> Request:
+        if not self.is_serving:
+            raise RuntimeError("only rank 0 serves requests")
+        prompts = prompt_list(prompt)
+        if len(prompts) != 1:
+            raise TypeError(f"prompt: expected one prompt, got {len(prompts)}")
+        [(text, token_ids)] = self.llm.encode(prompts)
+        sampling = self.llm.default_sampling if sampling_params is None else sampling_params
+        if not isinstance(sampling, SamplingParams):
+            raise TypeError(f"sampling_params: expected a SamplingParams, got a {type(sampling).__name__}")
+        return self.llm.request(text, token_ids, sampling, request_id=request_id)
+
+    def _submit(self, client: Client) -> None:
+        with self.lock:
+            if self.failure is not None or self.is_closed:
+                raise RuntimeError(f"the engine has ended: {self.failure or 'it was closed'}")
+            if client.request.request_id in self.clients:
+                raise ValueError(f"request_id: {client.request.request_id!r} is in use by another request")
+            self.clients[client.request.request_id] = client
+        self.inbox.put(client.request)
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        """Engine thread: applies what has come, then runs a step, until it is closed or fails."""
+        failure: BaseException = RuntimeError("it was closed")
+        try:
+            while not self._apply(self._next_commands()):
+                for event in self.llm.engine.step():
+                    self._deliver(event)
+        except BaseException as error:
+            failure = error
+            if self.is_serving:
+                logger.exception("the engine has failed")
+        with self.lock:
+            self.failure = failure
+            clients, self.clients = list(self.clients.values()), {}
+        for client in clients:
+            client.put(failure)
+
+    def _next_commands(self) -> Commands:
+        """What came since the last step; waits for something while the engine is idle. The same on every rank."""
+        commands = Commands([], [])
+        if self.is_serving:
+            commands = self._drain(wait=not self.llm.engine.has_work)
+        if self.channel is None:
+            return commands
+        is_empty = commands == Commands([], [])
+        data = self.channel.broadcast(b"" if is_empty else pickle.dumps(commands))
+        return pickle.loads(data) if data and not self.is_serving else commands
+
+    def _drain(self, wait: bool) -> Commands:
+        requests: list[Request] = []
+        cancelled: list[str] = []
+        is_closed = False
+        while wait or not self.inbox.empty():
+            item = self.inbox.get()
+            wait = False
+            if isinstance(item, Request):
+                requests.append(item)
+            elif isinstance(item, str):
+                cancelled.append(item)
+            else:
+                is_closed = True
+        return Commands(requests, cancelled, is_closed)
+
+    def _apply(self, commands: Commands) -> bool:
+        """Adds and cancels requests; returns whether it is the end."""
+        for request in commands.requests:
+            self.llm.engine.add(request.samples)
+        for request_id in commands.cancelled:
+            self.llm.engine.cancel(request_id)
+        if commands.is_closed:
+            self.llm.engine.abort()
+        return commands.is_closed
+
+    def _deliver(self, event: TokenEvent) -> None:
+        client = self.clients.get(event.sequence.request_id)
+        if client is not None:
+            client.put(event)
+            if event.is_last and client.request.is_finished:
+                with self.lock:
+                    del self.clients[event.sequence.request_id]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block table that stays on the device and is updated only where it changed."""
+
+import torch
+
+from ops.step import NULL_BLOCK, Span, blocks_for
+
+
+class BlockTable:
+    """Block table [max_rows, max_blocks] int32 on the device; row i belongs to the i-th sequence of a step.
+
+    Blocks of a sequence are only appended to (a preempted sequence gets a new list), so a row that holds the same list
+    needs only its new entries: in most decode steps nothing is written.
+    """
+
+    def __init__(self, max_rows: int, max_blocks: int, device: torch.device):
+        self.table = torch.full((max_rows, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
+        self.written: list[tuple[list[int], int]] = [([], 0) for _ in range(max_rows)]  # blocks, entries written
+
+    def update(self, spans: list[Span], num_rows: int | None = None, width: int | None = None) -> torch.Tensor:
+        """Writes the rows of a step; returns the view [num_rows, width] of the table.
+
+        num_rows: with padding rows, which repeat the first sequence. width: blocks of the longest sequence by default.
+        """
+        num_rows = len(spans) if num_rows is None else num_rows
+        width = max((blocks_for(span.end) for span in spans), default=0) if width is None else width
+        indices: list[int] = []
+        entries: list[int] = []
+        for row in range(num_rows if spans else 0):
+            span = spans[row if row < len(spans) else 0]
+            needed = blocks_for(span.end)
+            blocks, count = self.written[row]
+            if blocks is not span.blocks:
+                count = 0
+            if count < needed:
+                first = row * self.table.shape[1]
+                indices.extend(range(first + count, first + needed))
+                entries.extend(span.blocks[count:needed])
+                self.written[row] = span.blocks, needed
+        if indices:
+            changes = torch.tensor([indices, entries]).to(self.table.device)
+            self.table.view(-1)[changes[0]] = changes[1].int()
+        return self.table[:num_rows, :width]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of decode steps in tensors that stay where they are, so that captured graphs read them."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from executor.engine.block_table import BlockTable
+from executor.engine.scheduler import Batch
+from ops import StepMetadata
+from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout
+
+if TYPE_CHECKING:
+    from executor.engine.model_runner import Unread
+
+FIRST_PADDING = [Span(0, 1, [NULL_BLOCK], 1)]  # stands in for the first sequence where there is none
+
+
+class DecodeInputs:
+    """Token ids and metadata of decode steps of `num_rows` rows, written by one copy a step.
+
+    dp_num_tokens: rows in every attention DP group.
+    """
+
+    def __init__(self, num_rows: int, dp_num_tokens: list[int], device: torch.device):
+        self.shape = (num_rows, dp_num_tokens)
+        self.num_rows = num_rows
+        self.layout = StepLayout(num_rows, num_rows)
+        self.data = torch.zeros(self.layout.length, dtype=torch.int64, device=device)
+        tensors = self.layout.split(self.data)
+        self.token_ids = tensors.token_ids
+        self.step = StepMetadata(
+            is_decode=True,
+            starts_fresh=False,
+            positions=tensors.positions,
+            slot_mapping=tensors.slot_mapping,
+            block_table=torch.empty(num_rows, 0, dtype=torch.int32, device=device),
+            query_starts=tensors.query_starts,
+            seq_lens=tensors.seq_lens,
+            query_lens_list=[1] * num_rows,
+            seq_lens_list=[1] * num_rows,
+            prompt_lens_list=[1] * num_rows,
+            dp_num_tokens=dp_num_tokens,
+        )
+
+    def fill(
+        self, batch: Batch, unread: "Unread | None", block_table: BlockTable, width: int
+    ) -> tuple[torch.Tensor, StepMetadata]:
+        """Writes the rows of a batch's next tokens, then padding rows. width: blocks of a block table row.
+
+        Padding rows repeat the first sequence, so that no experts are read for them but those of that one, and write to
+        the null block, each to a slot of its own as long as there are enough.
+        """
+        spans = [work.span for work in batch]
+        known = [work.sequence.tokens(work.num_computed, work.end) for work in batch]
+        num_padding = self.num_rows - len(batch)
+        packed = self.layout.pack(
+            spans + (spans[:1] or FIRST_PADDING) * num_padding, known + (known[:1] or [[0]]) * num_padding
+        )
+        if num_padding:
+            slots = self.layout.split(packed).slot_mapping
+            slots[len(batch) :] = NULL_BLOCK * BLOCK_SIZE + torch.arange(len(batch), self.num_rows) % BLOCK_SIZE
+        # CUDA copies a small pageable tensor before the call returns, so nothing has to wait for the device
+        self.data.copy_(packed, non_blocking=self.data.is_cuda)
+        if unread is not None:
+            self.take_unread(batch, known, unread)
+        self.step.seq_lens_list[:] = [span.end for span in spans] + [spans[0].end if spans else 1] * num_padding
+        table = block_table.update(spans, self.num_rows, width)
+        if table.shape != self.step.block_table.shape or table.data_ptr() != self.step.block_table.data_ptr():
+            self.step = dataclasses.replace(self.step, block_table=table)
+        return self.token_ids, self.step
+
+    def take_unread(self, batch: Batch, known: list[list[int]], unread: "Unread") -> None:
+        """Copies the tokens that the host has not read from the step that sampled them."""
+        rows = [row for row, ids in enumerate(known) if not ids]
+        sources = [unread.rows[id(batch[row].sequence)] for row in rows]
+        if rows == sources == list(range(len(batch))):
+            self.token_ids[: len(batch)] = unread.token_ids[: len(batch)]
+        elif rows:
+            index = torch.tensor([rows, sources]).to(self.token_ids.device)
+            self.token_ids[index[0]] = unread.token_ids[index[1]].long()
+        if rows and rows[0] == 0 and self.num_rows > len(batch):
+            self.token_ids[len(batch) :] = self.token_ids[:1]

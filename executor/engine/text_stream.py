@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text of a sequence as it grows: whole characters, without what may become a stop string."""
+
+from tokenizers.decoders import DecodeStream
+
+from executor.loading.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Incremental detokenization of one sequence."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.held = ""  # decoded text that is not yet returned
+        self.returned = ""
+
+    def push(self, token_id: int) -> str:
+        """Adds a token; returns the text that is complete now."""
+        if self.tokenizer.can_decode and self.tokenizer.knows(token_id):
+            self.held += self.decoder.step(self.tokenizer.backend, token_id) or ""
+        ready = len(self.held) - longest_overlap(self.held, self.stop)
+        text, self.held = self.held[:ready], self.held[ready:]
+        self.returned += text
+        return text
+
+    def finish(self, final_text: str) -> str:
+        """The rest of the final text, which ends before a stop string."""
+        return final_text[len(self.returned) :] if final_text.startswith(self.returned) else ""
+
+
+def longest_overlap(text: str, stops: tuple[str, ...]) -> int:
+    """Characters at the end of `text` from the first possible beginning of a stop string, or from a whole one."""
+    found = 0
+    for stop in stops:
+        position = text.find(stop)
+        if position >= 0:
+            found = max(found, len(text) - position)
+        for length in range(min(len(stop) - 1, len(text)), found, -1):
+            if text.endswith(stop[:length]):
+                found = length
+                break
+    return found
