@@ -14,9 +14,14 @@ NO_REVISION = "there is no such setting: model_path is a folder on this machine"
 DTYPE = "did you mean model_config.dtype?"
 DEVICE = "did you mean device? Each rank uses the visible device with its local rank"
 EAGER = 'set exe_mode: "eager" or "graph"'
-ONE_ANSWER = "there is one completion per prompt: repeat the prompt"
+SAMPLES = "only from Python: SamplingParams.n"
+ALLOWED = "only from Python: SamplingParams.mask, a function that returns the allowed tokens"
 NO_BEAMS = "there is no beam search, only greedy decoding and sampling"
 NO_SAMPLE = "temperature 0 is greedy, above 0 samples"
+ONLY_FROM_PYTHON = (
+    *("n", "logprobs", "prompt_logprobs", "presence_penalty", "frequency_penalty"),
+    *("logit_bias", "min_tokens", "stop_token_ids", "bad_words"),
+)
 
 HINTS = {
     "model": "did you mean model_path?",
@@ -76,17 +81,22 @@ HINTS = {
     "rope_parameters": "did you mean model_config.rope_scaling?",
     "hf_overrides": "only rotary parameters can be replaced, by model_config.rope_scaling",
     "generation_config": "data_config.sampling_from_checkpoint: True uses generation_config.json",
-    "n": ONE_ANSWER,
-    "best_of": ONE_ANSWER,
-    "num_return_sequences": ONE_ANSWER,
+    **{name: f"only from Python: SamplingParams.{name}" for name in ONLY_FROM_PYTHON},
+    "best_of": SAMPLES,
+    "num_return_sequences": SAMPLES,
+    "top_logprobs": "only from Python: SamplingParams.logprobs",
+    "min_new_tokens": "only from Python: SamplingParams.min_tokens",
+    "min_length": "only from Python: SamplingParams.min_tokens",
+    "sequence_bias": "only from Python: SamplingParams.logit_bias",
+    "bad_words_ids": "only from Python: SamplingParams.bad_words",
+    "allowed_token_ids": ALLOWED,
+    "logits_processors": ALLOWED,
+    "prefix_allowed_tokens_fn": ALLOWED,
     "num_beams": NO_BEAMS,
     "use_beam_search": NO_BEAMS,
     "do_sample": NO_SAMPLE,
     "stop_strings": "did you mean data_config.stop?",
-    "stop_token_ids": "end tokens are those of the checkpoint; data_config.stop takes texts",
-    "eos_token_id": "end tokens are those of the checkpoint; data_config.stop takes texts",
-    "frequency_penalty": "only data_config.repetition_penalty exists",
-    "presence_penalty": "only data_config.repetition_penalty exists",
+    "eos_token_id": "end tokens are those of the checkpoint; from Python, SamplingParams.stop_token_ids adds others",
     "random_seed": "did you mean data_config.seed?",
     "prompts": "did you mean data_config.dataset_path?",
     "log_file": "logs are in the result folder of each run, below output_dir",
