@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling: the same distribution as transformers', and reproducible draws."""
+"""Sampling: the same distribution as transformers', reproducible draws, log-likelihoods, shared vocabularies."""
 
-import json
 import math
 import random
-import shutil
-from pathlib import Path
+from random import Random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -18,13 +17,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from executor import LLM, SamplingParams
-from executor.engine import sampler
-from executor.engine.sampler import sample
-from executor.engine.scheduler import Sequence
+from executor import SamplingParams
+from executor.engine.sampler import TIED, Sampled, Sampler, make_random, token_logprobs
 from models.layers.lm_head import ShardedLogits
-from ops.comm import SINGLE
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import make_model, reference_logits
+from tests.executor.sampling_rows import (
+    DRAWS,
+    Fixed,
+    Row,
+    ThreadGroup,
+    ThreadRank,
+    distribution,
+    on_ranks,
+    sample,
+    single,
+)
 
 VOCAB = 50
 FILTERS = [
@@ -47,19 +54,18 @@ FILTERS = [
 ]
 
 
-def make_sequence(prompt: list[int], token_ids: list[int], seed: int = 0, **sampling) -> Sequence:
-    return Sequence(
-        index=0,
-        prompt="",
-        prompt_token_ids=prompt,
-        sampling=SamplingParams(**sampling),
-        generator=torch.Generator().manual_seed(seed),
-        token_ids=token_ids,
-    )
+def random_logits(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(random.randrange(2**32)))
 
 
-def sample_rows(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    return sample(ShardedLogits(logits.clone(), SINGLE["lmhead_tp"], 0, len(sequences)), sequences)[0].tolist()
+def random_ids(count: int) -> list[int]:
+    return random.choices(range(VOCAB), k=count)
+
+
+def make_row(number: float | None = None, prompt: list[int] | None = None, **sampling) -> Row:
+    """A sampled row, unless `sampling` says otherwise; number: what it draws, else any."""
+    source = Random() if number is None else Fixed(number)
+    return Row(SamplingParams(**{"temperature": 1.0, **sampling}), prompt or [1], random=source)
 
 
 def processors(
@@ -71,61 +77,86 @@ def processors(
     return LogitsProcessorList([*chosen, TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)])
 
 
-@pytest.fixture
-def drawn_from(monkeypatch) -> list[torch.Tensor]:
-    """Records the probabilities of every draw."""
-    seen = []
-    multinomial = torch.multinomial
-    monkeypatch.setattr(sampler.torch, "multinomial", lambda p, *a, **k: seen.append(p) or multinomial(p, *a, **k))
-    return seen
-
-
-def assert_same_distribution(drawn: torch.Tensor, expected: torch.Tensor) -> None:
-    """With top_k, draws are over candidates sorted by logit."""
-    drawn, expected = (part.sort(descending=True).values for part in (drawn, expected))
-    torch.testing.assert_close(drawn, expected[: len(drawn)], atol=1e-5, rtol=0)
-    assert not expected[len(drawn) :].any()
+def assert_same(drawn: torch.Tensor, expected: torch.Tensor) -> None:
+    """Frequencies of draws with evenly spaced random numbers are exact to one of DRAWS."""
+    torch.testing.assert_close(drawn, expected, atol=1.01 / DRAWS, rtol=0)
+    assert not drawn[expected == 0].any()
 
 
 @pytest.mark.parametrize("filters", FILTERS)
-def test_probabilities_equal_transformers(filters, drawn_from):
+def test_probabilities_equal_transformers(filters):
     for scale in (0.5, 3.0, 20.0):
-        logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(random.randrange(2**32))) * scale
-        prompt, token_ids = random.choices(range(VOCAB), k=8), random.choices(range(VOCAB), k=4)
-        [token_id] = sample_rows(logits[None], [make_sequence(prompt, token_ids, **{"temperature": 1.0, **filters})])
+        logits = random_logits(VOCAB) * scale
+        prompt, token_ids = random_ids(8), random_ids(4)
         expected = processors(**filters)(torch.tensor([prompt + token_ids]), logits[None])[0].softmax(dim=-1)
-        assert_same_distribution(drawn_from[-1], expected)
-        assert expected[token_id] > 0
+        row = Row(SamplingParams(**{"temperature": 1.0, **filters}), prompt, token_ids)
+        assert_same(distribution(logits, row), expected)
 
 
-def test_order_of_the_filters_is_that_of_generate(tmp_path, drawn_from):
-    filters = FILTERS[-1]
-    model = make_checkpoint(tmp_path)
+@pytest.mark.parametrize("beside", [{}, {"temperature": 1.0, "top_k": 30}, {"temperature": 1.0}])
+def test_ties_at_the_last_of_top_k_are_kept(beside):
+    """As transformers does, whatever the other rows need; logits of bfloat16 tie often."""
+    for top_k in (1, 3, 8):
+        logits = (random_logits(VOCAB) * 2).round() / 2
+        expected = processors(top_k=top_k)(torch.tensor([[1]]), logits[None])[0].softmax(dim=-1)
+        other = Row(SamplingParams(**beside), random=Random())
+        assert_same(distribution(logits, make_row(top_k=top_k), [other]), expected)
+
+
+def test_order_of_the_filters_is_that_of_generate():
+    model = make_model()
     prompt = random.choices(range(211), k=9)
-    LLM(tmp_path, device="cpu", dtype="float32").generate([prompt], SamplingParams(max_new_tokens=1, **filters))
-    [ours] = drawn_from
+    logits = reference_logits(model, prompt)[-1]
+    filters, banned, end = FILTERS[-1], [prompt[-2:] + [int(logits.argmax())], [5]], int(logits.topk(2).indices[1])
+    bias = {token_id: random.uniform(-2, 2) for token_id in prompt}
+    row = Row(SamplingParams(**filters, logit_bias=bias, min_tokens=1), prompt, [], [*banned, prompt[-1:] + [end]])
     theirs = {"max_new_tokens": 1, "do_sample": True, "output_scores": True, "return_dict_in_generate": True}
-    run = model.generate(torch.tensor([prompt]), **theirs, **filters)
-    assert_same_distribution(ours, run.scores[0][0].softmax(dim=-1))
+    theirs |= {"min_new_tokens": 1, "eos_token_id": end, "pad_token_id": 0, "bad_words_ids": row.bad_word_ids}
+    theirs |= {"sequence_bias": {(token_id,): value for token_id, value in bias.items()}}
+    run = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 9).long(), **theirs, **filters)
+    expected = run.scores[0][0].softmax(dim=-1)
+    assert_same(distribution(logits, row, end_token_ids=frozenset([end])), expected)
+
+
+def test_rows_do_not_depend_on_each_other():
+    """All settings in one step draw the tokens that each draws alone."""
+    settings = [*FILTERS, {"temperature": 0.0}, {"temperature": 0.0, "repetition_penalty": 1.4}] * 4
+    random.shuffle(settings)
+    logits = random_logits(len(settings), VOCAB) * 4
+    rows = [make_row(random.random(), random_ids(9), **sampling) for sampling in settings]
+    alone = [sample(logits[i : i + 1], [row]).token_ids.item() for i, row in enumerate(rows)]
+    assert sample(logits, rows).token_ids.tolist() == alone
+    some = [i for i, row in enumerate(rows) if row.sampling.greedy or row.sampling.top_k]
+    assert sample(logits[some], [rows[i] for i in some]).token_ids.tolist() == [alone[i] for i in some]
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.8])
 def test_greedy(penalty):
-    logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(random.randrange(2**32)))
-    histories = [random.choices(range(VOCAB), k=10) for _ in logits]
+    logits = random_logits(6, VOCAB)
+    histories = [random_ids(10) for _ in logits]
     # No filter drops the most likely token.
     filters = {"temperature": 0.0, "top_k": 3, "top_p": 0.5, "min_p": 0.5, "repetition_penalty": penalty}
-    sequences = [make_sequence(history[:6], history[6:], **filters) for history in histories]
+    rows = [Row(SamplingParams(**filters), history[:6], history[6:]) for history in histories]
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(histories), logits.clone()).argmax(dim=-1)
-    assert sample_rows(logits, sequences) == expected.tolist()
+    assert sample(logits, rows).token_ids.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("beside", [{}, {"temperature": 1.0, "top_k": 4}, {"temperature": 1.0}])
+def test_greedy_ties_go_to_the_lower_id(beside):
+    for _ in range(20):
+        ties = sorted(random.sample(range(VOCAB), k=5))
+        logits = random_logits(2, VOCAB).clamp(max=1)
+        logits[0, ties] = 2.0
+        rows = [make_row(temperature=0), Row(SamplingParams(**beside), random=Random())]
+        assert sample(logits, rows).token_ids[0] == ties[0]
 
 
 def test_greedy_and_sampled_requests_share_a_step():
-    logits = torch.randn(4, VOCAB)
-    settings = [{}, {"temperature": 1.0}, {"temperature": 1e-4}, {"temperature": 5.0, "top_k": 1}]
-    token_ids = sample_rows(logits, [make_sequence([1], [], **sampling) for sampling in settings])
+    logits = random_logits(5, VOCAB)
+    settings = [{"temperature": 0.0}, {}, {"temperature": 1e-4}, {"temperature": 5.0, "top_k": 1}]
+    token_ids = sample(logits, [None, *(make_row(**sampling) for sampling in settings)]).token_ids.tolist()
     best = logits.argmax(dim=-1).tolist()
-    assert [token_ids[i] for i in (0, 2, 3)] == [best[i] for i in (0, 2, 3)]
+    assert [token_ids[i] for i in (1, 3, 4)] == [best[i] for i in (1, 3, 4)]
 
 
 NAN, INF = math.nan, math.inf
@@ -142,32 +173,53 @@ ROWS = [  # special values in the logits, whether the row can still be sampled
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.01}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
-@pytest.mark.parametrize("penalty", [1.0, 1.5])
+@pytest.mark.parametrize("penalty", [{}, {"repetition_penalty": 1.5}, {"presence_penalty": 0.1}])
 def test_non_finite_rows(penalty, sampling):
     """They are reported with a valid token; other rows are unaffected."""
-    logits = torch.randn(len(ROWS), VOCAB)
+    logits = random_logits(len(ROWS), VOCAB)
     for row, (values, _) in zip(logits, ROWS, strict=True):
         row[torch.randperm(VOCAB)[: len(values)]] = torch.tensor(values)
-    settings = {"repetition_penalty": penalty, **sampling}
 
-    def run(chosen: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        sequences = [make_sequence([1, 2], [3], seed=i, **settings) for i in chosen]
-        return sample(ShardedLogits(logits[chosen], SINGLE["lmhead_tp"], 0, len(chosen)), sequences)
+    def run(chosen: list[int]) -> Sampled:
+        rows = [make_row(0.1 * i, [1, 2], **{"temperature": 0.0, **penalty, **sampling}) for i in chosen]
+        return sample(logits[chosen], rows)
 
-    token_ids, largest = run([*range(len(ROWS))])
-    assert [math.isfinite(value) for value in largest.tolist()] == [finite for _, finite in ROWS]
-    assert ((token_ids >= 0) & (token_ids < VOCAB)).all()
+    sampled = run([*range(len(ROWS))])
+    assert [math.isfinite(value) for value in sampled.largest.tolist()] == [finite for _, finite in ROWS]
+    assert ((sampled.token_ids >= 0) & (sampled.token_ids < VOCAB)).all()
     sound = [i for i, (_, finite) in enumerate(ROWS) if finite]
-    assert token_ids[sound].tolist() == run(sound)[0].tolist()
-    assert all(logits[i, token_ids[i]] > -INF for i in sound)
+    assert sampled.token_ids[sound].tolist() == run(sound).token_ids.tolist()
+    assert all(logits[i, sampled.token_ids[i]] > -INF for i in sound)
+    assert sampled.largest[sound].tolist() == logits[sound].amax(-1).tolist()
 
 
-@pytest.mark.parametrize("filters", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}])
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_non_finite_logits_of_forbidden_tokens_are_reported(value):
+    logits = random_logits(2, VOCAB)
+    logits[0, 3] = value
+    rows = [Row(SamplingParams(min_tokens=2)), Row(SamplingParams())]
+    assert sample(logits, rows, frozenset([3])).largest.isfinite().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3}])
+def test_a_row_without_an_allowed_token_is_reported(sampling):
+    logits = random_logits(2, VOCAB)
+    rows = [Row(SamplingParams(mask=mask, **sampling), random=Random()) for mask in (lambda ids: NONE, None)]
+    sampled = sample(logits, rows)
+    assert sampled.largest[0] == -INF and sampled.largest[1] == logits[1].max()
+    assert 0 <= sampled.token_ids[0] < VOCAB
+
+
+NONE = torch.zeros(VOCAB, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}])
 def test_frequencies_follow_probabilities(filters):
-    logits = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, -1.0])
-    draws = 4000
-    sequence = make_sequence([0], [], seed=1234, **{"temperature": 1.0, **filters})
-    counts = torch.bincount(torch.tensor([sample_rows(logits[None], [sequence])[0] for _ in range(draws)]), minlength=6)
+    logits, draws = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, -1.0]), 20000
+    sampling = SamplingParams(**{"temperature": 1.0, **filters}, seed=1234)
+    source = make_random(sampling)
+    token_ids = sample(logits.expand(draws, -1), [Row(sampling, random=source)] * draws).token_ids
+    counts = torch.bincount(token_ids, minlength=6)
     expected = processors(**filters)(torch.tensor([[0]]), logits[None])[0].softmax(dim=-1) * draws
     assert (counts[expected == 0] == 0).all()
     kept = expected > 0
@@ -175,128 +227,173 @@ def test_frequencies_follow_probabilities(filters):
     assert chi_square < 25, (counts, expected)  # 5 degrees of freedom: 1 in 7000
 
 
-@pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> LLM:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_checkpoint(folder)
-    return LLM(folder, device="cpu", dtype="float32", batch_size=4)
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 40}, {"min_p": 0.3}])
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_extreme_random_numbers_draw_kept_tokens(number, filters):
+    """The first and the last kept token, with a full vocabulary and impossible tokens at both ends."""
+    logits = random_logits(1, 151936) * 3
+    logits[0, :1000] = logits[0, -1000:] = -INF
+    settings = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+    expected = processors(**settings)(torch.tensor([[0]]), logits)[0].softmax(dim=-1)
+    token_id = sample(logits, [make_row(number, **filters)]).token_ids.item()
+    assert expected[token_id] > 0
+    likely = (expected > 2**-29).nonzero()[:, 0]
+    assert token_id <= likely[0] if number == 0 else token_id >= likely[-1]
 
 
-def test_seeded_sampling_does_not_depend_on_neighbours(llm):
-    prompts = [random.choices(range(211), k=random.randint(1, 140)) for _ in range(4)]
-    seed = random.randrange(2**62)
-    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed)
-    alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
-    assert alone == [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
-    assert alone == [output.token_ids for output in llm.generate(prompts, params)]
-    assert alone[::-1] == [output.token_ids for output in llm.generate(prompts[::-1], params)]
-    other = SamplingParams(max_new_tokens=12, temperature=1.0, seed=seed + 1)
-    assert alone != [output.token_ids for output in llm.generate(prompts, other)]
+def test_random_numbers_of_seeds_and_samples():
+    seeded = [SamplingParams(temperature=1.0, seed=seed) for seed in (5, 6, 51)]
+    streams = [make_random(sampling, index) for sampling in seeded for index in (0, 1, 12)]
+    assert len({stream.random() for stream in streams}) == 9
+    assert make_random(seeded[0], 3).random() == make_random(seeded[0], 3).random()
+    free = SamplingParams(temperature=1.0)
+    assert make_random(free).random() != make_random(free).random()
+    assert make_random(SamplingParams(seed=5)) is None
 
 
-def test_unseeded_sampling_differs(llm):
-    params = SamplingParams(max_new_tokens=20, temperature=1.0)
-    first, second, third = (output.token_ids for output in llm.generate([[1, 2]] * 3, params))
-    assert not first == second == third
+def test_one_random_number_per_sampled_token():
+    row, same = make_row(), Random(7)
+    row.random = Random(7)
+    sampler = Sampler(frozenset())
+    for _ in range(3):
+        sampler.sample(single(random_logits(2, VOCAB)), [Row(SamplingParams()), row])
+        same.random()
+    assert row.random.random() == same.random()
+
+
+# Log-likelihoods
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 4}])
+def test_logprobs_are_of_raw_logits(sampling):
+    logits = random_logits(4, VOCAB)
+    asked = [3, None, 7, 0]
+    extra = {"presence_penalty": 1.5, "logit_bias": {4: 9.0}, "min_tokens": 3}
+    rows = [Row(SamplingParams(logprobs=top_k, **extra, **sampling), [1], [2], [], Random()) for top_k in asked]
+    sampled = sample(logits, rows, frozenset([1]))
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(sampled.logprobs[:, 0], expected.gather(1, sampled.token_ids[:, None])[:, 0])
+    values, ids = expected.topk(7)
+    torch.testing.assert_close(sampled.logprobs[:, 1:], values)
+    assert sampled.top_ids.tolist() == ids.tolist()
+
+
+def test_logprobs_of_the_chosen_token_only():
+    logits = random_logits(2, VOCAB)
+    sampled = sample(logits, [Row(SamplingParams(logprobs=0)), Row(SamplingParams())])
+    assert sampled.logprobs.shape == (2, 1) and sampled.top_ids.shape == (2, 0)
+    torch.testing.assert_close(sampled.logprobs, logits.log_softmax(-1).amax(-1, keepdim=True))
+    assert sample(logits, [Row(SamplingParams())] * 2).logprobs is None
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 200])
+def test_token_logprobs(num_rows):
+    logits = random_logits(num_rows, VOCAB)
+    token_ids = torch.randint(VOCAB, (num_rows,))
+    expected = logits.log_softmax(-1).gather(1, token_ids[:, None])
+    values, ids = token_logprobs(single(logits), token_ids, 4)
+    assert values.shape == (num_rows, 5) and ids.shape == (num_rows, 4)
+    torch.testing.assert_close(values[:, :1], expected)
+    values, ids = token_logprobs(single(logits), token_ids, None)
+    torch.testing.assert_close(values, expected)
+    assert ids is None
+
+
+# Vocabularies shared between ranks
+
+
+def rows_of_a_step() -> list[Row | None]:
+    """Rows with all kinds of settings; they can be sampled several times."""
+    ban = {"bad_words": ("x",), "mask": lambda ids: torch.arange(48) % 5 != len(ids) % 5}
+    extras = [{}, {"presence_penalty": 1.0, "frequency_penalty": 0.5}, {"logit_bias": {3: 50.0, 40: 3.0}}, ban]
+    extras += [{"min_tokens": 9, "stop_token_ids": (30, 31)}, {"logprobs": 5}, {"repetition_penalty": 3.0}]
+    filters = [{}, {"temperature": 1.0}, {"temperature": 1.5, "top_k": 5}, {"temperature": 1.5, "top_p": 0.8}]
+    rows: list[Row | None] = [
+        make_row(
+            random.random(), random.choices(range(48), k=9), **{"temperature": 0.0, **random.choice(filters), **extra}
+        )
+        for extra in extras
+    ]
+    for row in rows:
+        row.token_ids, row.bad_word_ids = random.choices(range(48), k=3), [[7], [row.prompt_token_ids[0], 8]]
+    return rows
+
+
+@pytest.mark.parametrize("same_rows", [True, False])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("needs_all", [True, False])
+def test_ranks_that_share_the_vocabulary_agree_with_one(needs_all, size, same_rows):
+    """Each has its own rows, or all have the same; with padding rows."""
+    rows = rows_of_a_step()
+    if not needs_all:  # candidates are enough
+        rows = [row for row in rows if row.sampling.greedy or row.sampling.top_k]
+    per_rank = len(rows) + 2 if same_rows else -(-len(rows) // size)
+    padded = rows + [None] * (per_rank * (1 if same_rows else size) - len(rows))
+    logits = random_logits(len(padded), 48)
+    starts = [0 if same_rows else per_rank * rank for rank in range(size)]
+    counts = [max(0, min(per_rank, len(rows) - start)) for start in starts]
+
+    def run(rank: ThreadRank) -> Sampled:
+        local = logits.chunk(size, 1)[rank.index].clone()
+        shard = ShardedLogits(local, rank, starts[rank.index], counts[rank.index], same_rows)
+        return Sampler(frozenset([2, 33])).sample(shard, padded)
+
+    expected = sample(logits, padded, frozenset([2, 33]))
+    for start, count, found in zip(starts, counts, on_ranks(ThreadGroup(size), run), strict=True):
+        own = slice(start, start + count)
+        assert found.token_ids.tolist() == expected.token_ids[own].tolist()
+        assert found.largest.tolist() == expected.largest[own].tolist()
+        assert (found.logprobs is None) == (expected.logprobs is None)
+        if expected.logprobs is not None:
+            torch.testing.assert_close(found.logprobs, expected.logprobs[own])
+            assert found.top_ids.tolist() == expected.top_ids[own].tolist()
 
 
 @pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("max_new_tokens", [0, -1]),
-        ("temperature", [-0.1, math.inf, math.nan]),
-        ("top_k", [-1]),
-        ("top_p", [0, -0.5, 1.01, math.nan]),
-        ("min_p", [-0.1, 1, math.nan]),
-        ("repetition_penalty", [0, -1, math.inf, math.nan]),
-        ("seed", [-1, 2**63]),
-        ("stop", ["text", [""], ("a", "")]),
-    ],
+    ("settings", "columns"),
+    [([{}, {}], 1), ([{}, {"temperature": 1.0, "top_k": 3}], 3 + TIED), ([{"top_k": 3}, {"temperature": 1.0}], None)],
 )
-def test_values_out_of_range(key, values):
-    for value in values:
-        with pytest.raises(ValueError, match=f"^{key}: "):
-            SamplingParams(**{key: value})
+def test_only_candidates_are_exchanged(settings, columns):
+    group = ThreadGroup(2)
+    rows = [Row(SamplingParams(**sampling), random=Random(1)) for sampling in settings]
+    logits = random_logits(2, 1000)
+
+    def run(rank: ThreadRank) -> Sampled:
+        shard = ShardedLogits(logits.chunk(2, 1)[rank.index].clone(), rank, 0, 2)
+        return Sampler(frozenset()).sample(shard, rows)
+
+    on_ranks(group, run)
+    expected = 2 * 500 * 4 if columns is None else 2 * columns * (4 + 8)  # values, and ids of candidates
+    assert group.sent_bytes == [expected, expected]
 
 
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        *((key, [2.5, "2", True, None]) for key in ("max_new_tokens", "top_k")),
-        *((key, ["0.5", None]) for key in ("temperature", "top_p", "min_p", "repetition_penalty")),
-        ("seed", [1.5, "1"]),
-        ("stop", [None, [3], 3]),
-    ],
-)
-def test_wrong_types(key, values):
-    for value in values:
-        with pytest.raises((TypeError, ValueError), match=key):
-            SamplingParams(**{key: value})
+class CalledOperations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
 
 
-# sampling_from_checkpoint
+def test_greedy_step_is_one_operation():
+    sampler, logits = Sampler(frozenset([1])), single(random_logits(3, VOCAB))
+    rows = [Row(SamplingParams()) for _ in range(3)]
+    sampler.sample(logits, rows)
+    with CalledOperations() as called:
+        sampler.sample(logits, rows)
+    assert [name for name in called.names if name not in ("slice", "select", "alias")] == ["max"]
 
 
-def defaults(checkpoint: Path, folder: Path, generation: dict | str | None, **settings) -> SamplingParams:
-    """Default sampling of an LLM with this generation_config.json."""
-    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
-    file = folder / "generation_config.json"
-    file.unlink(missing_ok=True)
-    if generation is not None:
-        file.write_text(generation if isinstance(generation, str) else json.dumps(generation))
-    return LLM(folder, device="cpu", dtype="float32", **settings).default_sampling
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    make_checkpoint(folder)
-    return folder
-
-
-STATED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "repetition_penalty": 1.05}
-
-
-@pytest.mark.parametrize(
-    ("generation", "expected"),
-    [
-        ({"do_sample": True, **STATED}, STATED),
-        ({"do_sample": True}, {"temperature": 1.0}),
-        ({"do_sample": True, "top_k": None, "top_p": 0.8}, {"temperature": 1.0, "top_p": 0.8}),
-        ({**STATED}, {**STATED, "temperature": 0.0}),
-        ({"do_sample": False, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
-        (None, {}),
-    ],
-)
-def test_sampling_from_checkpoint(generation, expected, checkpoint, tmp_path):
-    own = {"max_new_tokens": 7, "seed": 3, "stop": ["x"], "ignore_eos": True}
-    found = defaults(checkpoint, tmp_path, generation, sampling_from_checkpoint=True, **own)
-    assert found == SamplingParams(**own, **expected)
-    assert defaults(checkpoint, tmp_path, generation, **own) == SamplingParams(**own)
-
-
-@pytest.mark.parametrize("key", ["temperature", "top_k", "top_p", "min_p", "repetition_penalty"])
-def test_sampling_from_settings_and_checkpoint(key, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=f"^data_config.{key}: .*sampling_from_checkpoint"):
-        defaults(checkpoint, tmp_path, {}, sampling_from_checkpoint=True, **{key: STATED[key]})
-
-
-@pytest.mark.parametrize(
-    ("generation", "named"),
-    [
-        ("{", "generation_config.json: not valid JSON"),
-        ("[]", "generation_config.json: "),
-        ({"do_sample": True, "top_p": 7}, "top_p"),
-        ({"do_sample": True, "temperature": "hot"}, "temperature"),
-        ({"do_sample": True, "top_k": 2.5}, "top_k"),
-    ],
-)
-def test_invalid_generation_config(generation, named, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=named):
-        defaults(checkpoint, tmp_path, generation, sampling_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(("key", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_k", -3), ("seed", -1)])
-def test_error_names_the_setting(key, value, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=f"data_config.{key}: {value} is impossible"):
-        defaults(checkpoint, tmp_path, None, **{key: value})
+def test_tensors_of_settings_are_made_once():
+    """A step whose rows stay only sends random numbers, and new tokens of rows with a penalty."""
+    sampler = Sampler(frozenset([1]))
+    extras = [{"top_p": 0.9}, {"logit_bias": {3: 1.0}}, {"presence_penalty": 1.0}, {"min_tokens": 9}]
+    rows = [make_row(**extra) for extra in extras]
+    sampler.sample(single(random_logits(4, VOCAB)), rows)
+    logits = single(random_logits(4, VOCAB))
+    rows[2].token_ids.append(3)
+    with CalledOperations() as called:
+        sampler.sample(logits, rows)
+    assert called.names.count("_to_copy") <= 4, called.names  # two sent, two conversions of weights and targets
