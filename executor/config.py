@@ -31,7 +31,6 @@ class ModelSettings:
     cache_memory_fraction: float = 0.8
     cache_tokens: int | None = None
     enable_profiler: bool = False
-    npu_prefetch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +67,18 @@ class ParallelSettings:
     attn_dp_size: int | None = None
     moe_ep_size: int | None = None
     sequence_parallel: bool = False
-    npu_mm_all_reduce_base: bool = False
 
     def sizes(self) -> dict[str, int]:
         """Parallel group sizes by name; attn_dp_size and moe_ep_size, which are derived, only if set."""
         stated = dataclasses.asdict(self).items()
         return {key: size for key, size in stated if key.endswith("_size") and size is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    max_step_tokens: int = 8192
+    chunk_tokens: int = 2048
+    prefix_cache: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,7 @@ class Settings:
     model_config: ModelSettings = field(default_factory=ModelSettings)
     data_config: DataSettings = field(default_factory=DataSettings)
     parallel_config: ParallelSettings = field(default_factory=ParallelSettings)
+    engine_config: EngineSettings = field(default_factory=EngineSettings)
 
 
 SECTIONS = {
@@ -228,6 +234,8 @@ LARGEST = {  # maximum of each setting whose minimum is 1
     "data_config.input_max_len": MAX_SIZE,
     "data_config.batch_size": 2**20,
     "data_config.max_new_tokens": MAX_SIZE,
+    "engine_config.max_step_tokens": MAX_SIZE,
+    "engine_config.chunk_tokens": MAX_SIZE,
     **{f"parallel_config.{name}": MAX_RANKS for name in typing.get_type_hints(ParallelSettings) if "_size" in name},
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection of the expert exchange (dispatch and combine) of prefill and decode steps, once at start."""
+"""Selection of the expert exchange (dispatch and combine) of decode steps and of all others, once at start."""
 
 import logging
 from typing import Any
@@ -48,35 +48,15 @@ def plan_dispatch(settings: Settings, config: Qwen3MoeConfig, ops: Ops) -> Any:
     """
     sizes = dispatch_sizes(settings, config)
     plan = None if sizes is None else ops.plan_dispatch(sizes)
-    check_npu_options(settings, ops, plan)
     if plan is not None:
         plan.set_environment()
     return plan
 
 
-def check_npu_options(settings: Settings, ops: Ops, plan: Any) -> None:
-    """Raises ValueError if an option for Ascend NPUs is set that this device or layout does not support."""
-    key = "model_config.npu_prefetch"
-    if settings.model_config.npu_prefetch and ops.name != "npu":
-        raise ValueError(f"{key}: only possible on device npu; leave it out")
-    if settings.model_config.npu_prefetch and settings.exe_mode == "graph":
-        raise ValueError(f"{key}: only possible with exe_mode: eager; leave one of them out")
-    parallel = settings.parallel_config
-    if not parallel.npu_mm_all_reduce_base:
-        return
-    refusal = ops.refuses_linear_all_reduce(parallel.attn_tp_size)
-    if refusal is None and parallel.sequence_parallel:
-        refusal = "there is no all_reduce with parallel_config.sequence_parallel: True"
-    if refusal is None and plan is not None:
-        refusal = "its communicator would have to be that of dispatch and combine, which this layout uses"
-    if refusal is not None:
-        raise ValueError(f"parallel_config.npu_mm_all_reduce_base: {refusal}; leave it out")
-
-
 def select_exchanges(
     settings: Settings, config: Qwen3MoeConfig, parallel: ParallelContext, ops: Ops, plan: Any, device: torch.device
 ) -> dict[bool, ExpertExchange]:
-    """Selects the exchange of prefill (True) and decode (False) steps with the least communication.
+    """Selects the exchange with the least communication, of steps that prefill (True) and of decode steps (False).
 
     Decode uses the backend's fused dispatch and combine if available. Graph mode, and devices where a host sync is
     expensive, need an exchange without host sync.

@@ -11,16 +11,14 @@ from ops.comm import Group
 class RowLinear:
     """Row-parallel y = x W^T + b: the input dimension is sharded over a group, and partial sums are all-reduced.
 
-    In a sequence-parallel step the partial sums are reduce-scattered over the tokens. `fused_prefill`: prefill steps
-    use the backend's fused matmul and all-reduce.
+    In a sequence-parallel step the partial sums are reduce-scattered over the tokens.
     """
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops, fused_prefill: bool = False):
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops):
         self.weight = weight
         self.bias = bias
         self.group = group
         self.ops = ops
-        self.fused_prefill = fused_prefill
 
     def __call__(self, hidden_states: torch.Tensor, step: StepMetadata) -> torch.Tensor:
         if self.group.size == 1:
@@ -29,8 +27,6 @@ class RowLinear:
             share = share_of(step.num_tokens, self.group.size)
             partial = self.ops.linear(hidden_states, self.weight)
             output = self.group.reduce_scatter(pad_rows(partial, share * self.group.size))
-        elif self.fused_prefill and step.is_prefill:
-            output = self.ops.linear_all_reduce(hidden_states, self.weight, self.group)
         else:
             output = self.group.all_reduce(self.ops.linear(hidden_states, self.weight))
         return output if self.bias is None else output + self.bias

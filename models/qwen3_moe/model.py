@@ -5,7 +5,7 @@ T tokens of a step, D hidden size, H query heads, G kv heads, C head dim, R rows
 tensor parallelism H and G count the heads of this rank.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import Qwen3MoeConfig
@@ -18,7 +18,6 @@ from models.layers.lm_head import LmHead, ShardedLogits
 from models.layers.mlp import DenseMlp, SparseMoe
 from models.layers.padding import pad_rows, share_of
 from models.layers.parameter import Parameters
-from models.layers.prefetch import PrefetchingAttention, PrefetchingExchange
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.weights import is_sparse_layer
 from ops import DenseWeight, Ops, StepMetadata
@@ -34,8 +33,6 @@ class Building:
     parallel: ParallelContext
     decode_exchange: ExpertExchange
     prefill_exchange: ExpertExchange
-    prefetch: bool = False  # whether weights are prefetched into L2 during attention and combine
-    fused_o_proj: bool = False  # whether prefill uses the fused matmul and all-reduce for o_proj
 
 
 class DecoderLayer:
@@ -55,12 +52,8 @@ class DecoderLayer:
             build.parallel.attn_tp,
             ops,
         )
-        self.attention: Attention | PrefetchingAttention = Attention(
-            attention["q_norm.weight"], attention["k_norm.weight"], eps, ops
-        )
-        if build.prefetch:
-            self.attention = PrefetchingAttention(self.attention, attention["o_proj.weight"], ops)
-        self.o_proj = RowLinear(attention["o_proj.weight"], o_bias, build.parallel.attn_tp, ops, build.fused_o_proj)
+        self.attention = Attention(attention["q_norm.weight"], attention["k_norm.weight"], eps, ops)
+        self.o_proj = RowLinear(attention["o_proj.weight"], o_bias, build.parallel.attn_tp, ops)
         build_mlp = build_sparse_moe if is_sparse_layer(config, layer_id) else build_dense_mlp
         self.mlp = build_mlp(build, parameters["post_attention_layernorm.weight"], parameters.within("mlp"))
 
@@ -86,7 +79,7 @@ class Qwen3Moe:
         self.embed_tokens = Embedding(table, parallel.embed_tp, parallel.holds_same_tokens(parallel.embed_tp), ops)
         self.rotary = rotary
         self.layers = [
-            DecoderLayer(with_prefetch(build, layer_id, parameters), layer_id, parameters.within(f"layers.{layer_id}"))
+            DecoderLayer(build, layer_id, parameters.within(f"layers.{layer_id}"))
             for layer_id in range(config.num_hidden_layers)
         ]
         head = DenseWeight(table) if config.tie_word_embeddings else parameters["lm_head.weight"]
@@ -118,14 +111,6 @@ class Qwen3Moe:
     def logits(self, hidden_states: torch.Tensor, residual: torch.Tensor, max_rows: int) -> ShardedLogits:
         """Computes float32 logits of rows [R, D] of `forward`'s result; max_rows: the largest R of any rank."""
         return self.lm_head(hidden_states, residual, max_rows)
-
-
-def with_prefetch(build: Building, layer_id: int, parameters: Parameters) -> Building:
-    """Returns `build` with, if enabled, a decode exchange that prefetches the next layer's qkv_proj."""
-    if not build.prefetch or layer_id + 1 == build.config.num_hidden_layers:
-        return build
-    weight = parameters[f"layers.{layer_id + 1}.self_attn.qkv_proj.weight"]
-    return replace(build, decode_exchange=PrefetchingExchange(build.decode_exchange, weight, build.ops))
 
 
 def build_dense_mlp(build: Building, norm_weight: torch.Tensor, parameters: Parameters) -> DenseMlp:

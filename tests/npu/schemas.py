@@ -8,7 +8,6 @@ The schema strings are text in libtorch_npu.so; the meta functions are Python an
 """
 
 import ast
-import contextlib
 import re
 import sys
 import types
@@ -95,9 +94,7 @@ def load(wheel: Path) -> None:
     stand_in = module("torch_npu", __version__=wheel.name.split("-")[1], **DTYPES)
     stand_in.__getattr__ = lambda name: getattr(torch.ops.npu, name)
     module("torch_npu.utils")
-    stream = types.SimpleNamespace(wait_stream=lambda other: None)
-    streams = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": contextlib.nullcontext}
-    module("torch_npu.npu", get_device_name=lambda: "Ascend910_9391", **streams)
+    module("torch_npu.npu", get_device_name=lambda: "Ascend910_9391")
     codes = types.SimpleNamespace(**{name: name for name in ERRORS.split()})
     module("torch_npu.utils._error_code", ErrCode=codes, ops_error=code_text, pta_error=code_text)
     module("torch_npu.npu.utils", get_cann_version=lambda *_: "9.0.0", _is_gte_cann_version=lambda *_: True)

@@ -15,16 +15,15 @@ from tests.parallel.ranks import run_ranks
 LAYERS, PREFILLS = 5, 7  # of the demo; prefills of `run_model`
 DECODES = 2 * (NEW_TOKENS - 1)
 GATHER, ALL_TO_ALL, FUSED = "GatherExchange", "AllToAllExchange", "FusedExchange"
-OPTIONS = {"npu_prefetch": True, "npu_mm_all_reduce_base": True}
 # world size, settings, whether to force all-to-all in prefill, expected exchanges of prefill and decode, call counts
 LAYOUTS = {
     "one": (1, {}, False, [GATHER, GATHER], {}),
     "tp": (
         2,
-        {"attn_tp_size": 2, "moe_tp_size": 2, "embed_tp_size": 2, "lmhead_tp_size": 2, **OPTIONS},
+        {"attn_tp_size": 2, "moe_tp_size": 2, "embed_tp_size": 2, "lmhead_tp_size": 2},
         False,
         [GATHER, GATHER],
-        {"npu_mm_all_reduce_base": LAYERS * PREFILLS, "npu_prefetch": (2 * LAYERS - 1) * DECODES},
+        {},
     ),
     "ep": (2, {"attn_tp_size": 2, "moe_tp_size": 1}, False, [GATHER, GATHER], {}),
     "dp_ep": (

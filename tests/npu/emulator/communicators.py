@@ -8,7 +8,6 @@ import torch.distributed as dist
 from tests.npu.emulator.registry import require
 
 _groups: dict[str, dist.ProcessGroup] = {}
-_uses: dict[str, str] = {}  # what a communicator is used for: "exchange" or "matmul"
 
 
 def comm_name(group: dist.ProcessGroup | None, rank: int) -> str:
@@ -24,14 +23,9 @@ def comm_name(group: dist.ProcessGroup | None, rank: int) -> str:
     return name
 
 
-def group_of(name: str, use: str) -> dist.ProcessGroup:
-    """The group behind a communicator; ValueError for an unknown name, or one in use for another purpose."""
+def group_of(name: str) -> dist.ProcessGroup:
+    """The group behind a communicator; ValueError for an unknown name."""
     require(name in _groups, f"no communicator '{name}': comm_name(group, rank) gives its name")
-    used = _uses.get(name, use)
-    require(used == use, f"communicator '{name}' is used for {used}: dispatch and combine need a group of their own")
-    others = [other for other in _uses if _uses[other] == "matmul" and other != name]
-    require(use != "matmul" or not others, f"fused matmuls share one group: {others[:1]} or '{name}'")
-    _uses[name] = use
     return _groups[name]
 
 

@@ -122,7 +122,7 @@ def npu_moe_distribute_dispatch_v2(
         require_dtype("expert_scales", expert_scales, (torch.float32,))
         require_shape("expert_scales", expert_scales, tokens, k)
     active = _active(x_active_mask, tokens)
-    group = group_of(group_ep, "exchange")
+    group = group_of(group_ep)
     _require_member(group, exchange)
     shares = gather(group, Sent(exchange, x, expert_ids, expert_scales, active))
     _agree(shares, x_active_mask is not None)
@@ -213,7 +213,7 @@ def npu_moe_distribute_combine_v2(
         require_shape("expand_scales", expand_scales, exchange.capacity)
     else:
         require(expand_scales is None or comm_alg == "hierarchy", "A3: expand_scales only with comm_alg hierarchy")
-    group = group_of(group_ep, "exchange")
+    group = group_of(group_ep)
     _require_member(group, exchange)
 
     cells = exchange.experts_per_rank * ep_world_size

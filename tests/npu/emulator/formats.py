@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage formats and prefetch (op-plugin docs: npu_format_cast, get_npu_format, npu_prefetch).
+"""Storage formats (op-plugin docs: npu_format_cast, get_npu_format).
 
 A FRACTAL_NZ tensor keeps its logical values here; what its tiled storage forbids (a slice of it, an operation that
 takes ND only) is refused by the operations.
@@ -57,11 +57,3 @@ def npu_format_cast_(input: torch.Tensor, acl_format: int) -> torch.Tensor:
 @kernel("get_npu_format", nz=("input",))
 def get_npu_format(input: torch.Tensor) -> int:
     return npu_format(input)
-
-
-@kernel("npu_prefetch", nz=("input",))
-def npu_prefetch(input: torch.Tensor, dependency: torch.Tensor | None, max_size: int, offset: int) -> None:
-    """Only checks its arguments: max_size must be positive, offset (bytes) inside the tensor."""
-    require(max_size > 0, f"max_size {max_size}: must be greater than zero")
-    size_bytes = input.numel() * input.element_size()
-    require(0 <= offset < size_bytes, f"offset {offset} outside the tensor's {size_bytes} bytes")

@@ -16,7 +16,6 @@ from tests.npu.emulator import (
     formats,
     fused_attention,
     matmul,
-    matmul_reduce,
     norms,
     permute,
     quant,
@@ -29,7 +28,7 @@ from tests.npu.emulator.schemas import read_schemas, read_version
 
 logger = logging.getLogger(__name__)
 # importing them registers their operations
-SUBJECTS = (cache, exchange, formats, fused_attention, matmul, matmul_reduce, norms, permute, quant, routing)
+SUBJECTS = (cache, exchange, formats, fused_attention, matmul, norms, permute, quant, routing)
 SOC_NAMES = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 
 _installed: dict[str, Any] = {}

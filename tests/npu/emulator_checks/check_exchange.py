@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dispatch, combine and matmul with all-reduce over two ranks, which are forks of this process."""
+"""Dispatch and combine over two ranks, which are forks of this process."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -141,31 +141,6 @@ def refusals(rank, group):
         torch.ops.npu.npu_moe_distribute_combine_v2(*tensors, weights, "never", 2, rank, E)
 
 
-def all_reduce(rank, group):
-    set_product("A2")
-    x, weight, bias = torch.randn(5, 64).to(BF16), torch.randn(64, 24).to(BF16), torch.randn(24).to(BF16)
-    x3 = torch.full((5, 24), float(rank), dtype=BF16)
-    name = comm_name(group, rank)
-    call = torch.ops.npu.npu_mm_all_reduce_base
-    out = call(x, weight, name, bias=bias, x3=x3)
-    want = sum(a.double() @ b.double() + c.double() + d.double() for a, b, c, d in gathered((x, weight, bias, x3)))
-    torch.testing.assert_close(out.double(), want, rtol=2e-2, atol=0.1)
-    for arguments, settings, message in (
-        ((x, weight[:3], name), {}, "@"),
-        ((x[:0], weight, name), {}, "empty"),
-        ((x.float(), weight.float(), name), {}, "float32"),
-        ((x, weight, name), {"reduce_op": "max"}, "reduce_op"),
-        ((x, weight, comm_name(None, rank)), {}, "share one group"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call(*arguments, **settings)
-    with pytest.raises(ValueError, match="group of their own"):
-        torch.ops.npu.npu_moe_distribute_dispatch_v2(*inputs(2, 1024)[:2], name, 2, rank, E)
-    set_product("A3")
-    with pytest.raises(ValueError, match="A2 only"):
-        call(x, weight, name)
-
-
 CASES = {
     "A3": lambda rank, group: round_trip(rank, group, 5, 1024),
     "A3 padded": lambda rank, group: round_trip(rank, group, 4, 1024, active=3 - rank),
@@ -173,7 +148,6 @@ CASES = {
     "A2": lambda rank, group: round_trip(rank, group, 5, 128, "A2"),
     "unequal ranks": lambda rank, group: round_trip(rank, group, 2 + rank, 1024, global_bs=6),
     "refusals": refusals,
-    "all-reduce": all_reduce,
 }
 
 

@@ -97,7 +97,6 @@ def test_formats():
     torch_npu.npu_grouped_matmul([bf16(3, 32)], [cast], **groups)
     with pytest.raises(ValueError, match="slice of a FRACTAL_NZ"):
         torch_npu.npu_grouped_matmul([bf16(3, 32)], [cast[:1]], **groups)
-    torch_npu.npu_prefetch(weight, None, 1024)
 
 
 def test_dynamic_quant_and_quant_matmul():
@@ -145,14 +144,12 @@ REFUSED = {
     "rotary_mul: dtype": (lambda: npu("npu_rotary_mul", ROPE[0], ROPE[2].float(), ROPE[3].float()), "dtypes"),
     "rotary_mul: sin": (lambda: npu("npu_rotary_mul", ROPE[0], ROPE[2], ROPE[3][:1]), "r2"),
     "rotary_mul: one row": (lambda: npu("npu_rotary_mul", ROPE[0], ROPE[2][:1], ROPE[3][:1]), "one row"),
-    "prefetch: offset": (lambda: npu("npu_prefetch", bf16(4), None, 8, 8), "offset"),
     "swiglu: odd": (lambda: npu("npu_swiglu", bf16(2, 7)), "odd"),
     "swiglu: strided": (lambda: npu("npu_swiglu", bf16(8, 4).t()), "contiguous"),
     "swiglu: dtype": (lambda: npu("npu_swiglu", torch.ones(2, 4, dtype=torch.int32)), "int32"),
     "cast: format": (lambda: npu("npu_format_cast", bf16(16, 16), 3), "acl_format"),
     "cast: strided": (lambda: npu("npu_format_cast", bf16(16, 8).t(), 29), "contiguous"),
     "cast: fp32": (lambda: npu("npu_format_cast", torch.ones(16, 16), 29), "float32"),
-    "prefetch: size": (lambda: npu("npu_prefetch", bf16(4), None, 0), "max_size"),
     "quant: dtype": (lambda: npu("npu_dynamic_quant", torch.ones(2, 4)), "float32"),
     "quant matmul: int8 out": (lambda: npu("npu_quant_matmul", *INT8, torch.ones(3)), "output_dtype"),
     "quant matmul: scale": (lambda: npu("npu_quant_matmul", *INT8, bf16(3).half(), output_dtype=BF16), "scale"),
