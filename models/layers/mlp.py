@@ -56,7 +56,7 @@ class SparseMoe:
         normed, residual, routing = self.ops.route(
             hidden_states, residual, self.norm_weight, self.eps, self.router_weight, self.top_k, self.renormalize
         )
-        exchange = self.prefill_exchange if step.is_prefill else self.decode_exchange
+        exchange = self.decode_exchange if step.is_decode else self.prefill_exchange
         dispatched = exchange.dispatch(normed, routing, step)
         output = self.ops.experts(dispatched.rows, dispatched.routing, self.gate_up_proj, self.down_proj)
         return exchange.combine(output, dispatched, step), residual

@@ -8,7 +8,6 @@ from models.transformers_internals import SCALED_ROPE_TYPES, scaled_rope_frequen
 from ops import StepMetadata
 
 ROPE_TYPES = ("default", *SCALED_ROPE_TYPES)
-LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")  # frequencies depend on the sequence length
 
 
 def inverse_frequencies(config: Qwen3MoeConfig, seq_len: int) -> tuple[torch.Tensor, float]:
@@ -29,24 +28,26 @@ def inverse_frequencies(config: Qwen3MoeConfig, seq_len: int) -> tuple[torch.Ten
 class RotaryEmbedding:
     """Precomputed cos and sin table of `max_len` positions, indexed by a step's positions.
 
-    Row p holds position p of a sequence of p + 1 tokens, as decode needs under any rope type. Where the frequencies
-    depend on the sequence length (dynamic, longrope), a prefill's earlier positions differ from their rows, so prefill
-    computes cos and sin instead.
+    Row p holds position p of a sequence of p + 1 tokens. Where the frequencies depend on the sequence length (dynamic,
+    longrope), all tokens of a prompt take those of the whole prompt's length, and generated tokens their rows of the
+    table, so that the values depend neither on how a prompt is divided into steps nor on whether a generated token is
+    computed again.
     """
 
     def __init__(self, config: Qwen3MoeConfig, max_len: int, device: torch.device):
         self.config = config
         self.device = device
-        self.length_dependent = config.rope_parameters["rope_type"] in LENGTH_DEPENDENT_ROPE_TYPES
-        parts = [self.cos_sin(torch.arange(max_len), seq_len=max_len)]
-        if config.rope_parameters["rope_type"] == "longrope":  # long_factor for all longer sequences
-            trained = min(max_len, config.rope_parameters["original_max_position_embeddings"])
-            parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
-            parts.append(self.cos_sin(torch.arange(trained, max_len), seq_len=max_len))
-        elif self.length_dependent:  # dynamic NTK: different frequencies for each length beyond the trained one
-            trained = min(max_len, config.max_position_embeddings)
-            parts = [self.cos_sin(torch.arange(trained), seq_len=trained)]
-            parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(trained, max_len)]
+        rope_type = config.rope_parameters["rope_type"]
+        self.trained_len = max_len  # up to this length the frequencies are constant
+        if rope_type == "longrope":
+            self.trained_len = min(max_len, config.rope_parameters["original_max_position_embeddings"])
+        elif rope_type == "dynamic":
+            self.trained_len = min(max_len, config.max_position_embeddings)
+        parts = [self.cos_sin(torch.arange(self.trained_len), seq_len=self.trained_len)]
+        if rope_type == "longrope":  # long_factor for all longer sequences
+            parts.append(self.cos_sin(torch.arange(self.trained_len, max_len), seq_len=max_len))
+        else:  # dynamic NTK: different frequencies for each length beyond the trained one
+            parts += [self.cos_sin(torch.tensor([p]), seq_len=p + 1) for p in range(self.trained_len, max_len)]
         self.cos_table, self.sin_table = (torch.cat(part) for part in zip(*parts, strict=True))
 
     def cos_sin(self, positions: torch.Tensor, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,8 +59,16 @@ class RotaryEmbedding:
 
     def __call__(self, step: StepMetadata) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns cos and sin [T, C] float32 of a step's tokens."""
-        if step.is_prefill and self.length_dependent:
-            sequences = [self.cos_sin(torch.arange(seq_len), seq_len) for seq_len in step.seq_lens_list]
-            cos, sin = (torch.cat(part) for part in zip(*sequences, strict=True))
+        cos, sin = self.cos_table[step.positions], self.sin_table[step.positions]
+        if step.is_decode:
             return cos, sin
-        return self.cos_table[step.positions], self.sin_table[step.positions]
+        start = 0  # first row of a sequence
+        for query_len, seq_len, prompt_len in zip(
+            step.query_lens_list, step.seq_lens_list, step.prompt_lens_list, strict=True
+        ):
+            first, end = seq_len - query_len, min(seq_len, prompt_len)  # positions of its prompt tokens
+            if first < end and prompt_len > self.trained_len:
+                rows = slice(start, start + end - first)
+                cos[rows], sin[rows] = self.cos_sin(torch.arange(first, end), prompt_len)
+            start += query_len
+        return cos, sin
