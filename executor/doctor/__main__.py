@@ -79,7 +79,7 @@ def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any
     for part in shapes:
         print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
         findings += compare_all(ops, device, part)
-    findings.append(compare_undocumented(ops, device, shapes[0]))
+    findings += compare_undocumented(ops, device, shapes[0])
     print(f"\n{verdicts(findings)}")
     fine = all(finding.fine for finding in findings)
     print("\nall agree" if fine else "\nsomething differs or fails")

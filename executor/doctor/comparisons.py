@@ -46,6 +46,8 @@ def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[F
         setattr(ops, attribute, bound)
 
 
-def compare_undocumented(ops: NpuOps, device: torch.device, shapes: Shapes) -> Finding:
-    """Compares behaviour that the vendor does not document; to be run last, as it may crash the device."""
-    return layers.skipped_slot(Context(ops, device, shapes))
+def compare_undocumented(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[Finding]:
+    """Yields the findings on behaviour that the vendor does not document; to be run last: it may crash the device."""
+    context = Context(ops, device, shapes)
+    yield layers.shared_blocks(context, ops.bindings["attention"])
+    yield layers.skipped_slot(context)

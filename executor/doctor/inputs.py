@@ -2,15 +2,15 @@
 """Random inputs at real shapes: float32 on the CPU for the reference, the same values in bfloat16 for the backend."""
 
 import dataclasses
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import islice
 
 import torch
 
-from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
+from ops.step import Span, blocks_for, step_inputs
 
 DTYPE = torch.bfloat16
-TENSORS_OF_STEP = ("positions", "slot_mapping", "block_table", "seq_lens")
 Pair = tuple[torch.Tensor, torch.Tensor]
 WeightPair = tuple[DenseWeight, Weight]  # for the reference, for the backend
 
@@ -75,27 +75,16 @@ class Inputs:
         shapes = self.shapes
         return torch.rand(tokens, shapes.num_experts, generator=self.generator).topk(shapes.top_k).indices
 
-    def step(self, lens: list[int], is_prefill: bool) -> StepMetadata:
-        """Step metadata of sequences of these lengths in shuffled cache blocks other than block 0; on the CPU."""
-        counts = [blocks_for(length) for length in lens]
-        order = (torch.randperm(sum(counts), generator=self.generator) + 1).tolist()
-        blocks = [order[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
-        positions = [range(0 if is_prefill else length - 1, length) for length in lens]
-        slots = [
-            own[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-            for own, tokens in zip(blocks, positions, strict=True)
-            for position in tokens
+    def step(self, cached: Sequence[int], new: Sequence[int]) -> StepMetadata:
+        """Metadata of a step of sequences with `cached` and `new` tokens, in shuffled cache blocks other than
+        block 0; on the CPU."""
+        counts = [blocks_for(sum(lens)) for lens in zip(cached, new, strict=True)]
+        blocks = iter((torch.randperm(sum(counts), generator=self.generator) + 1).tolist())
+        spans = [
+            Span(num_cached, num_new, list(islice(blocks, count)), num_cached + num_new)
+            for num_cached, num_new, count in zip(cached, new, counts, strict=True)
         ]
-        return StepMetadata(
-            is_prefill=is_prefill,
-            positions=torch.tensor([position for tokens in positions for position in tokens]),
-            slot_mapping=torch.tensor(slots),
-            block_table=torch.tensor([own + [0] * (max(counts) - len(own)) for own in blocks]),
-            seq_lens=torch.tensor(lens),
-            query_lens_list=[len(tokens) for tokens in positions],
-            seq_lens_list=list(lens),
-            dp_num_tokens=[len(slots)],
-        )
+        return step_inputs(spans, [[]] * len(spans), "cpu")[1]
 
     def cos_sin(self, step: StepMetadata) -> Pair:
         """cos and sin [T, C] float32 of a step's positions, on the CPU."""
@@ -107,5 +96,5 @@ class Inputs:
     def on_device(self, step: StepMetadata) -> tuple[Pair, StepMetadata]:
         """Moves a step and its cos and sin to the backend's device."""
         cos, sin = (part.to(self.device) for part in self.cos_sin(step))
-        tensors = {name: getattr(step, name).to(self.device) for name in TENSORS_OF_STEP}
+        tensors = {name: value.to(self.device) for name, value in vars(step).items() if torch.is_tensor(value)}
         return (cos, sin), dataclasses.replace(step, **tensors)

@@ -9,12 +9,18 @@ import torch
 
 from executor.doctor.findings import EPS, ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
 from executor.doctor.inputs import Pair
-from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from ops import DenseWeight, Ops, StepMetadata, Weight
 from ops.npu.variants import CACHE_WRITE
+from ops.step import BLOCK_SIZE, Span, step_inputs
 
 MANY_TOKENS = 2000  # gating may use another kernel from 1024 tokens on
-PREFILL_LENS, DECODE_LENS = [300, 1, 128], [1, 128, 129, 700, 1500]
+DECODE_LENS = [2, 128, 129, 700, 1500]
+ATTENTION_CASES = {  # cached and new tokens of each sequence
+    "prefill": ([0, 0, 0], [300, 1, 128]),
+    "extend": ([128, 699, 0, 33, 1500], [200, 1, 70, 3, 400]),  # chunks of prompts, beside a decode token and a prompt
+    "decode": ([length - 1 for length in DECODE_LENS], [1] * len(DECODE_LENS)),
+    "decode of one": ([200], [1]),
+}
 
 
 def elementwise(context: Context) -> Iterator[Finding]:
@@ -64,26 +70,36 @@ def linear(context: Context) -> Iterator[Finding]:
 
 def attention(context: Context, variant: str) -> Iterator[Finding]:
     """Compares the attention output and the KV cache after the step."""
-    for case, lens in (("prefill", PREFILL_LENS), ("decode", DECODE_LENS), ("decode", [1])):
-        step, tensors = context.inputs.step(lens, case == "prefill"), attention_tensors(context, lens, sum(lens))
-        if case == "decode":
-            tensors[0] = tensors[0][: len(lens)]
-
-        def run(step: StepMetadata = step, tensors: list[torch.Tensor] = tensors) -> Pair:
-            moved = [context.inputs.to_device(tensor) for tensor in tensors]
-            actual = attend(context, context.ops, *context.inputs.on_device(step), moved)
-            return actual, attend(context, context.reference, context.inputs.cos_sin(step), step, tensors)
-
-        yield context.compare("attention", variant, f"{case}, {len(lens)} sequences", run, ROUNDED_OFTEN)
+    for case, (cached, new) in ATTENTION_CASES.items():
+        yield compare_attention(context, variant, case, context.inputs.step(cached, new))
 
 
-def attention_tensors(context: Context, lens: list[int], tokens: int) -> list[torch.Tensor]:
-    """qkv, q and k norm weights, and KV caches filled with random values."""
+def shared_blocks(context: Context, variant: str) -> Finding:
+    """Compares attention of sequences that share the blocks of a prefix, so that together they have more blocks than
+    the cache, which the vendor's page forbids."""
+    spans = [Span(2 * BLOCK_SIZE + 5, 2, [1, 2, own], 2 * BLOCK_SIZE + 5) for own in (3, 4, 5)]
+    _, step = step_inputs(spans, [[]] * len(spans), "cpu")
+    return compare_attention(context, f"{variant}, shared blocks", "extend", step, relied_on=False)
+
+
+def compare_attention(context: Context, variant: str, case: str, step: StepMetadata, relied_on: bool = True) -> Finding:
+    tensors = attention_tensors(context, step)
+
+    def run() -> Pair:
+        moved = [context.inputs.to_device(tensor) for tensor in tensors]
+        actual = attend(context, context.ops, *context.inputs.on_device(step), moved)
+        return actual, attend(context, context.reference, context.inputs.cos_sin(step), step, tensors)
+
+    case = f"{case}, {len(step.seq_lens_list)} sequences"
+    return context.compare("attention", variant, case, run, ROUNDED_OFTEN, relied_on)
+
+
+def attention_tensors(context: Context, step: StepMetadata) -> list[torch.Tensor]:
+    """qkv, q and k norm weights, and KV caches of the step's blocks filled with random values."""
     random, shapes = context.inputs.random, context.shapes
-    num_blocks = 1 + sum(map(blocks_for, lens))
-    cache = (num_blocks, BLOCK_SIZE, shapes.num_kv_heads, shapes.head_dim)
+    cache = (1 + int(step.block_table.max()), BLOCK_SIZE, shapes.num_kv_heads, shapes.head_dim)
     norms = [context.inputs.norm_weight(shapes.head_dim) for _ in range(2)]
-    return [random(tokens, shapes.qkv_width), *norms, random(*cache), random(*cache)]
+    return [random(step.num_tokens, shapes.qkv_width), *norms, random(*cache), random(*cache)]
 
 
 def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -96,8 +112,8 @@ def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensor
 
 def graph(context: Context, variant: str) -> Iterator[Finding]:
     """Compares decode attention in graph mode, captured with seq_lens 1 and replayed with the true ones, with eager."""
-    step = context.inputs.step(DECODE_LENS, is_prefill=False)
-    tensors = attention_tensors(context, DECODE_LENS, len(DECODE_LENS))
+    step = context.inputs.step(*ATTENTION_CASES["decode"])
+    tensors = attention_tensors(context, step)
 
     def run() -> Pair:
         launched, recorded = ([context.inputs.to_device(tensor) for tensor in tensors] for _ in range(2))

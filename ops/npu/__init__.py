@@ -9,7 +9,6 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an install
 import dataclasses
 import logging
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch_npu
@@ -18,7 +17,6 @@ from torch.nn import functional as F
 
 from ops import GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.ascend import ExchangeSizes, choose_algorithm, product_of
-from ops.comm import Group
 from ops.npu.calls import npu
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
@@ -57,7 +55,7 @@ REQUIRED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NpuStep(StepMetadata):
-    """Step metadata for fused attention: int32 block_table, and the cumulative query lengths of the TND layout."""
+    """Step metadata for fused attention: contiguous block_table, and the cumulative query lengths of the TND layout."""
 
     query_ends: list[int]  # [B], cumulative query lengths
 
@@ -84,7 +82,6 @@ class NpuOps(ReferenceOps):
         # 1 = masked; sparse_mode 3 (causal) requires this size for any sequence length
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.product = product_of(torch_npu.npu.get_device_name())
-        self.side_stream: Any = None
         self.paged_views: dict[int, tuple[Tensor, Tensor]] = {}
         self.bindings: dict[str, str] = {}  # family -> variant in use
         self.replaced: list[str] = []  # families that use a variant other than the preferred one
@@ -125,28 +122,6 @@ class NpuOps(ReferenceOps):
             return None
         return DispatchPlan(algorithm, sizes)
 
-    def refuses_linear_all_reduce(self, ranks: int) -> str | None:
-        if not hasattr(npu, "npu_mm_all_reduce_base"):
-            return "torch_npu lacks the operation"
-        if self.product != "A2":
-            return f"only possible on Atlas A2, this is {self.product or 'another product'}"
-        return None if ranks in (2, 4, 8) else f"parallel_config.attn_tp_size would have to be 2, 4 or 8, it is {ranks}"
-
-    def linear_all_reduce(self, hidden_states: Tensor, weight: Weight, group: Group) -> Tensor:
-        if hidden_states.shape[0] == 0:
-            return super().linear_all_reduce(hidden_states, weight, group)
-        data = weight.data.t() if isinstance(weight, DenseWeight) else weight.data
-        output = npu.npu_mm_all_reduce_base(hidden_states, data, group.hccl_name, reduce_op="sum")
-        group.count_all_reduce(output)
-        return output
-
-    def prefetch(self, weight: Weight) -> None:
-        if self.side_stream is None:
-            self.side_stream = torch_npu.npu.Stream()
-        self.side_stream.wait_stream(torch_npu.npu.current_stream())
-        with torch_npu.npu.stream(self.side_stream):
-            npu.npu_prefetch(weight.data, None, weight.data.nbytes)
-
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -173,7 +148,7 @@ class NpuOps(ReferenceOps):
     ) -> tuple[tuple[Tensor, Tensor], NpuStep]:
         cos, sin = (part.to(dtype)[:, None] for part in cos_sin)  # [T, 1, C]
         fields = {name: getattr(step, name) for name in STEP_FIELDS}
-        fields["block_table"] = step.block_table.int()
+        fields["block_table"] = step.block_table.contiguous()
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
 
     def graph_recorder(self) -> NpuGraphRecorder:
@@ -230,7 +205,7 @@ class NpuOps(ReferenceOps):
         value = value.contiguous()
         query, key = self.rotate(query, key, *cos_sin)
         self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
-        if step.is_prefill:  # packed keys (TND): cumulative lengths, as for queries
+        if step.starts_fresh and not step.is_decode:  # packed keys (TND): cumulative lengths, as for queries
             lengths, paged = step.query_ends, (None, 0)
         else:  # paged cache: the length of each sequence
             key, value = self.paged(key_cache), self.paged(value_cache)

@@ -57,8 +57,8 @@ def attend_v2(
 ) -> Tensor:
     """Causal attention aligned to the end of each sequence (sparse_mode 3): query [T, H, C] -> [T, H, C].
 
-    key and value are [T, G, C], or [L, S, G * C] with a block_table [B, max_blocks] int32. Lengths are host lists: a
-    device tensor would cost a host sync.
+    key and value are [T, G, C] and kv_lengths cumulative, or [L, S, G * C] with a block_table [B, max_blocks] int32 and
+    the length of each sequence. Lengths are host lists: a device tensor would cost a host sync.
     """
     return npu.npu_fused_infer_attention_score_v2(
         query,
@@ -169,6 +169,7 @@ def probe_attention(variant: Variant, device: str) -> None:
     variant(query, *zeros(device, 2, 2, 1, HEAD_DIM), 1, mask, [2], [2], None, 0)
     cache, table = zeros(device, 2, 2, 128, HEAD_DIM), zeros(device, 2, 1, dtype=torch.int32)
     variant(query, *cache, 1, mask, [1, 2], [1, 1], table, 128)
+    variant(query, *cache, 1, mask, [2], [3], table[:1], 128)
 
 
 def probe_gating(variant: Variant, device: str) -> None:

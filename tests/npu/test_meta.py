@@ -21,8 +21,9 @@ MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
 TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
 LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
 FUSED = [f"{size}ep{product}" for size in EP for product in ("", "_a2")]  # layouts with fused dispatch in decode
-MORE_LAYOUTS = [*(f"{size}ep_a2" for size in EP), "8tp_options", "8ep_gather", "4tp_4dp_16ep"]
-SEQ_LENS = {"prefill": [5, 300], "decode1": [200], "decode8": list(range(1, 9))}
+MORE_LAYOUTS = [*(f"{size}ep_a2" for size in EP), "8ep_gather", "4tp_4dp_16ep"]
+QUERY_LENS = {"prefill": [5, 300], "extend": [1, 200, 40, 1, 3], "decode1": [1], "decode8": [1] * 8}
+SEQ_LENS = {"prefill": [5, 300], "extend": [301, 456, 40, 128, 133], "decode1": [200], "decode8": list(range(2, 10))}
 RUNS = [*SEQ_LENS, "received"]
 CASES = [f"{model}-{layout}-{run}" for model in MODELS for layout in LAYOUTS + MORE_LAYOUTS for run in RUNS]
 CASES += [f"{model}-{layout}-idle" for model in MODELS for layout in [*FUSED, "8ep_gather"]]
@@ -114,15 +115,16 @@ def check_attention(given, run):
     assert all(part["contiguous"] and part["dtype"] == query["dtype"] for part in (query, key, value))
     assert all(type(length) is int for length in query_ends + kv_lengths)  # a device tensor would cost a host sync
     assert key == value and query["dtype"] in ("bfloat16", "float16")
-    seq_lens = SEQ_LENS[run]
+    assert query_ends == list(accumulate(QUERY_LENS[run])) and query_ends[-1] == tokens
     if run == "prefill":
         assert given["block_table"] is None
-        assert query_ends == kv_lengths == list(accumulate(seq_lens)) and query_ends[-1] == tokens
+        assert kv_lengths == query_ends
         assert key["shape"] == [tokens, kv_heads, 128]
     else:
-        assert query_ends == list(range(1, len(seq_lens) + 1)) and tokens == len(seq_lens)
-        assert kv_lengths == seq_lens  # per sequence, not cumulative, with a block table
-        assert given["block_table"]["dtype"] == "int32" and given["block_table"]["shape"][0] == tokens
+        assert kv_lengths == SEQ_LENS[run]  # per sequence, not cumulative, with a block table
+        table = given["block_table"]
+        assert table["dtype"] == "int32" and table["contiguous"]
+        assert table["shape"] == [len(kv_lengths), -(-max(kv_lengths) // 128)]
         assert key["shape"][1:] == [128, kv_heads * 128] and given["block_size"] == 128
 
 
@@ -237,26 +239,10 @@ def check_combine(given, run):
     check_exchange(given | {"weights": given["expert_scales"]}, run, rows["shape"][1], ids["shape"][0])
 
 
-def check_mm_all_reduce(given, run):
-    x1, x2 = given["x1"], given["x2"]
-    assert x1["dtype"] == x2["dtype"] and x1["contiguous"] and x1["shape"][1] == x2["shape"][0]
-    assert given["hcom"] == "communicator of attn_tp" and given["reduce_op"] == "sum"
-    assert given["x3"] is None  # it would be added on every rank
-    assert run == "prefill"  # not for decode
-
-
-def check_prefetch(given, run):
-    weight = given["input"]
-    assert given["max_size"] == 2 * weight["shape"][0] * weight["shape"][1] and given["offset"] == 0
-    assert run != "prefill"
-
-
 CONTRACTS = {
     "npu_moe_re_routing": check_re_routing,
     "npu_moe_distribute_dispatch_v2": check_dispatch,
     "npu_moe_distribute_combine_v2": check_combine,
-    "npu_mm_all_reduce_base": check_mm_all_reduce,
-    "npu_prefetch": check_prefetch,
     "npu_rms_norm": check_rms_norm,
     "npu_add_rms_norm": check_add_rms_norm,
     "npu_apply_rotary_pos_emb": check_rotary,
@@ -350,23 +336,25 @@ def test_dispatch_algorithm(results, layout):
         assert [given["comm_alg"] for given in found] == [algorithm] * 2
 
 
-def test_prefill_regroups(results):
+@pytest.mark.parametrize("run", ["prefill", "extend"])
+def test_steps_that_prefill_regroup(results, run):
     """Each of two layers sorts rows by expert, regroups those received, and sums the results per token."""
-    names = [call["name"] for call in calls_of(results, "30b-8ep-prefill")]
+    names = [call["name"] for call in calls_of(results, f"30b-8ep-{run}")]
     moe = ["init_routing_v2", "re_routing", "finalize_routing"]
     assert [name for name in names if name.startswith("npu::npu_moe_") and "gating" not in name] == [
         f"npu::npu_moe_{name}" for name in moe * 2
     ]
 
 
-def test_fused_o_proj_and_prefetch(results):
-    """o_proj is fused with its all_reduce in prefill only; weights are prefetched in decode only."""
-    for run, name in (("prefill", "mm_all_reduce_base"), ("decode8", "prefetch")):
-        calls = [call for call in calls_of(results, f"30b-8tp_options-{run}") if call["name"] == f"npu::npu_{name}"]
-        shapes = [(call["given"].get("x2") or call["given"]["input"])["shape"] for call in calls]
-        assert shapes == {"prefill": [[512, 2048]] * 2, "decode8": [[512, 2048], [2048, 768], [512, 2048]]}[run]
-        others = [call["name"] for call in calls_of(results, f"30b-8tp-{run}")]
-        assert f"npu::npu_{name}" not in others
+def test_launches_of_a_step(results):
+    """Outside its two layers: the block table is copied only where it is strided; its dtype is the kernel's."""
+    outside = {}
+    for run in ("extend", "decode1", "decode8"):
+        calls = [call for call in calls_of(results, f"30b-1tp-{run}") if call["launches"]]
+        layers = len(LAYER) + (run != "decode1")  # v is a strided view of the merged q, k, v of several tokens
+        outside[run] = len(calls) - 2 * layers
+    assert outside["extend"] == outside["decode8"] + 1
+    assert outside["decode1"] == outside["decode8"]
 
 
 def test_bindings(results):

@@ -8,6 +8,7 @@ from tests.npu.schemas import BACKEND
 from tests.npu.test_meta import CASES, check_case, run_meta
 from tests.npu.wheels import VERSIONS
 
+CACHED_LENS = "[total - new for total, new in zip(step.seq_lens_list, step.query_lens_list)]"
 MUTANTS = [
     ("renorm=int(renormalize)", "renorm=0"),
     ("row_idx_type=0,", "row_idx_type=1,"),
@@ -21,8 +22,12 @@ MUTANTS = [
     ("num_key_value_heads=num_kv_heads,", ""),
     ("sparse_mode=3,", "sparse_mode=2,"),
     ("lengths, paged = step.seq_lens_list,", "lengths, paged = step.query_ends,"),
+    ("lengths, paged = step.seq_lens_list,", f"lengths, paged = {CACHED_LENS},"),
     ("list(accumulate(step.query_lens_list))", "step.query_lens_list"),
-    ("step.block_table.int()", "step.block_table"),
+    ("list(accumulate(step.query_lens_list))", "list(range(1, 1 + len(step.query_lens_list)))"),
+    ("step.starts_fresh and not step.is_decode", "not step.is_decode"),
+    ("step.starts_fresh and not step.is_decode", "False"),
+    ("step.block_table.contiguous()", "step.block_table"),
     ("value = value.contiguous()", "pass"),
     ("(part.to(dtype)[:, None] for part in cos_sin)", "(part[:, None] for part in cos_sin)"),
     (', cache_mode="Norm")', ")"),
@@ -44,12 +49,6 @@ MUTANTS = [
     ("comm_alg=self.algorithm.combine_name,", "comm_alg=self.algorithm.name,"),
     ("quant_mode=0,", "quant_mode=2,"),
     ("if tokens == 0:", "if False:"),
-    ("weight.data.nbytes)", "0)"),
-    ('group.hccl_name, reduce_op="sum")', '"communicator of dispatch", reduce_op="sum")'),
-    (
-        "output = npu.npu_mm_all_reduce_base(hidden_states,",
-        "output = npu.npu_mm_all_reduce_base(hidden_states.t().contiguous().t(),",
-    ),
     ("if num_tokens == 0:", "if False:"),
 ]
 

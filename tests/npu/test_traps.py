@@ -9,11 +9,12 @@ from ops import ascend
 from ops.ascend import MIB, ExchangeSizes
 from tests.npu.emulator import exchange_rules, set_product
 from tests.npu.schemas import BACKEND
-from tests.npu.trap_runs import refusals, run_sources
+from tests.npu.trap_runs import run_sources, too_small_buffer
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
 MASK = "self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).tril(-1)"
+CACHED_LENS = "[max(1, total - new) for total, new in zip(step.seq_lens_list, step.query_lens_list)]"
 ROTATION = "query, key = self.rotate(query, key, *cos_sin)"
 # numbered in order of the forward pass; quantisation last
 TRAPS = {
@@ -24,7 +25,15 @@ TRAPS = {
     "5 the default range of experts is fixed by the first call": ("active_expert_range=[0, num_experts],", ""),
     "6 attention does not scale": ("softmax_scale=query.shape[2] ** -0.5,", ""),
     "6 True in a mask means masked": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
-    "7 lengths of paged keys are not cumulative": ("paged = step.seq_lens_list,", "paged = step.query_ends,"),
+    "7 lengths of paged keys are not cumulative": (
+        "paged = step.seq_lens_list,",
+        "paged = list(accumulate(step.seq_lens_list)),",
+    ),
+    "7 lengths of queries are cumulative, also with paged keys": (
+        "step.query_ends, lengths, *paged",
+        "step.query_ends if paged[0] is None else step.query_lens_list, lengths, *paged",
+    ),
+    "7 the new tokens are among the paged keys": ("paged = step.seq_lens_list,", f"paged = {CACHED_LENS},"),
     "8 rotary embedding works in place": (ROTATION, f"{ROTATION.partition('= ')[2]}\n        {ROTATION}"),
     # for quantised experts, which are not implemented: a call that CONTRACTS lacks fails
     "9 dequant_swiglu_quant wants a multiple of 64": (
@@ -121,22 +130,10 @@ def test_a_wrong_buffer_formula_is_detected(trap):
     assert disagreements(rules) > 0
 
 
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory) -> dict:
-    return run_ranks(1, refusals, tmp_path_factory.mktemp("refusals"), wheel_or_skip(), "4")[0]
-
-
-def test_a_trap_of_fusing_o_proj_is_refused(refused):
-    """By the operation's page only A2 has it, over 1, 2, 4 or 8 ranks; one rank has nothing to sum."""
-    assert [ranks for ranks, why in refused["A2"].items() if why is None] == [2, 4, 8]
-    assert refused["A2"][16] == "parallel_config.attn_tp_size would have to be 2, 4 or 8, it is 16"
-    assert set(refused["A3"].values()) == {"only possible on Atlas A2, this is A3"}
-
-
-def test_a_too_small_buffer_of_the_user_is_refused(refused):
+def test_a_too_small_buffer_of_the_user_is_refused(tmp_path):
     """2 MB and room for 512 rows from each of the 2 ranks, of 128 numbers and 4 experts, all of it twice."""
     need = -(-2 * (2 * 256 * 4 * 128 * 2 + 2 * MIB) // MIB)
-    said = refused["buffer"]
+    [said] = run_ranks(1, too_small_buffer, tmp_path, wheel_or_skip(), "4")
     assert said.startswith(
         "HCCL_BUFFSIZE: 4 MB given, but dispatch and combine (fullmesh, 2 ranks, 256 tokens on each)"
     )

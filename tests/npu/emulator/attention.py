@@ -135,12 +135,10 @@ def _kv_heads_match(call: Call, width: int, name: str = "key") -> None:
 def _paged(call: Call, queries: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     table, size = call.block_table, call.block_size
     longest = max(query.shape[1] for query in queries)
-    if call.is_tnd:
-        require(size % 16 == 0 and 0 < size <= 1024, f"block_size {size}: a multiple of 16, at most 1024")
-    elif longest > 1:
+    if longest > 1:
         require(size in (128, 256, 384, 512), f"block_size {size}: 128 to 512 in steps of 128")
-    else:
-        require(size % 16 == 0 and 0 < size <= 512, f"block_size {size}: a multiple of 16, at most 512")
+    most = 1024 if call.is_tnd else 512
+    require(size % 16 == 0 and 0 < size <= most, f"block_size {size}: a multiple of 16, at most {most}")
     require_dtype("block_table", table, (torch.int32,))
     fits = table.dim() == 2 and len(table) == len(queries)
     require(fits, f"block_table {list(table.shape)} for {len(queries)} requests")
@@ -148,6 +146,8 @@ def _paged(call: Call, queries: list[torch.Tensor]) -> list[tuple[torch.Tensor, 
     if call.is_tnd:
         require(len(call.kvlen) == len(queries), f"{len(call.kvlen)} kv lengths for {len(queries)} requests")
     lengths = _per_request("kv", call.kvlen, len(queries), table.shape[1] * size)
+    needed = sum(-(-length // size) for length in lengths)  # the documentation counts shared blocks once per request
+    require(needed <= len(call.key), f"kv lengths {lengths} of {needed} blocks, but the cache has {len(call.key)}")
     require(call.key.shape[:-1] == call.value.shape[:-1], "key and value caches differ in shape")
     by_head = call.key.dim() == 4
     if by_head:

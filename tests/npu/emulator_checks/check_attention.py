@@ -160,9 +160,20 @@ def tnd(q=(4, N, D), k=(4, G, D), q_ends=(2, 4), kv_ends=(2, 4), dtype=BF16, **s
     v2(*tensors, **(CAUSAL | lengths | settings))
 
 
-def pages(q=(2, N, D), cache=(4, 128, G * D), table=((0, 1), (2, 3)), kv=(130, 5), size=128, kind=torch.int32, **more):
-    settings = {"block_table": torch.tensor(table, dtype=kind), "block_size": size}
-    tnd(q, cache, (1, 2), kv, **settings, **more)
+def pages(
+    q=(2, N, D),
+    cache=(4, 128, G * D),
+    table=((0, 1), (2, 3)),
+    q_ends=(1, 2),
+    kv=(130, 5),
+    size=128,
+    kind=torch.int32,
+    columns=None,
+):
+    tnd(q, cache, q_ends, kv, block_table=torch.tensor(table, dtype=kind)[:, :columns], block_size=size)
+
+
+CHUNKS = {"q": (4, N, D), "q_ends": (2, 4)}
 
 
 def bsnd(q=(2, 4, N, D), k=(2, 4, G, D), layout="BSND", **settings):
@@ -221,6 +232,14 @@ REFUSED = {
     "default layout": (lambda: tnd(input_layout="BSH"), "wide"),
     "inner_precise": (lambda: tnd(inner_precise=1), "inner_precise"),
     "paged: block size": (lambda: pages(size=120, cache=(4, 120, G * D)), "block_size"),
+    "paged: block size of a chunk": (lambda: pages(**CHUNKS, cache=(8, 64, G * D), size=64), "128 to 512"),
+    "paged: lengths without the new tokens": (lambda: pages(**CHUNKS, kv=(1, 5)), "queries"),
+    "paged: query lengths": (lambda: pages(q=(4, N, D), q_ends=(2, 2)), "end at 2"),
+    "paged: strided table": (lambda: pages(table=((0, 1, 9), (2, 3, 9)), columns=2), "contiguous"),
+    "paged: more blocks than the cache": (
+        lambda: pages(table=((0, 1), (0, 1)), cache=(3, 128, G * D), kv=(130, 130)),
+        "4 blocks",
+    ),
     "paged: no block size": (lambda: pages(size=0), "block_size"),
     "paged: other block size": (lambda: pages(size=64, kv=(50, 5)), "64 tokens"),
     "paged: table dtype": (lambda: pages(kind=torch.int64), "block_table"),
