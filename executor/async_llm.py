@@ -197,8 +197,9 @@ class AsyncLLM:
 
     def _deliver(self, event: TokenEvent) -> None:
         client = self.clients.get(event.sequence.request_id)
-        if client is not None:
-            client.put(event)
-            if event.is_last and client.request.is_finished:
-                with self.lock:
-                    del self.clients[event.sequence.request_id]
+        if client is None:
+            return
+        if event.is_last and client.request.is_finished:
+            with self.lock:
+                del self.clients[event.sequence.request_id]
+        client.put(event)

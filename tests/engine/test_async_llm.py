@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AsyncLLM: streams, cancellation, failures of one request, idle ranks."""
+
+import asyncio
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from executor import LLM, AsyncLLM, SamplingParams, StreamChunk
+from executor.config import REPOSITORY
+from tests.checkpoints import make_model
+from tests.parallel.ranks import run_ranks, settings_of
+
+CONFIG = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 2048}
+SETTINGS = {"device": "cpu", "dtype": "float32", "batch_size": 4, "cache_memory_fraction": 0.001, "chunk_tokens": 16}
+PROMPTS = ["Once upon a time", "To be, or not to be, that is the question", "7", "A horse! " * 30]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    make_model(**CONFIG).save_pretrained(folder)
+    for file in (REPOSITORY / "models/qwen3_moe/demo").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path):
+    llm = AsyncLLM(folder, **SETTINGS)
+    yield llm
+    llm.close()
+
+
+def params(number: int = 0, **settings: Any) -> SamplingParams:
+    settings = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.9, "seed": number} | settings
+    return SamplingParams(**settings)
+
+
+async def collect(llm: AsyncLLM, prompt: str, sampling: SamplingParams, wait_s: float = 0) -> list[StreamChunk]:
+    await asyncio.sleep(wait_s)
+    return [chunk async for chunk in llm.generate(prompt, sampling)]
+
+
+def text_of(chunks: list[StreamChunk], sample: int = 0) -> tuple[str, list[int], str | None]:
+    own = [chunk for chunk in chunks if chunk.sample == sample]
+    tokens = [token_id for chunk in own for token_id in chunk.token_ids]
+    return "".join(chunk.text for chunk in own), tokens, own[-1].finish_reason
+
+
+def expected(folder: Path, samplings: list[SamplingParams]) -> list[tuple[str, list[int], str | None]]:
+    alone = LLM(folder, **(SETTINGS | {"batch_size": 1}))
+    outputs = [alone.generate(prompt, sampling)[0] for prompt, sampling in zip(PROMPTS, samplings, strict=True)]
+    return [(output.text, output.token_ids, output.finish_reason) for output in outputs]
+
+
+def test_requests_that_come_at_different_times_get_their_own_text(llm: AsyncLLM, folder: Path) -> None:
+    samplings = [params(number, max_new_tokens=12 + 5 * number) for number in range(len(PROMPTS))]
+
+    async def run() -> list[list[StreamChunk]]:
+        tasks = [
+            collect(llm, prompt, sampling, 0.05 * number)
+            for number, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True))
+        ]
+        return await asyncio.gather(*tasks)
+
+    assert [text_of(chunks) for chunks in asyncio.run(run())] == expected(folder, samplings)
+
+
+def test_a_closed_iterator_cancels_its_request(llm: AsyncLLM) -> None:
+    async def run() -> None:
+        stream = llm.generate(PROMPTS[0], params(max_new_tokens=400))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        chunks = await collect(llm, PROMPTS[1], params())
+        assert text_of(chunks)[2] == "length"
+
+    asyncio.run(run())
+    wait_until_idle(llm)
+    [scheduler] = llm.llm.engine.schedulers
+    assert sum(scheduler.pool.references) == 0 and not llm.clients
+
+
+def test_abort_ends_a_stream(llm: AsyncLLM) -> None:
+    async def run() -> list[StreamChunk]:
+        chunks = []
+        async for chunk in llm.generate(PROMPTS[0], params(max_new_tokens=400), request_id="mine"):
+            chunks.append(chunk)
+            llm.abort("mine")
+        return chunks
+
+    chunks = asyncio.run(run())
+    assert chunks[-1].finish_reason == "cancelled" and len(chunks) < 300
+    llm.abort("nobody's")
+
+
+def test_bad_requests_end_alone(llm: AsyncLLM) -> None:
+    async def run() -> None:
+        good = asyncio.create_task(collect(llm, PROMPTS[0], params(max_new_tokens=40)))
+        await asyncio.sleep(0.02)
+        for prompt, sampling, error in [
+            ([5, 10**6], params(), ValueError),
+            ("", params(), ValueError),
+            ({"a": 1}, params(), TypeError),
+            (PROMPTS[0], "hot", TypeError),
+            (PROMPTS[0], params(max_new_tokens=10**6), ValueError),
+            ([1, 2], params(logit_bias={5000: 1.0}), ValueError),
+        ]:
+            with pytest.raises(error):
+                await collect(llm, prompt, sampling)
+        assert text_of(await good)[2] == "length"
+
+    asyncio.run(run())
+
+
+def test_samples_of_a_request(llm: AsyncLLM, folder: Path) -> None:
+    sampling = params(3, n=3, logprobs=2)
+    chunks = asyncio.run(collect(llm, PROMPTS[3], sampling))
+    [output] = LLM(folder, **SETTINGS).generate(PROMPTS[3], sampling)
+    assert len(output.outputs) == 3 and len({tuple(sample.token_ids) for sample in output.outputs}) > 1
+    for number, sample in enumerate(output.outputs):
+        assert text_of(chunks, number) == (sample.text, sample.token_ids, sample.finish_reason)
+        found = [one for chunk in chunks if chunk.sample == number for one in chunk.logprobs or []]
+        assert [one.token_id for one in found] == sample.token_ids == [one.token_id for one in sample.logprobs or []]
+        for one, other in zip(found, sample.logprobs or [], strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4) and len(one.top) == 2
+
+
+def test_stop_strings_never_show(llm: AsyncLLM) -> None:
+    whole, _, _ = text_of(asyncio.run(collect(llm, PROMPTS[1], params(1, max_new_tokens=60))))
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 4]
+    chunks = asyncio.run(collect(llm, PROMPTS[1], params(1, max_new_tokens=60, stop=(stop,))))
+    assert text_of(chunks)[::2] == (whole[: whole.find(stop)], "stop")
+
+
+def test_closing_ends_streams(folder: Path) -> None:
+    llm = AsyncLLM(folder, **SETTINGS)
+
+    async def run() -> None:
+        stream = llm.generate(PROMPTS[0], params(max_new_tokens=400))
+        await anext(stream)
+        await asyncio.to_thread(llm.close)
+        with pytest.raises(RuntimeError, match="the engine has ended: it was closed"):
+            async for _ in stream:
+                pass
+        with pytest.raises(RuntimeError, match="the engine has ended"):
+            await anext(llm.generate(PROMPTS[0], params()))
+
+    asyncio.run(run())
+    llm.close()
+
+
+def test_a_failing_step_ends_all_streams(folder: Path) -> None:
+    llm = AsyncLLM(folder, **SETTINGS)
+
+    def failing(*arguments: Any) -> None:
+        raise MemoryError("no memory is left")
+
+    async def run() -> None:
+        stream = llm.generate(PROMPTS[0], params(max_new_tokens=400))
+        await anext(stream)
+        llm.llm.runner.run = failing  # type: ignore[method-assign]
+        with pytest.raises(RuntimeError, match="the engine has ended: no memory is left"):
+            async for _ in stream:
+                pass
+
+    asyncio.run(run())
+    llm.close()
+
+
+def wait_until_idle(llm: AsyncLLM) -> None:
+    deadline_s = time.monotonic() + 20
+    while llm.llm.engine.has_work or not llm.inbox.empty():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def serve(folder: str, settings: dict[str, Any], samplings: list[SamplingParams]) -> tuple[list[Any], float]:
+    """On rank 0 the texts of all prompts, started apart; on every rank its CPU time of a second without work."""
+    torch.set_num_threads(1)
+    llm = AsyncLLM(folder, **(SETTINGS | settings))
+    texts: list[Any] = []
+    if llm.is_serving:
+
+        async def run() -> list[list[StreamChunk]]:
+            tasks = [
+                asyncio.create_task(collect(llm, prompt, sampling, 0.02 * number))
+                for number, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True))
+            ]
+            stream = llm.generate(PROMPTS[2], params(max_new_tokens=300))
+            await anext(stream)
+            await stream.aclose()
+            return await asyncio.gather(*tasks)
+
+        texts = [text_of(chunks) for chunks in asyncio.run(run())]
+        wait_until_idle(llm)
+    before = psutil.Process().cpu_times()
+    time.sleep(1)
+    after = psutil.Process().cpu_times()
+    idle_s = after.user + after.system - before.user - before.system
+    llm.close()
+    assert sum(sum(scheduler.pool.references) for scheduler in llm.llm.engine.schedulers) == 0
+    return texts, idle_s
+
+
+@pytest.mark.parametrize("layout", [(2, 1, 1, 1), (1, 1, 1, 1)], ids=["tp", "dp"])
+def test_rank_0_serves_and_the_others_follow(layout: tuple[int, int, int, int], folder: Path, tmp_path: Path) -> None:
+    samplings = [params(number, max_new_tokens=12 + 5 * number) for number in range(len(PROMPTS))]
+    ranks = run_ranks(2, serve, tmp_path, str(folder), settings_of(layout, 2), samplings)
+    assert ranks[0][0] == expected(folder, samplings)
+    assert ranks[0][1] < 0.5  # of the second in which nothing came
+
+
+def test_only_rank_0_takes_requests(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "is_serving", False)
+    with pytest.raises(RuntimeError, match="only rank 0"):
+        asyncio.run(collect(llm, PROMPTS[0], params()))
