@@ -143,19 +143,23 @@ def prompt_results(
     asked = [work.sequence.sampling.prompt_logprobs for batch in batches for work in batch if num_prompt_rows(work)]
     top_k = max((count for count in asked if count is not None), default=None)
     parts = []
-    for work, first, logits in runner.prompt_logits(output, batches):
-        sequence, start = work.sequence, work.num_computed + first
-        if sequence.collects_logits:
-            sequence.prompt_logits.append(logits.whole().cpu())
-        if num_prompt_rows(work):
-            following = sequence.prompt_token_ids[start + 1 : start + 1 + logits.num_rows]
-            ids = torch.tensor(following + [0] * (logits.num_rows - len(following)), device=runner.device)
-            values, top_ids = token_logprobs(logits, ids, top_k)
+    for pieces, logits in runner.prompt_logits(output, batches):
+        own = next((piece for piece in pieces if piece.group == runner.dp_index), None)
+        if any(piece.work.sequence.collects_logits for piece in pieces):
+            whole = logits.whole()
+            if own is not None and own.work.sequence.collects_logits:
+                own.work.sequence.prompt_logits.append(whole.cpu())
+        if any(num_prompt_rows(piece.work) for piece in pieces):
+            following = []
+            if own is not None and num_prompt_rows(own.work):
+                following = own.work.sequence.prompt_token_ids[own.position + 1 :][: logits.num_rows]
+            ids = torch.tensor(following + [0] * (logits.num_rows - len(following)), dtype=torch.int64)
+            values, top_ids = token_logprobs(logits, ids.to(runner.device), top_k)
             parts.append(extra_columns(values, top_ids, len(ids), top_k or 0, runner.device)[: len(following)])
     if top_k is None:
         return None
-    own = torch.cat(parts) if parts else torch.zeros(0, 1 + 2 * top_k, dtype=torch.int32, device=runner.device)
-    gathered = gather_groups(own, max(counts), parallel) if parallel.control.size > 1 else own[None]
+    found = torch.cat([torch.zeros(0, 1 + 2 * top_k, dtype=torch.int32, device=runner.device), *parts])
+    gathered = gather_groups(found, max(counts), parallel) if parallel.control.size > 1 else found[None]
     values, top_ids = gathered.split([1 + top_k, top_k], dim=-1)
     return values.contiguous().view(torch.float32), top_ids
 

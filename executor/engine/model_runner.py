@@ -41,6 +41,26 @@ class Output:
     residual: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class PromptSlice:
+    """Consecutive prompt positions of one sequence in a step."""
+
+    group: int  # attention DP group
+    work: Scheduled
+    first: int  # index of the first position among the sequence's new tokens
+    start: int  # row of the sequence's first new token in the step
+    num_rows: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start + self.first, self.start + self.first + self.num_rows)
+
+    @property
+    def position(self) -> int:
+        """Position of the first one in the sequence."""
+        return self.work.num_computed + self.first
+
+
 class ModelRunner:
     """Runs eager steps. Sequence parallelism is not for decode steps, which have too few tokens."""
 
@@ -119,44 +139,36 @@ class ModelRunner:
         """token_ids [B] -> logits [B, V]."""
         return self.model.logits(*self.model.forward(token_ids, step, self.kv_caches), step.max_dp_tokens)
 
-    def prompt_logits(self, output: Output, batches: Batches) -> Iterator[tuple[Scheduled, int, ShardedLogits]]:
-        """Yields (scheduled tokens, first row within them, logits of up to PROMPT_ROWS rows) where these are wanted.
+    def prompt_logits(self, output: Output, batches: Batches) -> Iterator[tuple[list[PromptSlice], ShardedLogits]]:
+        """Yields the logits of prompt positions where they are wanted, at most PROMPT_ROWS of each group at a time.
 
-        Every rank computes as many slices as the group with the most, as the vocabulary may be sharded across groups.
+        With them the slices of all groups: ranks that share the vocabulary compute as many slices as the group with
+        the most, and the same collectives for each.
         """
-        slices = [
-            [(work, row) for work in batch if wants_rows(work) for row in range(0, work.num_new, PROMPT_ROWS)]
-            for batch in batches
-        ]
-        batch, own = batches[self.dp_index], slices[self.dp_index]
-        starts = dict(zip(map(id, batch), first_rows(batch), strict=True))
+        slices = [prompt_slices(batch, group) for group, batch in enumerate(batches)]
+        assert output.hidden_states is not None and output.residual is not None
         for number in range(max(map(len, slices))):
             pieces = [group[number] for group in slices if number < len(group)]
-            most = max(min(PROMPT_ROWS, work.num_new - row) for work, row in pieces)
-            rows = slice(0, 0)
-            if number < len(own):
-                work, row = own[number]
-                start = starts[id(work)] + row
-                rows = slice(start, start + min(PROMPT_ROWS, work.num_new - row))
-            assert output.hidden_states is not None and output.residual is not None
-            logits = self.model.logits(output.hidden_states[rows], output.residual[rows], most)
-            if number < len(own):
-                yield *own[number], logits
+            own = [piece.rows for piece in pieces if piece.group == self.dp_index] or [slice(0, 0)]
+            most = max(piece.num_rows for piece in pieces)
+            yield pieces, self.model.logits(output.hidden_states[own[0]], output.residual[own[0]], most)
+
+
+def prompt_slices(batch: Batch, group: int) -> list[PromptSlice]:
+    """Slices of the rows of a group's step whose logits are wanted."""
+    slices, start = [], 0
+    for work in batch:
+        if wants_rows(work):
+            for first in range(0, work.num_new, PROMPT_ROWS):
+                slices.append(PromptSlice(group, work, first, start, min(PROMPT_ROWS, work.num_new - first)))
+        start += work.num_new
+    return slices
 
 
 def wants_rows(work: Scheduled) -> bool:
     """Whether logits of prompt positions are wanted of these tokens."""
     sequence = work.sequence
     return sequence.wants_prompt_rows and work.num_computed < len(sequence.prompt_token_ids) and not sequence.token_ids
-
-
-def first_rows(batch: Batch) -> list[int]:
-    """First row of each sequence along T."""
-    starts, row = [], 0
-    for work in batch:
-        starts.append(row)
-        row += work.num_new
-    return starts
 
 
 def is_decode(batches: Batches) -> bool:
