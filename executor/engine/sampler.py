@@ -22,7 +22,7 @@ __all__ = ["Sampled", "Sampler", "SamplingRow", "make_random", "needs_host_token
 
 RANDOM_BITS = 30  # of a random number, and of a probability as an integer: an int32 holds their sum
 TIED = 32  # further candidates: logits from bfloat16 often tie at the last of top_k, and ties are kept
-NO_TOP_K, NO_TOP_P = 2**31, 2.0  # keep all
+NO_TOP_P = 2.0  # keeps all, whatever the rounding of probabilities
 ROWS_AT_ONCE = 64  # bounds the temporary memory of log-softmax
 
 
@@ -43,10 +43,10 @@ class Sampler:
         """end_token_ids: not chosen before `min_tokens`."""
         self.end_token_ids = end_token_ids
         self.rows: list[SamplingRow | None] | None = None
-        self.num_candidates: int | None = 1  # None for the whole vocabulary
+        self.num_candidates: int | None = None  # None for the whole vocabulary
         self.num_logprobs: int | None = None
         self.processors: LogitsProcessors | None = None
-        self.filters: Filters | None = None
+        self.filters: Filters | None = None  # None if all rows are greedy
 
     def sample(self, logits: ShardedLogits, rows: Sequence[SamplingRow | None]) -> Sampled:
         """Samples a token for each of this rank's rows; may change `logits.local`.
@@ -75,92 +75,92 @@ class Sampler:
         self.rows = list(rows)
         asked = [row.sampling for row in rows if row is not None]
         top_ks = [sampling.top_k for sampling in asked if not sampling.greedy]
-        self.num_candidates = 1
-        if top_ks:
-            self.num_candidates = max(top_ks) + TIED if all(top_ks) else None
+        self.num_candidates = max(top_ks) + TIED if top_ks and all(top_ks) else None
         self.num_logprobs = max((s.logprobs for s in asked if s.logprobs is not None), default=None)
         processors = LogitsProcessors(self.rows, logits, self.end_token_ids, self.processors)
         self.processors = processors if processors.active else None
         own = rows[logits.first_row : logits.first_row + logits.num_rows]
-        sampled = [(place, row) for place, row in enumerate(own) if row is not None and not row.sampling.greedy]
-        self.filters = Filters(sampled, len(own), logits.local.device) if sampled else None
+        vocab_size = logits.part_size * logits.group.size
+        width = min(self.num_candidates or vocab_size, vocab_size)
+        self.filters = Filters(own, width, logits.local.device) if top_ks else None
 
     def choose(self, logits: ShardedLogits) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen tokens and largest logits [B] of this rank's rows."""
-        if self.num_candidates == 1:
+        if self.filters is None:
             values, ids = logits.topk(1)
             return ids[:, 0], values[:, 0]
         if self.num_candidates is None:
-            values, ids = logits.whole(), None
-        else:
-            values, ids = logits.topk(self.num_candidates)
-            ids, order = ids.sort()  # draws do not depend on whether other rows need the whole vocabulary
-            values = values.gather(1, order)
-        largest, chosen = values.max(-1)  # the lowest id on ties
-        if self.filters is not None:
-            chosen = torch.where(self.filters.greedy, chosen, self.filters.draw(values, largest))
-        return chosen if ids is None else ids.gather(1, chosen[:, None])[:, 0], largest
+            values = logits.whole()
+            largest = values.amax(-1)
+            return self.filters.draw(values, largest), largest
+        values, ids = logits.topk(self.num_candidates)
+        return self.filters.draw(values, values[:, 0], ids), values[:, 0]
 
 
 class Filters:
-    """Temperature, top_k, top_p and min_p of this rank's rows, and the draw from what they leave."""
+    """Temperature, top_k, top_p and min_p of this rank's rows, and the draw from what they leave.
 
-    def __init__(self, sampled: list[tuple[int, SamplingRow]], num_rows: int, device: torch.device):
-        """sampled: the rows that are not greedy, with their indices below `num_rows`."""
-        self.rows = sampled
-        self.num_rows = num_rows
+    A greedy row keeps its largest logits, and its random number 0 draws the one with the lowest id.
+    """
+
+    def __init__(self, own: Sequence[SamplingRow | None], num_candidates: int, device: torch.device):
+        self.rows = [(index, row) for index, row in enumerate(own) if row is not None and not row.sampling.greedy]
+        self.num_rows = len(own)
         self.device = device
-        temperature, top_p, min_logit = [1.0] * num_rows, [NO_TOP_P] * num_rows, [-math.inf] * num_rows
-        last, greedy = [NO_TOP_K - 1] * num_rows, [True] * num_rows
-        for place, row in self.rows:
+        temperature, top_p, min_logit = [1.0] * len(own), [NO_TOP_P] * len(own), [0.0] * len(own)
+        last = [num_candidates - 1] * len(own)
+        for index, row in self.rows:
             sampling = row.sampling
-            greedy[place] = False
-            temperature[place] = sampling.temperature
+            temperature[index] = sampling.temperature
+            min_logit[index] = math.log(sampling.min_p) if sampling.min_p else -math.inf
             if sampling.top_k:
-                last[place] = sampling.top_k - 1
+                last[index] = min(sampling.top_k, num_candidates) - 1
             if sampling.top_p < 1:
-                top_p[place] = sampling.top_p
-            if sampling.min_p:
-                min_logit[place] = math.log(sampling.min_p)
+                top_p[index] = sampling.top_p
         floats = torch.tensor([temperature, top_p, min_logit], dtype=torch.float32).to(device)
-        integers = torch.tensor([last, greedy], dtype=torch.int64).to(device)
         self.temperature, self.top_p, self.min_logit = floats.unsqueeze(-1)  # [B, 1] each
-        self.last = integers[0, :, None]
-        self.greedy = integers[1].bool()
-        self.needs_order = any(row.sampling.top_k or row.sampling.top_p < 1 for _, row in self.rows)
-        self.has_min_p = any(row.sampling.min_p for _, row in self.rows)
+        self.last = torch.tensor(last, dtype=torch.int64).to(device)[:, None]
+        self.has_top_k = any(row.sampling.top_k for _, row in self.rows)
+        self.has_top_p = any(row.sampling.top_p < 1 for _, row in self.rows)
 
-    def draw(self, logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-        """Index [B] of a drawn candidate; logits [B, N] in the order of token ids, `largest` [B] of each row.
+    def draw(self, logits: torch.Tensor, largest: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Draws a token [B] of each row by inverse transform of one random number.
 
-        By inverse transform of one random number per row. Probabilities are integers, whose sums are exact in any
-        order: a candidate of probability 0 is never drawn.
+        logits [B, N]: of the whole vocabulary, or of the candidates `ids` in descending order; largest [B] of each row.
+        Probabilities become integers, whose sums are exact in any order: one that is 0 is never drawn. They are summed
+        in the order of token ids in either case, so that the draw does not depend on what other rows need.
         """
         scaled = (logits - largest[:, None]).div_(self.temperature)
-        scaled.masked_fill_(~largest.isfinite()[:, None], 0)  # NaN would become an invalid index
-        if self.needs_order:
-            scaled.masked_fill_(scaled < torch.maximum(self.lowest_kept(scaled), self.min_logit), -torch.inf)
-        elif self.has_min_p:
-            scaled.masked_fill_(scaled < self.min_logit, -torch.inf)
-        weights = scaled.softmax(-1).mul_(2**RANDOM_BITS).round_().int()
+        scaled.nan_to_num_(0, neginf=-torch.inf)  # NaN would become an invalid token
+        scaled.masked_fill_(scaled < self.lowest_kept(scaled, is_sorted=ids is not None), -torch.inf)
+        weights = scaled.softmax(-1).mul_(2**RANDOM_BITS).int()
+        if ids is not None:
+            ids, order = ids.sort()
+            weights = weights.gather(1, order)
         sums = weights.cumsum(-1, dtype=torch.int32)
         targets = self.random_numbers() * sums[:, -1] >> RANDOM_BITS  # below the last sum
-        return torch.searchsorted(sums, targets.int()[:, None], right=True)[:, 0]
+        drawn = torch.searchsorted(sums, targets.int()[:, None], right=True)
+        return (drawn if ids is None else ids.gather(1, drawn))[:, 0]
 
-    def lowest_kept(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Lowest logit [B, 1] that top_k, then top_p keep; ties with it are kept, too."""
-        ordered = scaled.sort(-1, descending=True).values
-        kth = ordered.gather(1, self.last.clamp(max=ordered.shape[1] - 1))
-        probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
-        num_kept = (probabilities.cumsum(-1) - probabilities < self.top_p).sum(-1, keepdim=True)
-        return torch.maximum(kth, ordered.gather(1, num_kept - 1))
+    def lowest_kept(self, scaled: torch.Tensor, is_sorted: bool) -> torch.Tensor:
+        """Lowest logit [B, 1] that top_k, then top_p, then min_p keep; ties with it are kept, too."""
+        lowest = self.min_logit
+        if self.has_top_k or self.has_top_p:
+            ordered = scaled if is_sorted else scaled.sort(-1, descending=True).values
+            kth = ordered.gather(1, self.last)
+            lowest = torch.maximum(lowest, kth)
+        if self.has_top_p:
+            probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
+            num_kept = (probabilities.cumsum(-1) - probabilities < self.top_p).sum(-1, keepdim=True)
+            lowest = torch.maximum(lowest, ordered.gather(1, num_kept - 1))
+        return lowest
 
     def random_numbers(self) -> torch.Tensor:
         """A random number [B] int64 below 2**RANDOM_BITS for each row; 0 for greedy ones."""
         numbers = [0] * self.num_rows
-        for place, row in self.rows:
+        for index, row in self.rows:
             assert row.random is not None, "a sampled row has random numbers"
-            numbers[place] = int(row.random.random() * 2**RANDOM_BITS)
+            numbers[index] = int(row.random.random() * 2**RANDOM_BITS)
         return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
 
 
