@@ -51,8 +51,10 @@ def rank_among(rank_variable: str, size_variable: str) -> tuple[int, int]:
             raise ValueError(f"{name}: {quoted(text)} is not a whole number")
         values.append(int(text))
     rank, size = values
-    if size < 1 or (rank >= size and size_variable in os.environ):  # not every launcher sets LOCAL_WORLD_SIZE
-        raise ValueError(f"{rank_variable}: {rank} must be below {size_variable}, which is {size}")
+    known = size_variable in os.environ
+    if size < 1 or (rank >= size and (known or size_variable == "WORLD_SIZE")):  # LOCAL_WORLD_SIZE may be unset
+        state = f"is {size}" if known else "is not set (one rank)"
+        raise ValueError(f"{rank_variable}: {rank} must be below {size_variable}, which {state}")
     return rank, size
 
 

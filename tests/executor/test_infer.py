@@ -23,6 +23,7 @@ from executor.config import REPOSITORY, load_settings
 from executor.engine.model_runner import ModelRunner
 from executor.launch import results
 from executor.launch.interrupts import Interrupted
+from executor.launch.rank import RANK_VARIABLES
 from tests.checkpoints import make_checkpoint
 
 KEYS = ["index", "prompt", "text", "prompt_token_ids", "token_ids", "finish_reason", "ttft_ms", "tpot_ms"]
@@ -49,6 +50,7 @@ def yaml_file(checkpoint, tmp_path) -> Path:
     file.write_text(
         f"model_name: small\nmodel_path: {checkpoint}\ndevice: cpu\nmodel_config:\n  dtype: float32\ndata_config:\n"
         f"  dataset_path: {tmp_path / 'prompts.json'}\n  max_new_tokens: 6\n  batch_size: 2\n  chat_template: False\n"
+        "  ignore_eos: True\n"
     )
     return file
 
@@ -57,7 +59,7 @@ def yaml_file(checkpoint, tmp_path) -> Path:
 def run(yaml_file, tmp_path, monkeypatch, capsys):
     """Calls main() with options; returns its exit code, stdout and stderr. Results go below tmp_path."""
     monkeypatch.setattr(results, "REPOSITORY", tmp_path)
-    for variable in ("RANK", "LOG_LEVEL"):
+    for variable in (*RANK_VARIABLES, "LOG_LEVEL"):
         monkeypatch.delenv(variable, raising=False)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
@@ -73,6 +75,12 @@ def run(yaml_file, tmp_path, monkeypatch, capsys):
     yield call
     root.handlers = handlers
     root.setLevel(level)
+
+
+def act_as(rank: int, monkeypatch) -> None:
+    """Makes `run` that of one rank of several, without the others."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(infer, "set_up_rank", lambda: rank)
 
 
 def result_folder(tmp_path: Path) -> Path:
@@ -138,7 +146,7 @@ def test_each_result_is_written_when_it_finishes(run, yaml_file, tmp_path, monke
             seen.append([record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")])
 
     monkeypatch.setattr(LLM, "stream", watched)
-    options = ["data_config.max_new_tokens=60", "data_config.ignore_eos=True"]
+    options = ["data_config.max_new_tokens=60"]
     prompts = [f"{number}" for number in range(5)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     monkeypatch.setattr(LLM, "stream", shorter(watched))
@@ -160,7 +168,7 @@ def shorter(stream):
 
 
 def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    act_as(1, monkeypatch)
     output = tmp_path / "copy.jsonl"
     code, out, _ = run("--output", str(output))
     assert code == 0 and out == "" and not output.exists()
@@ -170,7 +178,7 @@ def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
 def test_chat_template(run, checkpoint, tmp_path):
     assert run("--set", "data_config.chat_template=True", "--set", "data_config.enable_thinking=True")[0] == 0
     *lines, _ = records(result_folder(tmp_path) / "result.jsonl")
-    llm = LLM(checkpoint, device="cpu", dtype="float32", enable_thinking=True, max_new_tokens=6)
+    llm = LLM(checkpoint, device="cpu", dtype="float32", enable_thinking=True, max_new_tokens=6, ignore_eos=True)
     for line in lines:
         [expected] = llm.chat([{"role": "user", "content": line["prompt"]}])
         assert line["prompt_token_ids"] == expected.prompt_token_ids and line["token_ids"] == expected.token_ids
@@ -186,6 +194,7 @@ def test_one_new_token_has_no_tpot(run, tmp_path):
     ("options", "named"),
     [
         (["--set", "data_config.max_new_token=3"], "did you mean data_config.max_new_tokens?"),
+        (["--set=-x=1"], "-x: unknown key"),
         (["--set", "data_config.batch_size=0"], "data_config.batch_size: 0 is impossible"),
         (["--set", "model_path=no/such/folder"], "model_path: no/such/folder does not exist"),
         (["--set", "model_path=dataset"], "dataset has no config.json"),
@@ -229,7 +238,7 @@ def test_invalid_yaml(run, tmp_path):
     assert "bad.yaml: not valid YAML" in assert_refused(*run(yaml=tmp_path / "bad.yaml"))
 
 
-@pytest.mark.parametrize(("variable", "value"), [("LOG_LEVEL", "LOUD"), ("RANK", "first")])
+@pytest.mark.parametrize(("variable", "value"), [("LOG_LEVEL", "LOUD"), ("RANK", "first"), ("RANK", "1")])
 def test_invalid_environment(variable, value, run, monkeypatch):
     monkeypatch.setenv(variable, value)
     assert f"error: {variable}: " in assert_refused(*run())
@@ -249,7 +258,7 @@ def test_failure_names_the_rank_and_the_first_error(failing, rank, run, tmp_path
     def fail(*_):
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setenv("RANK", str(rank))
+    act_as(rank, monkeypatch)
     monkeypatch.setattr(LLM if failing == "_load" else ModelRunner, failing, fail)
     code, _, err = run()
     assert code == 1
@@ -402,7 +411,7 @@ def test_warnings_of_transformers_are_logged_too(rank, run, tmp_path, monkeypatc
         logging.getLogger("transformers.some").warning("mind this")
         return prefill(self, sequences)
 
-    monkeypatch.setenv("RANK", str(rank))
+    act_as(rank, monkeypatch)
     monkeypatch.setattr(ModelRunner, "prefill", prefill_with_warning)
     code, _, err = run("--set", "data_config.max_prompts=1")
     assert (
@@ -422,7 +431,7 @@ def test_log_level_variable(level, shown, run, tmp_path, monkeypatch):
 
 def start(repository: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "executor.infer", *options]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOG_LEVEL")}
+    environment = {key: value for key, value in os.environ.items() if key not in (*RANK_VARIABLES, "LOG_LEVEL")}
     return subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
 
 

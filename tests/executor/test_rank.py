@@ -29,6 +29,8 @@ def test_a_value_that_is_no_whole_number_is_refused_by_its_name(
 @pytest.mark.parametrize(
     "environment",
     [
+        {"RANK": "1"},
+        {"RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
         {"RANK": "1", "WORLD_SIZE": "1"},
         {"RANK": "2", "WORLD_SIZE": "2"},
         {"WORLD_SIZE": "0"},
@@ -39,9 +41,13 @@ def test_a_value_that_is_no_whole_number_is_refused_by_its_name(
 def test_a_rank_beyond_its_group_is_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="RANK: . must be below (LOCAL_)?WORLD_SIZE, which is "):
+    state = r"(is \d|is not set \(one rank\))$"
+    with pytest.raises(ValueError, match=f"RANK: . must be below (LOCAL_)?WORLD_SIZE, which {state}"):
         set_up_rank()
 
 
-def test_one_process_needs_no_environment() -> None:
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}, {"LOCAL_RANK": "1"}, {"LOCAL_WORLD_SIZE": "4"}])
+def test_one_process_needs_no_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     assert set_up_rank() == 0
