@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter for the undocumented parts of transformers that the project depends on."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import ROPE_INIT_FUNCTIONS, PreTrainedModel, Qwen3MoeConfig, RopeParameters
+from transformers import ROPE_INIT_FUNCTIONS, Qwen3MoeConfig, RopeParameters
+
+if TYPE_CHECKING:  # takes seconds to import
+    from transformers import PreTrainedModel
 
 # Rope types that `scaled_rope_frequencies` supports; transformers documents no list of them.
 SCALED_ROPE_TYPES = tuple(ROPE_INIT_FUNCTIONS)
@@ -18,6 +23,6 @@ def scaled_rope_frequencies(config: Qwen3MoeConfig, seq_len: int | None = None) 
     return ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len)
 
 
-def compute_rope_buffers(model: PreTrainedModel, device: torch.device) -> None:
+def compute_rope_buffers(model: "PreTrainedModel", device: torch.device) -> None:
     """Computes the non-persistent rotary buffers of a model created on the meta device: no state dict contains them."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)

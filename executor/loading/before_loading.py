@@ -111,13 +111,13 @@ def default_sampling(data: DataSettings, model_path: Path) -> SamplingParams:
             raise ValueError(f"data_config.{both[0]}: cannot be set beside data_config.sampling_from_checkpoint: True")
         file, generation = read_generation_config(model_path)
         origins = dict.fromkeys(keys, f"{file}: ")
-        stated |= {key: generation[key] for key in keys if generation.get(key) is not None}
-        do_sample = generation.get("do_sample") or False
+        stated |= {key: value for key in keys if (value := getattr(generation, key)) is not None}
+        do_sample = generation.do_sample or False
         if not isinstance(do_sample, bool):
             raise ValueError(f"{file}: do_sample: expected true or false, got {quoted(do_sample)}")
         if not do_sample:
             stated["temperature"] = 0.0
-        elif generation.get("temperature") is None:
+        elif generation.temperature is None:
             stated["temperature"] = 1.0
     try:
         return SamplingParams(

@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from executor.loading.prompts import check_text
 from executor.utils.reading import refusing
 from executor.utils.text import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RENDER_TIMEOUT_S = 10.0  # for all renderings of one prompt together; one usually takes milliseconds
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # of the output, beside 4 times the length of the messages
@@ -30,7 +32,7 @@ class RenderTimeout(ValueError):
 class ChatTemplate:
     """Renders conversations for one prompt. Its errors are ValueErrors that name the prompt and the template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model_path: Path, enable_thinking: bool, name: str):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", model_path: Path, enable_thinking: bool, name: str):
         self.tokenizer = tokenizer
         self.enable_thinking = enable_thinking
         own_file = model_path / "chat_template.jinja"

@@ -5,15 +5,16 @@ import logging
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3MoeConfig
+from typing import TYPE_CHECKING, Any
 
 from executor.loading.chat_template import ChatTemplate
 from executor.loading.prompts import Messages, check_text
 from executor.loading.shorten import fewest_turns_left_out, shorten, shown_pieces
 from executor.utils.reading import read_json_object, read_text, refusing
 from executor.utils.text import one_line, quoted
+
+if TYPE_CHECKING:  # takes seconds to import, and the launcher imports this module
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Tokenizer:
         return self.loaded is not None
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.loaded is None:
             raise ValueError(f"model_path: {self.model_path} has no tokenizer, only token ids can be given")
         return self.loaded
@@ -126,6 +127,20 @@ class Tokenizer:
             )
         return too_many <= 0
 
+    def bad_word_ids(self, text: str) -> list[list[int]]:
+        """Token ids of a text as it stands at the beginning of a line and after a space."""
+        spellings = (text, f" {text.lstrip()}")
+        return [self.tokenizer.encode(spelling, add_special_tokens=False) for spelling in spellings]
+
+    @property
+    def backend(self) -> Any:
+        """The underlying tokenizer of the tokenizers library, for incremental decoding."""
+        return self.tokenizer.backend_tokenizer
+
+    def knows(self, token_id: int) -> bool:
+        """Returns whether the tokenizer has this token: the model's vocabulary may be padded."""
+        return 0 <= token_id < len(self.tokenizer)
+
     def decode(self, token_ids: list[int]) -> str:
         """Decodes generated tokens; special tokens and ids beyond the tokenizer's vocabulary are skipped."""
         if self.loaded is None:
@@ -139,8 +154,10 @@ def has_tokenizer(model_path: Path) -> bool:
     return any(os.path.lexists(model_path / name) for name in ("tokenizer.json", "vocab.json"))
 
 
-def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """Loads a checkpoint folder's tokenizer; ValueError if it cannot be read. Never runs code from the folder."""
+    from transformers import AutoTokenizer
+
     for file in (model_path / name for name in TOKENIZER_FILES):
         if os.path.lexists(file):
             read_text(file)  # the error names the file; a device or pipe is rejected instead of blocking
@@ -158,12 +175,14 @@ def load_tokenizer(model_path: Path) -> PreTrainedTokenizerBase:
         raise ValueError(one_line(f"model_path: {problem}: {error}")) from None
 
 
-def tokenizer_source(model_path: Path) -> Qwen3MoeConfig | None:
+def tokenizer_source(model_path: Path) -> "Qwen3MoeConfig | None":
     """Builds a minimal config from which AutoTokenizer selects a Qwen3-MoE tokenizer; None for other model types.
 
     Without it, AutoTokenizer builds a config from all keys of config.json, even those that the network ignores:
     num_labels of 10**12 makes it build as many labels.
     """
+    from transformers import Qwen3MoeConfig
+
     file = model_path / "config.json"
     raw = read_json_object(file) if file.exists() else {}
     if raw.get("model_type") != "qwen3_moe":
@@ -172,10 +191,10 @@ def tokenizer_source(model_path: Path) -> Qwen3MoeConfig | None:
     return Qwen3MoeConfig(tokenizer_class=name if isinstance(name, str) else None)
 
 
-def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+def eos_token_ids(model_path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:
     """EOS token ids: all those of the generation config and the tokenizer."""
     file, generation = read_generation_config(model_path)
-    stated = generation.get("eos_token_id")
+    stated = generation.eos_token_id
     stated = [token_id for token_id in (stated if isinstance(stated, list) else [stated]) if token_id is not None]
     for token_id in stated:
         if type(token_id) is not int:
@@ -184,15 +203,20 @@ def eos_token_ids(model_path: Path, tokenizer: PreTrainedTokenizerBase | None) -
     return frozenset(stated if tokenizers_own is None else [*stated, tokenizers_own])
 
 
-def read_generation_config(model_path: Path) -> tuple[Path, dict[str, Any]]:
-    """Reads a checkpoint's generation config; returns its path and content.
+def read_generation_config(model_path: Path) -> tuple[Path, "GenerationConfig"]:
+    """Reads a checkpoint's generation config as transformers does; returns the file's path and the config.
 
-    It is generation_config.json, else config.json. As in transformers, an existing generation_config.json replaces
-    config.json entirely, even if it has fewer keys. ValueError if the file is not a JSON object.
+    It is generation_config.json, else config.json: an existing generation_config.json replaces config.json entirely,
+    even if it has fewer keys. ValueError if the file is not a JSON object or transformers rejects it.
     """
+    from transformers import GenerationConfig
+
     file = model_path / "generation_config.json"
+    parse = GenerationConfig.from_dict
     if not os.path.lexists(file):
-        file = model_path / "config.json"
+        file, parse = model_path / "config.json", GenerationConfig.from_model_config
         if not file.exists():
-            return file, {}
-    return file, read_json_object(file)
+            return file, GenerationConfig()
+    raw = read_json_object(file)
+    with refusing(str(file), "generation settings"):
+        return file, parse(raw)
