@@ -214,6 +214,8 @@ def find_node(hosts: list[str]) -> tuple["Nodes", str]:
     """Resolves the nodes' host names; returns them with this machine's index, and its network interface."""
     from executor.launch.nodes import Nodes
 
+    if not hosts:
+        raise ValueError("IPs: NODE_IPS is blank: it names the nodes, such as 10.0.0.1 10.0.0.2, or is not set")
     addresses = []
     for host in hosts:
         try:

@@ -83,8 +83,8 @@ find_yaml() {
     die "$1: no such YAML file: '$2' (in ${3#"$ROOT/"}: $(list_yamls "$3"))"
 }
 
-# inspect_python PYTHON: prints nothing if PYTHON has all that is needed, else `old TORCH_VERSION` or
-# `missing PACKAGE...`; fails if it is no Python 3.10 or newer. Looks packages up without importing them, as importing
+# inspect_python PYTHON: prints `ready` if PYTHON has all that is needed, else `old TORCH_VERSION` or
+# `missing PACKAGE...`; prints none of these if it is no Python 3.10 or newer. Looks packages up without importing them, as importing
 # torch takes seconds.
 inspect_python() {
     "$1" -c '
@@ -106,35 +106,35 @@ if numbers and tuple(map(int, numbers.groups())) < (2, 8):
     print("old", version)
 elif missing:
     print("missing", *missing)
+else:
+    print("ready")
 '
 }
 
 # Whether PYTHON ($1) has all that is needed.
 python_is_ready() {
-    local report
-    report="$(inspect_python "$1" 2>/dev/null)" && [[ -z "$report" ]]
+    [[ "$(inspect_python "$1" 2>/dev/null)" == ready ]]
 }
 
 # Sets PYTHON to the active Python if that has all that is needed. An installed torch is never replaced, as it may be
 # built for this machine's accelerator; where there is none, and no NPU, the packages go into .venv.
 choose_python() {
-    local candidates=(python python3) candidate report='' found='' missing
+    local candidates=(python python3) candidate report='' missing
     drop_empty_parts PYTHONPATH
     drop_empty_parts LD_LIBRARY_PATH
     [[ "$ROOT" != *:* ]] || die "the path of this repository has a colon, which parts PYTHONPATH: '$ROOT'"
     [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
     for candidate in "${candidates[@]}"; do
-        if report="$(inspect_python "$candidate" 2>/dev/null)"; then
-            found=yes
-            break
-        fi
+        report="$(inspect_python "$candidate" 2>/dev/null)" || true
+        [[ ! "$report" =~ ^(ready$|old\ |missing\ ) ]] || break
+        report=''
     done
-    [[ -n "$found" ]] || die "no Python 3.10 or newer (tried: ${candidates[*]}); set PYTHON=/path/to/python"
+    [[ -n "$report" ]] || die "no Python 3.10 or newer (tried: ${candidates[*]}); set PYTHON=/path/to/python"
     PYTHON="$candidate"
 
     missing="${report#missing }"
     case "$report" in
-        '') ;;
+        ready) ;;
         'old '*) die "torch of $(command -v "$PYTHON") is ${report#old }; torch>=2.8 is needed" ;;
         'missing torch'*)
             npu_visible && die "$(command -v "$PYTHON") lacks $missing; on an NPU machine you install them"

@@ -19,5 +19,7 @@ class ArgumentParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += "; one that begins with - is given as --option=-..."
         print_error(f"{message} (--help lists the options)")
         sys.exit(2)

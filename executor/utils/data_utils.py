@@ -9,10 +9,10 @@ import string
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from executor.config import REPOSITORY, DataSettings, resolve_path
-from executor.utils.reading import read_json, refusing
+from executor.utils.reading import open_file, read_json, refusing
 from executor.utils.text import MAX_LINE, one_line, quoted
 from executor.utils.values import is_unicode
 
@@ -133,7 +133,7 @@ def jsonl_prompts(data: DataSettings) -> Iterator[tuple[str, str]]:
     if data.dataset_path is None:
         raise ValueError("data_config.dataset_path: missing, dataset: jsonl needs a file")
     file = existing(data.dataset_path)
-    with opened(file) as stream:
+    with open_file(file) as stream:
         for where, record in json_lines(stream, str(file)):
             if data.prompt_template is not None:
                 yield where, prompt_of(record, data.prompt_template, where)
@@ -189,7 +189,7 @@ def longbench_records(folder: Path, task: str) -> Iterator[tuple[str, dict[str, 
 
 
 def file_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with opened(file) as stream:
+    with open_file(file) as stream:
         yield from json_lines(stream, str(file))
 
 
@@ -251,14 +251,6 @@ def json_lines(stream: Any, where: str, problem: str = "cannot be read") -> Iter
         if not isinstance(record, dict):
             raise ValueError(one_line(f"{source}: expected a JSON object"))
         yield source, record
-
-
-def opened(file: Path) -> BinaryIO:
-    """Opens a regular file for reading; ValueError for a folder or a pipe, or without permission."""
-    with refusing(str(file), "cannot be read"):
-        if not file.is_file():
-            raise ValueError("not a file" if file.exists() else "no such file")
-        return file.open("rb")
 
 
 def existing(path: str) -> Path:

@@ -57,7 +57,7 @@ while (($# > 0)); do
             if [[ "$1" == --yaml ]]; then
                 yaml_source=--yaml yaml_name="$2"
             else
-                options+=("$1" "$2")
+                options+=("$1=$2")
             fi
             shift 2
             ;;
@@ -68,4 +68,4 @@ done
 find_yaml "$yaml_source" "$yaml_name" "$MODEL_DIR/config"
 source_cann
 choose_python
-launch --yaml_file_path "$YAML" ${options[@]+"${options[@]}"}
+launch "--yaml_file_path=$YAML" ${options[@]+"${options[@]}"}

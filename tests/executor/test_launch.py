@@ -42,7 +42,7 @@ def test_node_rank_and_interface(two_interfaces: None) -> None:
         (["10.0.0.2", "10.0.1.2"], "more than one of 10.0.0.2 10.0.1.2"),
         (["head", "10.0.0.1"], "10.0.0.1 is listed twice"),
         (["head", "own"], "own is the loopback address 127.0.1.1"),
-        ([], "none of"),
+        ([], "NODE_IPS is blank"),
     ],
 )
 def test_invalid_node_list(two_interfaces: None, hosts: list[str], named: str) -> None:

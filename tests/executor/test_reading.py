@@ -65,6 +65,8 @@ def test_unreadable_files(name, tmp_path):
 
 def test_refusing_converts_every_exception():
     errors = (KeyError("k"), MemoryError(), RecursionError("deep"), OSError(13, "Permission denied"), OverflowError())
+    with pytest.raises(ValueError, match="^place: not enough memory$"), refusing("place"):
+        raise MemoryError
     for error in errors:
         with pytest.raises(ValueError, match="^place: problem: ."), refusing("place", "problem"):
             raise error

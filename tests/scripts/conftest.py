@@ -17,8 +17,10 @@ def repo(tmp_path: Path) -> Path:
     for name in [*SCRIPTS, "requirements.txt"]:
         (repo / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, repo / name)
-    (repo / "executor/__init__.py").touch()
-    (repo / "executor/launch/launcher.py").write_text(REPORTING_EXECUTOR)
+    (repo / "executor/launch").mkdir()
+    for package in ("executor", "executor/launch"):
+        (repo / package / "__init__.py").touch()
+    (repo / "executor/launch/__main__.py").write_text(REPORTING_EXECUTOR)
     (repo / "models/qwen3_moe/config").mkdir()
     for name in ["demo.yaml", "other.yaml"]:
         (repo / "models/qwen3_moe/config" / name).write_text("model_name: x\n")

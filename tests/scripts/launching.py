@@ -12,7 +12,8 @@ SCRIPTS = ["models/qwen3_moe/infer.sh", "executor/scripts/set_env.sh", "executor
 REPORTING_EXECUTOR = """
 import json, os, sys
 nodes = [os.environ[name] for name in ("NODE_IPS", "MASTER_PORT", "RENDEZVOUS_TIMEOUT_S", "JOB_SECRET")]
-print(json.dumps({"argv": sys.argv[1:], "executor": __file__, "python": sys.executable, "nodes": nodes}))
+argv = [part for argument in sys.argv[1:] for part in argument.split("=", 1)]  # as argparse reads --option=value
+print(json.dumps({"argv": argv, "given": sys.argv[1:], "executor": __file__, "python": sys.executable, "nodes": nodes}))
 sys.exit(int(os.environ.get("STUB_EXIT_CODE", "0")))
 """
 NO_NPU = "/nonexistent/davinci*"

@@ -34,7 +34,7 @@ def test_default_yaml(repo: Path, tmp_path: Path) -> None:
     (shadow / "launch.py").write_text("raise SystemExit('the wrong executor')")
     report = started(infer(repo, cwd=shadow.parent))
     assert report["argv"] == ["--yaml_file_path", str(repo / "models/qwen3_moe/config/demo.yaml")]
-    assert report["executor"] == str(repo / "executor/launch/launcher.py")
+    assert report["executor"] == str(repo / "executor/launch/__main__.py")
 
 
 def test_edited_default(repo: Path) -> None:
@@ -66,6 +66,12 @@ def test_set_values_are_passed_verbatim(repo: Path) -> None:
     flags = [argument for value in values for argument in ("--set", value)]
     assert started(infer(repo, *flags))["argv"][2:] == flags
     assert started(infer(repo, *(f"--set={value}" for value in values)))["argv"][2:] == flags
+
+
+def test_values_that_begin_with_a_dash_are_values(repo: Path) -> None:
+    (repo / "-x.yaml").touch()
+    given = started(infer(repo, "--yaml", "-x.yaml", "--set", "-x=1", "--output", "-"))["given"]
+    assert given == ["--yaml_file_path=-x.yaml", "--set=-x=1", "--output=-"]
 
 
 @pytest.mark.parametrize(
@@ -126,8 +132,9 @@ def test_active_python(repo: Path, tmp_path: Path) -> None:
     assert started(infer(repo, PYTHON="", PATH=path))["python"] == sys.executable
 
 
-def test_no_python(repo: Path) -> None:
-    assert "(tried: no-such-python)" in refused(infer(repo, PYTHON="no-such-python"))
+@pytest.mark.parametrize("python", ["no-such-python", "/bin/true", "/bin/echo", "/bin/false"])
+def test_no_python(repo: Path, python: str) -> None:
+    assert f"(tried: {python})" in refused(infer(repo, PYTHON=python))
 
 
 def test_npu_machine_never_installs(repo: Path, bare_python: Path, tmp_path: Path) -> None:
@@ -167,7 +174,7 @@ def test_cann_is_found_at_its_default_path(repo: Path, tmp_path: Path, layout: s
 def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "davinci0").touch()
     npu = {"NPU_DEVICE_GLOB": str(tmp_path / "davinci*"), "JEMALLOC": ""}
-    (repo / "executor/launch/launcher.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    (repo / "executor/launch/__main__.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
     (tmp_path / "davinci1").touch()
     given = {"HCCL_OP_EXPANSION_MODE": "HOST", "TASK_QUEUE_ENABLE": "", "ASCEND_RT_VISIBLE_DEVICES": "1"}
     given |= {"HCCL_BUFFSIZE": "512"}

@@ -37,7 +37,7 @@ def test_links_to_the_script(repo: Path, tmp_path: Path, called: str, cdpath: st
         path = os.path.relpath(links / called.format(script=script), cwd)
         report = started(shell("bash", path, cwd=cwd, CDPATH=cdpath))
         assert report["argv"] == ["--yaml_file_path", str(repo / DEFAULT)]
-        assert report["executor"] == str(repo / "executor/launch/launcher.py")
+        assert report["executor"] == str(repo / "executor/launch/__main__.py")
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "end\n", "-dash", "a'\"$HOME*", "é 中文", "\x1b[31m"])
@@ -45,7 +45,7 @@ def test_unusual_repository_paths(repo: Path, tmp_path: Path, name: str) -> None
     moved = repo.rename(tmp_path / name)
     report = started(shell("bash", "-c", 'exec bash "$0"', f"./{name}/models/qwen3_moe/infer.sh", cwd=tmp_path))
     assert report["argv"] == ["--yaml_file_path", str(moved / DEFAULT)]
-    assert report["executor"] == str(moved / "executor/launch/launcher.py")
+    assert report["executor"] == str(moved / "executor/launch/__main__.py")
     assert "YAML file: 'nope'" in refused(infer(moved, "--yaml", "nope"))
 
 
@@ -130,7 +130,7 @@ def test_nothing_of_the_current_folder_is_executed(
     repo: Path, tmp_path: Path, old_python: Path, paths: str, is_old: bool
 ) -> None:
     knows_safe_path = sys.version_info >= (3, 11) and not is_old
-    (repo / "executor/launch/launcher.py").write_text(
+    (repo / "executor/launch/__main__.py").write_text(
         "import json, os, random, re, subprocess, sys\n"
         + ("subprocess.run([sys.executable, '-m', 'colorsys'], check=True)\n" if knows_safe_path else "")
         + "print(json.dumps([sys.path, os.environ['PYTHONPATH'].split(':'), sys.argv]))\n"
@@ -142,11 +142,11 @@ def test_nothing_of_the_current_folder_is_executed(
     assert sprung(traps) == []
     for folders in (searched, exported):
         assert folders[0] == str(repo) and not {"", ".", str(traps)} & set(folders)
-    assert argv == [str(repo / "executor/launch/launcher.py"), "--yaml_file_path", str(repo / DEFAULT)]
+    assert argv == [str(repo / "executor/launch/__main__.py"), f"--yaml_file_path={repo / DEFAULT}"]
 
 
 def test_user_folders_stay_in_pythonpath(repo: Path, tmp_path: Path) -> None:
-    (repo / "executor/launch/launcher.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    (repo / "executor/launch/__main__.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
     found = started(infer(repo, PYTHONPATH=":/a b::lib:", LD_LIBRARY_PATH="/x::/y"))
     assert found["PYTHONPATH"] == f"{repo}:/a b:lib" and found["LD_LIBRARY_PATH"] == "/x:/y"
     assert "LD_LIBRARY_PATH" not in started(infer(repo)) or os.environ.get("LD_LIBRARY_PATH")
