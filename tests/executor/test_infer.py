@@ -238,6 +238,13 @@ def test_invalid_yaml(run, tmp_path):
     assert "bad.yaml: not valid YAML" in assert_refused(*run(yaml=tmp_path / "bad.yaml"))
 
 
+def test_option_without_value(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--set", "-x=1")
+    line = capsys.readouterr().err
+    assert line.startswith("error: argument --set: expected one argument; one that begins with - is given as --option=")
+
+
 @pytest.mark.parametrize(("variable", "value"), [("LOG_LEVEL", "LOUD"), ("RANK", "first"), ("RANK", "1")])
 def test_invalid_environment(variable, value, run, monkeypatch):
     monkeypatch.setenv(variable, value)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading user files, and sanitizing text for display."""
 
+import os
 import random
 
 import pytest
 
-from executor.utils.reading import read_json, read_json_object, read_text, refusing
+from executor.utils.reading import open_file, read_json, read_json_object, read_text, refusing
 from executor.utils.text import one_line, printable, quoted
 
 
@@ -61,6 +62,13 @@ def test_unreadable_files(name, tmp_path):
     with pytest.raises(ValueError, match="larger than 0 MiB"):
         read_text(tmp_path / "large", max_bytes=10)
     assert read_json(tmp_path / "large") == 11111111111
+
+
+def test_reading_never_waits(tmp_path):
+    """/proc/kmsg, which looks like a file, would else wait for the kernel's next message."""
+    (tmp_path / "a").touch()
+    with open_file(tmp_path / "a") as stream:
+        assert not os.get_blocking(stream.fileno())
 
 
 def test_refusing_converts_every_exception():
