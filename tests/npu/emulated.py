@@ -85,12 +85,12 @@ def run_emulated(
     """
     install(wheel, product)
     emulate_communicators()
-    import executor.llm
+    import executor.loading.assembly
     import executor.loading.exchanges
     from ops.npu import NpuOps
 
     bound = []
-    executor.llm.load_ops = lambda device_type: bound.append(NpuOps("cpu")) or bound[-1]
+    executor.loading.assembly.load_ops = lambda device_type: bound.append(NpuOps("cpu")) or bound[-1]
     if all_to_all:
         cost = executor.loading.exchanges.sent_bytes_per_token
         executor.loading.exchanges.sent_bytes_per_token = lambda *arguments: cost(*arguments) | {"all_to_all": FREE}
@@ -104,7 +104,7 @@ def exchange_where_one_rank_fails(wheel: str) -> str:
     """Name of the decode exchange that two ranks select where combine raises on rank 1."""
     install(wheel, "A2")
     emulate_communicators()
-    import executor.llm
+    import executor.loading.assembly
     from ops.npu import NpuOps
     from ops.npu.exchange import DispatchCombine
 
@@ -117,7 +117,7 @@ def exchange_where_one_rank_fails(wheel: str) -> str:
         return result
 
     DispatchCombine.combine = fails_on_one
-    executor.llm.load_ops = lambda device_type: NpuOps("cpu")
+    executor.loading.assembly.load_ops = lambda device_type: NpuOps("cpu")
     return type(LLM(DEMO, device="cpu", dtype="float16", world_size=2).exchange(is_prefill=False)).__name__
 
 

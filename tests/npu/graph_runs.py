@@ -9,9 +9,9 @@ from unittest.mock import patch
 import torch
 
 import executor.engine.graph_runner
-import executor.llm
+import executor.loading.assembly
 from executor import LLM, SamplingParams
-from executor.engine.model_runner import DecodeInputs
+from executor.engine.decode_inputs import DecodeInputs
 from ops import load_ops
 from tests.npu.emulated import DEMO, LONG_PROMPT, PROMPTS, CalledOperations, emulate_communicators
 from tests.npu.emulator import install
@@ -51,7 +51,7 @@ def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:
     """Tokens of three prompts, so that a batch of four has a padding row."""
     with (
-        patch.object(executor.llm, "load_ops", lambda device_type: ops),
+        patch.object(executor.loading.assembly, "load_ops", lambda device_type: ops),
         patch.object(executor.engine.graph_runner, "UNPADDED", 2),
     ):
         llm = LLM(DEMO, "cpu", dtype, batch_size=batch_size, cache_tokens=2048, input_max_len=512, **settings)
@@ -81,9 +81,10 @@ def faults() -> dict[str, AbstractContextManager]:
     def with_lengths_of_padding(self, cpu_update_input):
         update(self, [{name: [1] * len(lens) for name, lens in entry.items()} for entry in cpu_update_input])
 
-    def with_one_slot(self, sequences, latest=None):
-        fill(self, sequences, latest)
-        self.step.slot_mapping[len(sequences) :] = 0
+    def with_one_slot(self, batch, *arguments):
+        inputs = fill(self, batch, *arguments)
+        self.step.slot_mapping[len(batch) :] = 0
+        return inputs
 
     return {
         "nothing": nullcontext(),

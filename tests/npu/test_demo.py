@@ -14,10 +14,12 @@ from tests.parallel.ranks import run_ranks
 
 LAYERS, PREFILLS = 5, 7  # of the demo; prefills of `run_model`
 DECODES = 2 * (NEW_TOKENS - 1)
+CHUNKS = {"max_step_tokens": 96, "chunk_tokens": 48}  # the longest prompt is computed beside others' decode tokens
 GATHER, ALL_TO_ALL, FUSED = "GatherExchange", "AllToAllExchange", "FusedExchange"
 # world size, settings, whether to force all-to-all in prefill, expected exchanges of prefill and decode, call counts
 LAYOUTS = {
     "one": (1, {}, False, [GATHER, GATHER], {}),
+    "chunks": (1, CHUNKS, False, [GATHER, GATHER], {}),
     "tp": (
         2,
         {"attn_tp_size": 2, "moe_tp_size": 2, "embed_tp_size": 2, "lmhead_tp_size": 2},
@@ -88,9 +90,9 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
 
 
 def test_attn_tp_groups_shard_their_tokens(reference, tmp_path):
-    """Two attn_tp groups of two ranks: a rank may have no token of a step to dispatch."""
+    """Two attn_tp groups of two ranks: a rank may have no token of a step to dispatch, a step none to sample."""
     path = needed_wheel(VERSIONS[0])
-    settings = {"dtype": "float16", "world_size": 4, "attn_tp_size": 2, "moe_tp_size": 1}
+    settings = {"dtype": "float16", "world_size": 4, "attn_tp_size": 2, "moe_tp_size": 1, **CHUNKS}
     for found in run_ranks(4, run_emulated, tmp_path, str(path), "A2", settings, True):
         assert found["exchanges"] == [ALL_TO_ALL, FUSED]
         exact = reference["float32"]

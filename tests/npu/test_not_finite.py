@@ -38,7 +38,7 @@ def results_of(wheel_file: str, folder: Path, prompts: list[list[int]], settings
     results = []
     for one in settings:
         with (
-            patch("executor.llm.load_ops", lambda device_type: NpuOps("cpu")),
+            patch("executor.loading.assembly.load_ops", lambda device_type: NpuOps("cpu")),
             patch("executor.engine.graph_runner.UNPADDED", 0),
         ):
             llm = LLM(folder, "cpu", "float16", batch_size=4, cache_tokens=2048, input_max_len=256, **one)

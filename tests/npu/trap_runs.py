@@ -38,10 +38,10 @@ def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, lis
 def too_small_buffer(wheel: str, megabytes: str) -> str:
     """Error of a two-rank LLM for this HCCL_BUFFSIZE, raised before the process groups are created."""
     install(wheel, "A2")
-    import executor.llm
+    import executor.loading.assembly
     from ops.npu import NpuOps
 
-    executor.llm.load_ops = lambda device_type: NpuOps("cpu")
+    executor.loading.assembly.load_ops = lambda device_type: NpuOps("cpu")
     os.environ.update(HCCL_BUFFSIZE=megabytes, WORLD_SIZE="2")
     settings: dict[str, Any] = {"dtype": "float16", "world_size": 2, "batch_size": 512}
     with pytest.raises(ValueError) as raised:
