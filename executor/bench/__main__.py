@@ -12,6 +12,7 @@ from executor.utils.arguments import ArgumentParser
 COMMANDS = {
     "latency": "time to first token and time per output token",
     "throughput": "offline throughput of many prompts, in tokens per second",
+    "arrivals": "requests that arrive while others run: throughput, pauses, cached prefixes",
     "kernels": "each operation alone, against its roofline floor",
     "plot": "a bar chart of latency reports",
     "host-time": "host overhead of an eager decode step on an NPU",

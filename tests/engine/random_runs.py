@@ -33,10 +33,10 @@ class Scenario:
 def random_scenario(seed: int, vocab_size: int, num_requests: int) -> Scenario:
     rng = random.Random(seed)
     chunk = rng.choice([1, 7, 60, 128, 200, 2048])
-    max_len, is_crowded = 600, rng.random() < 0.4  # crowded: long outputs that do not fit side by side
+    max_len, is_crowded = 600, rng.random() < 0.4  # crowded: outputs that do not fit side by side
     settings = {
         "batch_size": 8 if is_crowded else rng.choice([1, 2, 3, 5]),
-        "cache_tokens": 128 * (5 if is_crowded else rng.choice([5, 6, 8, 40])),
+        "cache_tokens": 128 * (7 if is_crowded else rng.choice([5, 6, 8, 40])),
         "max_step_tokens": max(chunk, rng.choice([9, 100, 300, 8192])),
         "chunk_tokens": chunk,
         "prefix_cache": rng.random() < 0.8,
@@ -45,10 +45,11 @@ def random_scenario(seed: int, vocab_size: int, num_requests: int) -> Scenario:
     cases, step = [], 0
     for _ in range(num_requests):
         shared = [] if is_crowded else rng.choice([[], *prefixes])
-        own = [rng.randrange(vocab_size) for _ in range(rng.choice([1, 2, 5, 60, 100, 127, 128, 129]))]
+        length = rng.randint(100, 128) if is_crowded else rng.choice([1, 2, 5, 60, 127, 128, 129])
+        own = [rng.randrange(vocab_size) for _ in range(length)]
         prompt = shared[: rng.choice([len(shared), 128, 200])] + own
         most = max_len - len(prompt)
-        new_tokens = rng.randint(100, 250) if is_crowded else rng.randint(1, rng.choice([1, 5, 40]))
+        new_tokens = rng.randint(10, 60) if is_crowded else rng.randint(1, rng.choice([1, 5, 40]))
         cases.append(Case(prompt, random_sampling(rng, min(most, new_tokens)), step, None))
         if rng.random() < 0.25:
             cases[-1] = Case(prompt, cases[-1].sampling, step, step + rng.choice([0, 1, 3, 10]))

@@ -12,8 +12,8 @@ from tests.checkpoints import TINY, make_model
 from tests.engine.random_runs import Scenario, alone, outcomes, random_scenario, rebuilt
 from tests.parallel.ranks import run_ranks, settings_of
 
-CONFIG = {"num_hidden_layers": 2, "max_position_embeddings": 1024}
-SEEDS = range(24)
+CONFIG = {"num_hidden_layers": 2, "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 1024}
+SEEDS = range(16)
 ROOM = {"cache_tokens": 40 * 128, "batch_size": 8}
 
 
