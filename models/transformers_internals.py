@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter for the undocumented parts of transformers that the project depends on."""
 
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import ROPE_INIT_FUNCTIONS, Qwen3MoeConfig, RopeParameters
 
-if TYPE_CHECKING:  # takes seconds to import
+MODEL_CLASSES = "transformers.models.auto.modeling_auto"
+
+if MODEL_CLASSES not in sys.modules:
+    # transformers imports them, for seconds, to name one in the docstring of the config class, or does without
+    sys.modules[MODEL_CLASSES] = None  # type: ignore[assignment]  # an import of it raises ImportError
+    with suppress(ImportError):
+        import transformers.models.qwen3_moe.configuration_qwen3_moe  # noqa: F401
+    del sys.modules[MODEL_CLASSES]
+
+from transformers import ROPE_INIT_FUNCTIONS, Qwen3MoeConfig, RopeParameters  # noqa: E402
+
+if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Rope types that `scaled_rope_frequencies` supports; transformers documents no list of them.

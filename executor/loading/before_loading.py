@@ -4,9 +4,7 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
-
-from transformers import Qwen3MoeConfig
+from typing import TYPE_CHECKING, Any
 
 from executor.config import SECTIONS, DataSettings, Settings, nearest, resolve_path
 from executor.loading.checkpoint import read_unique_object
@@ -18,10 +16,13 @@ from models.qwen3_moe.architecture import attention_limit, override_rope, parse_
 from models.qwen3_moe.config_keys import ignored_keys
 from models.qwen3_moe.sharding import check_layout
 
+if TYPE_CHECKING:
+    from transformers import Qwen3MoeConfig
+
 logger = logging.getLogger(__name__)
 
 
-def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
+def check_before_launch(settings: Settings) -> tuple[Path, "Qwen3MoeConfig"]:
     """Checks the checkpoint's config and the parallel layout; returns the checkpoint's folder and config."""
     with refusing("model_path"):
         model_path = resolve_path(settings.model_path)
@@ -34,7 +35,7 @@ def check_before_launch(settings: Settings) -> tuple[Path, Qwen3MoeConfig]:
     return model_path, config
 
 
-def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings) -> None:
+def check_attention(model_path: Path, config: "Qwen3MoeConfig", data: DataSettings) -> None:
     """Raises ValueError if a sequence could exceed the length up to which attention is full (`attention_limit`)."""
     limit = attention_limit(config)
     if limit is None:
@@ -52,7 +53,7 @@ def check_attention(model_path: Path, config: Qwen3MoeConfig, data: DataSettings
     logger.warning("%s", one_line(f"{text}: this run's {longest} are computed as plain attention"))
 
 
-def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) -> Qwen3MoeConfig:
+def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) -> "Qwen3MoeConfig":
     """Loads the config of a checkpoint folder (or a config file), with `rope_scaling` overriding its own.
 
     Raises ValueError with file and key for unsupported values; logs ignored keys.

@@ -13,11 +13,12 @@ from executor.loading.shorten import fewest_turns_left_out, shorten, shown_piece
 from executor.utils.reading import read_json_object, read_text, refusing
 from executor.utils.text import one_line, quoted
 
-if TYPE_CHECKING:  # takes seconds to import, and the launcher imports this module
-    from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3MoeConfig
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 # all files that transformers may read for a tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
@@ -156,17 +157,13 @@ def has_tokenizer(model_path: Path) -> bool:
 
 def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
     """Loads a checkpoint folder's tokenizer; ValueError if it cannot be read. Never runs code from the folder."""
-    from transformers import AutoTokenizer
-
     for file in (model_path / name for name in TOKENIZER_FILES):
         if os.path.lexists(file):
             read_text(file)  # the error names the file; a device or pipe is rejected instead of blocking
     problem = f"no tokenizer could be read from {model_path}"
     try:
         with refusing("model_path", problem):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(model_path), config=tokenizer_source(model_path), local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = from_pretrained(model_path)
             tokenizer.encode("a")
         return tokenizer
     except BaseException as error:
@@ -175,20 +172,26 @@ def load_tokenizer(model_path: Path) -> "PreTrainedTokenizerBase":
         raise ValueError(one_line(f"model_path: {problem}: {error}")) from None
 
 
-def tokenizer_source(model_path: Path) -> "Qwen3MoeConfig | None":
-    """Builds a minimal config from which AutoTokenizer selects a Qwen3-MoE tokenizer; None for other model types.
+def from_pretrained(model_path: Path) -> "PreTrainedTokenizerBase":
+    """Loads the tokenizer of the class that transformers selects."""
+    from transformers import Qwen2Tokenizer, Qwen3MoeConfig
 
-    Without it, AutoTokenizer builds a config from all keys of config.json, even those that the network ignores:
-    num_labels of 10**12 makes it build as many labels.
-    """
-    from transformers import Qwen3MoeConfig
+    config, own = (
+        read_json_object(file) if file.exists() else {}
+        for file in (model_path / "config.json", model_path / "tokenizer_config.json")
+    )
+    is_qwen3_moe = config.get("model_type") == "qwen3_moe"
+    if is_qwen3_moe and own.get("tokenizer_class") in QWEN_TOKENIZERS and "auto_map" not in own:
+        return Qwen2Tokenizer.from_pretrained(str(model_path), local_files_only=True)
+    from transformers import AutoTokenizer  # takes seconds to import
 
-    file = model_path / "config.json"
-    raw = read_json_object(file) if file.exists() else {}
-    if raw.get("model_type") != "qwen3_moe":
-        return None
-    name = raw.get("tokenizer_class")
-    return Qwen3MoeConfig(tokenizer_class=name if isinstance(name, str) else None)
+    minimal = None
+    if is_qwen3_moe:  # without it, a config of all keys is built, even ignored ones: num_labels of 10**12 labels
+        name = config.get("tokenizer_class")
+        minimal = Qwen3MoeConfig(tokenizer_class=name if isinstance(name, str) else None)
+    return AutoTokenizer.from_pretrained(
+        str(model_path), config=minimal, local_files_only=True, trust_remote_code=False
+    )
 
 
 def eos_token_ids(model_path: Path, tokenizer: "PreTrainedTokenizerBase | None") -> frozenset[int]:

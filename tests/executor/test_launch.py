@@ -142,6 +142,20 @@ def test_scratch_folder_is_removed_after_sigkill(tmp_path: Path) -> None:
     wait_for(lambda: not list(tmp_path.iterdir()), 5)
 
 
+def test_launcher_and_ranks_do_not_import_the_models_of_transformers() -> None:
+    """They take seconds to import; whoever wants them gets them all the same."""
+    program = (
+        "import sys, executor.llm, executor.launch.launcher, executor.launch.ranks, executor.loading.before_loading\n"
+        "executor.llm.LLM('models/qwen3_moe/demo', device='cpu')\n"
+        "heavy = ['torch._dynamo', 'transformers.modeling_utils', 'transformers.models.auto.modeling_auto']\n"
+        "print([name for name in heavy if name in sys.modules])\n"
+        "import transformers\n"
+        "print(transformers.AutoModelForCausalLM.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\nAutoModelForCausalLM\n", done.stderr
+
+
 def test_cores_are_partitioned_over_ranks() -> None:
     cores = list(range(3, 14))
     shares = [share_of_cores(cores, index, 4) for index in range(4)]
