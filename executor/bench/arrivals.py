@@ -8,6 +8,7 @@ of a prompt, and of a second one that begins alike. On one rank.
 
 import argparse
 import time
+import zlib
 from typing import Any
 
 import torch
@@ -38,14 +39,14 @@ def run(command_line: list[str]) -> None:
     settings = settings_of(arguments)
     if settings.world_size > 1:
         raise ValueError("world_size: arrivals are measured on one rank")
-    sizes = [(arguments.prompt_tokens, arguments.new_tokens), (arguments.long_prompt_tokens, arguments.new_tokens)]
-    sizes.append((arguments.prefix_tokens + TAIL_TOKENS, 2))
+    sizes = [(arguments.prompt_tokens, arguments.new_tokens)]
     with Report(arguments.output, 2 + len(arguments.requests), result_table) as report:
         llm = build_llm(settings, sizes, max(arguments.requests), arguments.allow_fallback, prefix_cache=True)
         report.begin(**describe_device(llm))
         for count in arguments.requests:
             report.add([throughput(llm, count, arguments)])
-        report.add([pauses(llm, arguments)])
+        pauses(llm, arguments, "warm-up")
+        report.add([pauses(llm, arguments, "measured")])
         report.add([prefix(llm, arguments)])
 
 
@@ -82,11 +83,11 @@ def throughput(llm: LLM, count: int, arguments: argparse.Namespace) -> dict[str,
     }
 
 
-def pauses(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times between tokens of DECODING requests, alone and while a long prompt is computed."""
+def pauses(llm: LLM, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Times between tokens of DECODING requests, alone and while a long prompt is computed. name: seeds the prompts."""
     quarter = max(2, arguments.new_tokens // 4)
-    decoding = requests(llm, DECODING, arguments.prompt_tokens, arguments.new_tokens, "decoding")
-    [late] = requests(llm, 1, arguments.long_prompt_tokens, 2, "long")
+    decoding = requests(llm, DECODING, arguments.prompt_tokens, arguments.new_tokens, f"decoding {name}")
+    [late] = requests(llm, 1, arguments.long_prompt_tokens, 2, f"long {name}")
     add(llm, decoding)
     generated = decoding[0].samples[0].token_ids
     with torch.inference_mode():
@@ -142,7 +143,8 @@ def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def requests(llm: LLM, count: int, prompt_tokens: int, new_tokens: int, name: str) -> list[Request]:
     """Requests with prompts of their own, so that none finds another's in the cache."""
-    generator = torch.Generator().manual_seed(hash((count, prompt_tokens, new_tokens)) % 2**31 + len(name))
+    seed = zlib.crc32(f"{name} {count} {prompt_tokens} {new_tokens}".encode())
+    generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(0, llm.config.vocab_size, (count, prompt_tokens), generator=generator).tolist()
     sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
     return llm.requests([("", prompt) for prompt in prompts], sampling)

@@ -77,7 +77,7 @@ def distinct_experts(llm: LLM, prompts: list[list[int]], steps: int = COUNTED_ST
         finally:
             del llm.ops.experts
 
-    llm.runner.decode = MethodType(eager_decode, llm.runner)
+    llm.runner.decode = MethodType(eager_decode, llm.runner)  # type: ignore[method-assign]
     try:
         sampling = SamplingParams(max_new_tokens=1 + min(COUNTED_STEPS, steps), ignore_eos=True)
         llm.generate(prompts, sampling, use_tqdm=False)
