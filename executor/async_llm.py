@@ -130,6 +130,11 @@ class AsyncLLM:
         sampling = self.llm.default_sampling if sampling_params is None else sampling_params
         if not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling_params: expected a SamplingParams, got a {type(sampling).__name__}")
+        if self.channel is not None and sampling.mask is not None:
+            try:
+                pickle.dumps(sampling.mask)
+            except Exception as error:  # whatever the object's own pickling raises
+                raise ValueError(f"mask: cannot be sent to the other ranks: {error}") from None
         return self.llm.request(text, token_ids, sampling, request_id=request_id)
 
     def _submit(self, client: Client) -> None:

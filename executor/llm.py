@@ -35,10 +35,16 @@ Params = SamplingParams | list[SamplingParams] | None
 class LLM:
     """A loaded model, or this rank's part of it.
 
-    model_path: folder of the checkpoint. settings: any key of the YAML's sections by its own name, such as
-    input_max_len=4080, batch_size=8, max_new_tokens=128, exe_mode="graph", world_size=2, attn_tp_size=2,
-    cache_tokens=100000, prefix_cache=False (docs/configuration.md lists all). Raises ValueError naming what is wrong
-    and what would be right.
+    model_path: folder of the checkpoint. device: auto, npu, cuda or cpu. dtype: bfloat16, float16 or float32.
+    settings: keys of the YAML by their own names; docs/configuration.md says what each means:
+        exe_mode, world_size, log_level, output_dir, model_name
+        with_ckpt, rope_scaling, cache_memory_fraction, cache_tokens, enable_profiler
+        input_max_len, long_prompt, chat_template, enable_thinking, batch_size, max_new_tokens
+        sampling_from_checkpoint, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, ignore_eos
+        attn_tp_size, moe_tp_size, embed_tp_size, lmhead_tp_size, attn_dp_size, moe_ep_size, sequence_parallel
+        max_step_tokens, chunk_tokens, prefix_cache
+        dataset, dataset_path, longbench_task, text_field, prompt_template, max_prompts (of infer.sh only)
+    Raises ValueError naming what is wrong and what would be right.
 
     Example:
         llm = LLM("path/of/the/checkpoint", max_new_tokens=64)
