@@ -55,3 +55,11 @@ def test_logits_equal_transformers(variant, num_tokens, tmp_path):
     token_ids = torch.randint(0, 211, (num_tokens,)).tolist()
     llm = LLM(tmp_path, device="cpu", dtype="float32")
     torch.testing.assert_close(llm.logits(token_ids), reference_logits(model, token_ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["plain", "dynamic", "longrope"])  # the last two depend on the prompt's length
+def test_logits_of_a_prompt_in_chunks_equal_transformers(variant, tmp_path):
+    model = make_checkpoint(tmp_path, **VARIANTS[variant])
+    token_ids = torch.randint(0, 211, (150,)).tolist()
+    llm = LLM(tmp_path, device="cpu", dtype="float32", max_step_tokens=35)
+    torch.testing.assert_close(llm.logits(token_ids), reference_logits(model, token_ids), atol=1e-4, rtol=0)
