@@ -18,6 +18,8 @@ from models.layers.lm_head import ShardedLogits
 class SamplingRow(Protocol):
     """What sampling needs to know of a sequence."""
 
+    mask_error: str | None  # set if `sampling.mask` fails
+
     @property
     def sampling(self) -> SamplingParams: ...
 
@@ -145,13 +147,13 @@ class LogitsProcessors:
 
     def allowed(self) -> torch.Tensor | None:
         """Allowed tokens [B, N] bool of the rows that have a mask; None if all are allowed."""
-        masks = [mask(row.token_ids) for _, row, mask in self.masks]
+        masks = [called_mask(row, mask, self.shard.vocab_size) for _, row, mask in self.masks]
         if all(mask is None for mask in masks):
             return None
         part = slice(self.shard.first_id, self.shard.first_id + self.shard.size)
         everything = torch.ones(self.shard.vocab_size, dtype=torch.bool)
-        checked = [everything if mask is None else check_mask(mask, self.shard.vocab_size) for mask in masks]
-        return torch.stack([mask[part] for mask in checked]).to(self.shard.device, non_blocking=True)
+        parts = [(everything if mask is None else mask)[part] for mask in masks]
+        return torch.stack(parts).to(self.shard.device, non_blocking=True)
 
 
 class Penalties:
@@ -209,9 +211,19 @@ def ends_with(token_ids: list[int], ending: list[int]) -> bool:
     return not ending or token_ids[-len(ending) :] == ending
 
 
-def check_mask(mask: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Checks what a `SamplingParams.mask` returned; ValueError."""
-    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.shape != (vocab_size,):
-        got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise ValueError(f"mask: expected a bool tensor of {vocab_size} values or None from the function, got {got}")
-    return mask.cpu()
+def called_mask(row: SamplingRow, mask: Mask, vocab_size: int) -> torch.Tensor | None:
+    """Allowed tokens [V] bool of one row, None for all; none, with `row.mask_error` set, if that cannot be."""
+    try:
+        allowed = mask(row.token_ids)
+        if allowed is None:
+            return None
+        if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool or allowed.shape != (vocab_size,):
+            is_tensor = isinstance(allowed, torch.Tensor)
+            got = f"{allowed.dtype} {list(allowed.shape)}" if is_tensor else f"a {type(allowed).__name__}"
+            raise ValueError(f"expected a bool tensor of {vocab_size} values or None from the function, got {got}")
+        if not allowed.any():
+            raise ValueError("it allows no token")
+        return allowed.cpu()
+    except Exception as error:  # of the caller's function: only its own request ends
+        row.mask_error = f"mask: {error or type(error).__name__}"
+        return torch.zeros(vocab_size, dtype=torch.bool)

@@ -51,7 +51,7 @@ def completion(sequence: Sequence, tokenizer: Tokenizer, cause: str) -> Completi
     intervals_ms = [(after - before) * 1e3 for before, after in zip(times, times[1:], strict=False)]
     error = None
     if sequence.finish_reason == "error":
-        error = not_finite(f"new token {len(sequence.token_ids) + 1}", cause)
+        error = sequence.mask_error or not_finite(f"new token {len(sequence.token_ids) + 1}", cause)
     later = intervals_ms[1:]
     return Completion(
         index=sequence.sample,

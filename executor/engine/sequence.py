@@ -39,6 +39,7 @@ class Sequence:
     num_in_flight: int = 0  # launched steps with tokens of this sequence that have not been read
     is_suspect: bool = False  # whether its cache may hold NaN or infinity
     digests: list[bytes] = field(default_factory=list)  # of its full blocks
+    mask_error: str | None = None  # why `sampling.mask` gave no allowed token
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     started_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)

@@ -120,6 +120,31 @@ def test_bad_requests_end_alone(llm: AsyncLLM) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        (lambda token_ids: None if len(token_ids) < 3 else 1 / 0, "mask: division by zero"),
+        (lambda token_ids: torch.zeros(2048, dtype=torch.bool), "mask: it allows no token"),
+        (lambda token_ids: torch.ones(7, dtype=torch.bool), "mask: expected a bool tensor of 2048 values"),
+        (lambda token_ids: [True], "mask: expected a bool tensor of 2048 values"),
+    ],
+)
+def test_a_failing_mask_ends_its_request_only(mask: Any, error: str, folder: Path) -> None:
+    llm = LLM(folder, **SETTINGS)
+    alone = llm.generate(PROMPTS[0], params(1, temperature=0.0))[0].token_ids
+    outputs = llm.generate(PROMPTS[:2], [params(1, temperature=0.0), params(2, mask=mask)], use_tqdm=False)
+    assert outputs[0].token_ids == alone
+    assert outputs[1].finish_reason == "error" and (outputs[1].error or "").startswith(error)
+
+
+def test_a_mask_is_obeyed(folder: Path) -> None:
+    def odd_then_even(token_ids: Any) -> torch.Tensor:
+        return torch.arange(2048) % 2 == (len(token_ids) + 1) % 2
+
+    [output] = LLM(folder, **SETTINGS).generate(PROMPTS[0], params(1, mask=odd_then_even))
+    assert [token_id % 2 for token_id in output.token_ids] == [1, 0] * 6
+
+
 def test_samples_of_a_request(llm: AsyncLLM, folder: Path) -> None:
     sampling = params(3, n=3, logprobs=2)
     chunks = asyncio.run(collect(llm, PROMPTS[3], sampling))
