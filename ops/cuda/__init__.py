@@ -3,8 +3,8 @@
 
 Steps of up to MAX_TOKENS tokens run one to four kernels per operation. The first call for each pair of weight and
 number of tokens selects kernel or reference and allocates output buffers, which the next call with that pair
-overwrites. Larger steps use elementwise kernels, torch's matmuls and attention, and grouped GEMM kernels for
-the experts.
+overwrites. Larger steps use elementwise kernels, torch's matmuls, attention kernels and torch's, and grouped
+GEMM kernels for the experts.
 """
 
 import logging
@@ -20,6 +20,7 @@ from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.cuda.attention import DecodeAttentionCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import BatchedExpertsCall, ExpertsCall, experts_support
+from ops.cuda.extend_attention import ExtendAttentionCall
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
 from ops.cuda.launch import BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
@@ -44,6 +45,7 @@ class CudaOps(ReferenceOps):
     """Operations as Triton kernels; unsupported inputs fall back to the reference."""
 
     name = "cuda"
+    runs_ahead = True
     embedding = ReferenceOps.embedding  # torch runs it as one kernel
 
     def __init__(self) -> None:
@@ -56,6 +58,7 @@ class CudaOps(ReferenceOps):
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
         self.orders: dict[int, ExpertOrder] = {}  # key: number of experts
+        self.extend: dict[tuple[int, int, int], ExtendAttentionCall] = {}  # key: H, G, C
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if not torch.cuda.is_available():
@@ -149,35 +152,41 @@ class CudaOps(ReferenceOps):
         value_cache: torch.Tensor,
         step: StepMetadata,
     ) -> torch.Tensor:
-        num_tokens = 0 if step.is_prefill else qkv.shape[0]  # prefill kernels are bound for any number of tokens
-        key = ("attention", id(q_norm_weight), num_tokens)
+        norms = (q_norm_weight, k_norm_weight, eps)
+        num_tokens = qkv.shape[0]
+        if num_tokens == 0:
+            return super().attention(qkv, *norms, cos_sin, key_cache, value_cache, step)
+        kind = "decode_attention" if step.is_decode else "attention"
+        key = (kind, id(q_norm_weight), num_tokens if step.is_decode else 0)  # the others take any number of tokens
         call = self.calls.get(key)
         if call is None:
-            norms = (q_norm_weight, k_norm_weight, eps)
-            if qkv.shape[0] == 0 or not takes(qkv) or not attention_supports(qkv, cos_sin, key_cache):
+            if not takes(qkv) or not attention_supports(qkv, cos_sin, key_cache):
                 return super().attention(qkv, *norms, cos_sin, key_cache, value_cache, step)
-            if step.is_prefill:
+            if step.is_decode:
+                call = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
+            else:
                 norm_rotary_cache = NormRotaryCacheCall(qkv, *norms, key_cache)
                 heads = (norm_rotary_cache.num_heads, norm_rotary_cache.num_kv_heads, norm_rotary_cache.head_dim)
-                call = partial(self.run_prefill_attention, norm_rotary_cache, PrefillAttentionCall(*heads))
-            else:
-                call = DecodeAttentionCall(qkv, *norms, key_cache, self.pdl)
+                if heads not in self.extend:
+                    self.extend[heads] = ExtendAttentionCall(*heads[:2], key_cache, self.pdl)
+                call = partial(self.run_attention, norm_rotary_cache, PrefillAttentionCall(*heads), self.extend[heads])
             self.bind(key, q_norm_weight, call)
         return call(qkv, cos_sin, key_cache, value_cache, step)
 
-    def run_prefill_attention(
+    def run_attention(
         self,
         norm_rotary_cache: NormRotaryCacheCall,
         short_attention: PrefillAttentionCall,
+        extend_attention: ExtendAttentionCall,
         qkv: torch.Tensor,
         cos_sin: tuple[torch.Tensor, torch.Tensor],
         key_cache: torch.Tensor,
         value_cache: torch.Tensor,
         step: StepMetadata,
     ) -> torch.Tensor:
-        if step.num_tokens == 0:
-            return qkv[:, : norm_rotary_cache.num_heads * norm_rotary_cache.head_dim]
         query_key = norm_rotary_cache(qkv, cos_sin, key_cache, value_cache, step.slot_mapping)
+        if not step.starts_fresh:
+            return extend_attention(query_key, key_cache, value_cache, step)
         if max(step.query_lens_list) <= LONGEST:
             return short_attention(query_key, qkv, step.positions)
         num_heads, num_kv_heads = norm_rotary_cache.num_heads, norm_rotary_cache.num_kv_heads

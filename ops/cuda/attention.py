@@ -56,20 +56,21 @@ def cached_tile(
 
 
 @triton.jit
-def add_tile(scores, value, maximum, total, accumulated):
-    """Online softmax update (Dao et al. 2022) with one tile: scores [Q, BLOCK] in log2 units, value [BLOCK, C].
+def add_tile(scores, value, maximum, total, accumulated, scale=1.0):
+    """Online softmax update (Dao et al. 2022) with one tile: scores [Q, BLOCK], value [BLOCK, C].
 
+    Scores times `scale` are in log2 units; here the multiplication costs nothing, as it fuses with the subtraction.
     State: running maximum [Q], sum of exponentials total [Q], accumulated values [Q, C].
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_maximum[:, None])
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_maximum[:, None])
     decay = tl.exp2(maximum - new_maximum)
     total = total * decay + tl.sum(weights, axis=1)
     accumulated = tl.dot(weights.to(value.dtype), value, accumulated * decay[:, None])
     return new_maximum, total, accumulated
 
 
-@triton.jit(do_not_specialize=["max_blocks"])
+@triton.jit(do_not_specialize=["table_stride"])
 def decode_attention_kernel(
     qkv,  # [B, (H + 2G) * C]
     cos,  # [B, C] float32; the second half repeats the first
@@ -77,9 +78,9 @@ def decode_attention_kernel(
     key_cache,  # [L, S, G, C]
     value_cache,  # [L, S, G, C]
     slot_mapping,  # [B] int64
-    block_table,  # [B, max_blocks] int64
+    block_table,  # [B, max_blocks] int32
     seq_lens,  # [B] int64
-    max_blocks,
+    table_stride,  # elements between the table's rows
     q_norm_weight,  # [C]
     k_norm_weight,  # [C]
     partial_output,  # [B, H, MAX_SPLITS, C] float32
@@ -120,7 +121,7 @@ def decode_attention_kernel(
             pdl_trigger(PDL)
         start = split * per_split
         end = tl.minimum(start + per_split, num_cached)
-        table = block_table + b * max_blocks
+        table = block_table + b * table_stride
         # load the first tile before waiting for the query
         key_1, key_2, value = cached_tile(key_cache, value_cache, table, start, end, kv_head, G, C, S, BLOCK)
         cos_half = tl.load(cos + b * C + half)
@@ -302,7 +303,8 @@ class DecodeAttentionCall:
             self.table_width = table.shape[1]
             groups, _, num_sequences = self.kernel.grid
             self.kernel.grid = (groups, self.splits_of(table.shape[1] * self.block_size), num_sequences)
-        self.kernel(qkv, *cos_sin, key_cache, value_cache, step.slot_mapping, table, step.seq_lens, table.shape[1])
+        caches = (key_cache, value_cache)
+        self.kernel(qkv, *cos_sin, *caches, step.slot_mapping, table, step.seq_lens, table.stride(0))
         if self.kernel.grid[1] > 1:
             self.combine(step.seq_lens)
         return self.output

@@ -25,6 +25,7 @@ ATTENTION_SPLITS = ((2, 4, 20, 4), (8, 8, 8, 4), (16, 8, 4, 4))
 MANY_SEQUENCES_SPLITS = (8, 2, 4)
 # grouped GEMM: rows, columns and depth of a tile, pipeline stages, warps
 GROUPED_ROWS, GROUPED_COLUMNS, GROUPED_DEPTH, GROUPED_STAGES, GROUPED_WARPS = 128, 256, 64, 4, 8
+HOPPER_SHARED_MEMORY = 227 << 10  # bytes per program
 GROUPED_BARRIERS = 256  # bytes of shared memory reserved for what is not a pipeline stage (barriers)
 # weight elements that a program (or warp, as named) holds in registers or shared memory
 MATMUL_ELEMENTS, GEMV_ELEMENTS, SHARED_GATE_UP_ELEMENTS = 32768, 32768, 16384
@@ -120,17 +121,29 @@ def rows_and_warps(n: int, k: int, warp_elements: int) -> tuple[int, int]:
     return rows, rounded_up(rows * k / warp_elements)
 
 
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory that a program may use; without a GPU (Triton interpreter) that of a Hopper."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def grouped_stages(device: torch.device) -> int:
     """Pipeline stages of the grouped GEMM, limited by the device's shared memory."""
-    if device.type != "cuda":  # Triton interpreter
-        return GROUPED_STAGES
-    return stages_within(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return stages_within(shared_memory_bytes(device))
 
 
 def stages_within(shared_memory: int) -> int:
     """Pipeline stages of the grouped GEMM that fit into `shared_memory` bytes, at most GROUPED_STAGES."""
     stage_bytes = (GROUPED_ROWS + GROUPED_COLUMNS) * GROUPED_DEPTH * 2
     return min(GROUPED_STAGES, (shared_memory - GROUPED_BARRIERS) // stage_bytes)
+
+
+def extend_block(device: torch.device, head_dim: int, is_few: bool) -> int:
+    """Cached tokens per iteration of extend attention; with few new tokens two programs share a multiprocessor."""
+    if head_dim > 128:
+        return 32
+    return 128 if not is_few and shared_memory_bytes(device) >= HOPPER_SHARED_MEMORY else 64
 
 
 def attention_split(num_sequences: int, group_size: int) -> tuple[int, int, int]:

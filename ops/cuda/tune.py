@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ops import DenseWeight, StepMetadata
+from ops import DenseWeight
 from ops.cuda import CudaOps, tiles
+from ops.step import BLOCK_SIZE, Span, blocks_for, step_inputs
 
 LAYERS = 8  # so that the weights do not stay in the L2 cache
-CONTEXT, BLOCK_SIZE = 1024, 128
+CONTEXT = 1024
 REPLAYS, ROUNDS = 20, 5
 SHARED_TOKENS = 4  # tokens of the step that times the kernels of batched_experts.py
 EPS = 1e-6
@@ -78,7 +79,7 @@ class Layers:
             return torch.empty(size, dtype=dtype, device=device).normal_(0, std)
 
         s, self.shape = shape, shape
-        blocks = CONTEXT // BLOCK_SIZE
+        blocks = blocks_for(CONTEXT)
         self.layers = [
             {
                 "qkv": DenseWeight(random((s.h + 2 * s.g) * s.c, s.d)),
@@ -94,17 +95,11 @@ class Layers:
         self.norm, self.lm_head = 1 + random(s.d), DenseWeight(random(s.v, s.d))
         self.hidden_states = random(num_tokens, s.d, std=1)
         self.cos_sin = tuple(torch.rand(num_tokens, s.c, device=device) for _ in range(2))
-        table = 1 + torch.arange(num_tokens * blocks, device=device).view(num_tokens, blocks)
-        self.step = StepMetadata(
-            is_prefill=False,
-            positions=torch.full((num_tokens,), CONTEXT - 1, device=device),
-            slot_mapping=table[:, -1] * BLOCK_SIZE + BLOCK_SIZE - 1,
-            block_table=table,
-            seq_lens=torch.full((num_tokens,), CONTEXT, device=device),
-            query_lens_list=[1] * num_tokens,
-            seq_lens_list=[CONTEXT] * num_tokens,
-            dp_num_tokens=[num_tokens],
-        )
+        spans = [
+            Span(CONTEXT - 1, 1, list(range(1 + row * blocks, 1 + (row + 1) * blocks)), CONTEXT - 1)
+            for row in range(num_tokens)
+        ]
+        self.step = step_inputs(spans, [[]] * num_tokens, device)[1]
 
     def run(self, ops: CudaOps) -> torch.Tensor:
         hidden_states, residual = self.hidden_states, None

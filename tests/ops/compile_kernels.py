@@ -17,10 +17,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ops import DenseWeight, GroupedRows, StepMetadata
-from ops.cuda import CudaOps, grouped, tiles
+from ops import DenseWeight, GroupedRows
+from ops.cuda import CudaOps, tiles
 from ops.cuda.launch import BoundKernel
 from ops.cuda.peer_exchange import PeerExchange
+from ops.step import BLOCK_SIZE, Span, blocks_for, step_inputs
 
 D, H, G, C, E, K, F = 2048, 32, 4, 128, 128, 8, 768
 EPS = 1e-6
@@ -30,14 +31,13 @@ TYPE_NAMES = {DTYPE: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.in
 
 def main(capability: int, shared_memory: int) -> None:
     has_pdl = capability >= 90
-    stages = tiles.stages_within(shared_memory)
-    grouped.grouped_stages = lambda device: stages
+    tiles.shared_memory_bytes = lambda device: shared_memory
     BoundKernel.__call__ = lambda self, *varying: compile_kernel(self, varying, capability)
     for num_tokens in (1, 2, 8, 16):
         decode(num_tokens, has_pdl)
     prefill(300, has_pdl)
     exchange = PeerExchange(0, [0, 0], torch.device("cpu"), None)
-    exchange.constants["PDL"] = has_pdl
+    exchange.pdl = has_pdl
     exchange.all_reduce(torch.empty(D, dtype=DTYPE))
     exchange.all_gather(torch.empty(4, dtype=torch.int64))
 
@@ -82,7 +82,7 @@ def decode(num_tokens: int, has_pdl: bool) -> None:
     hidden_states, residual = empty(num_tokens, D), torch.empty(num_tokens, D)
     ops.norm_linear(hidden_states, None, layer.norm, EPS, layer.qkv)
     qkv, _ = ops.norm_linear(hidden_states, residual, layer.norm, EPS, layer.qkv)
-    attended = ops.attention(qkv, *layer.head_norms, EPS, *attention_inputs(num_tokens, is_prefill=False))
+    attended = ops.attention(qkv, *layer.head_norms, EPS, *attention_inputs([(700, 1)] * num_tokens))
     ops.linear(attended, layer.o)
     normed, _, routing = ops.route(hidden_states, residual, layer.norm, EPS, layer.router, K, True)
     ops.experts(normed, routing, layer.gate_up, layer.down)
@@ -93,7 +93,9 @@ def decode(num_tokens: int, has_pdl: bool) -> None:
 def prefill(num_tokens: int, has_pdl: bool) -> None:
     ops, layer = CudaOps(), Layer()
     ops.pdl = has_pdl
-    ops.attention(layer.qkv_of(num_tokens), *layer.head_norms, EPS, *attention_inputs(num_tokens, is_prefill=True))
+    for cached in (0, 4000):  # the second: small and large tiles
+        spans = [(cached, 2), (cached, num_tokens - 2)]
+        ops.attention(layer.qkv_of(num_tokens), *layer.head_norms, EPS, *attention_inputs(spans))
     ops.silu_and_mul(empty(num_tokens, 2 * F))
     rows = GroupedRows(torch.empty(E, dtype=torch.int64))
     ops.experts(empty(num_tokens, D), rows, layer.gate_up, layer.down)
@@ -112,21 +114,13 @@ class Layer:
         return empty(num_tokens, (H + 2 * G) * C)
 
 
-def attention_inputs(num_tokens: int, is_prefill: bool) -> tuple[Any, ...]:
-    lens = [num_tokens] if is_prefill else [1] * num_tokens
-    places = torch.empty(num_tokens, dtype=torch.int64)
-    step = StepMetadata(
-        is_prefill=is_prefill,
-        positions=places,
-        slot_mapping=places,
-        block_table=torch.empty(len(lens), 32, dtype=torch.int64),
-        seq_lens=torch.empty(len(lens), dtype=torch.int64),
-        query_lens_list=lens,
-        seq_lens_list=lens,
-        dp_num_tokens=[num_tokens],
-    )
-    cos_sin = (torch.empty(num_tokens, C), torch.empty(num_tokens, C))
-    return cos_sin, empty(33, 128, G, C), empty(33, 128, G, C), step
+def attention_inputs(spans: list[tuple[int, int]]) -> tuple[Any, ...]:
+    """Cos and sin, caches, and the step of sequences with (cached, new) tokens."""
+    blocks = list(range(1, 1 + max(blocks_for(sum(span)) for span in spans)))
+    built = [Span(num_computed, num_new, blocks, num_computed) for num_computed, num_new in spans]
+    step = step_inputs(built, [[]] * len(spans), "cpu")[1]
+    cos_sin = (torch.empty(step.num_tokens, C), torch.empty(step.num_tokens, C))
+    return cos_sin, empty(40, BLOCK_SIZE, G, C), empty(40, BLOCK_SIZE, G, C), step
 
 
 def empty(*shape: int) -> torch.Tensor:

@@ -13,20 +13,21 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 pytest.importorskip("triton", reason="the kernels need triton")
 
-from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing, StepMetadata  # noqa: E402
+from ops import OPERATIONS, DenseWeight, GroupedRows, RouterLogits, Routing  # noqa: E402
 from ops.cuda import CudaOps, launch  # noqa: E402
 from ops.cuda.expert_order import ExpertOrder  # noqa: E402
 from ops.cuda.linear import SMALL_BYTES, LinearCall, NormLinearCall, RouteCall  # noqa: E402
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports  # noqa: E402
+from ops.cuda.tiles import ATTENTION_BLOCK  # noqa: E402
 from ops.cuda.triton_internals import COMPILES_NARROW_DOT  # noqa: E402
 from ops.reference import ReferenceOps  # noqa: E402
+from ops.step import BLOCK_SIZE, Span, blocks_for, slots, step_inputs  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter treats bfloat16 matrices as integers in tl.dot
 EPS = 1e-6
 TOLERANCE = 1e-2
-BLOCK = 128
 TOKEN_COUNTS = [1, 2, 5, 8] if ON_GPU else [1, 3]
 SIZES = [(2048, 5120), (4096, 2048), (2048, 128), (128, 1024)] if ON_GPU else [(64, 48), (32, 7)]
 REFERENCE = ReferenceOps()
@@ -164,39 +165,37 @@ def test_silu_and_mul():
     assert relative_error(CudaOps().silu_and_mul(gate_up), REFERENCE.silu_and_mul(gate_up.float())) < TOLERANCE
 
 
-def attention_inputs(seq_lens: list[int], is_prefill: bool, num_heads: int, num_kv_heads: int, head_dim: int):
-    """Sequences in shuffled cache blocks, with NaN in every cache entry that must be masked."""
-    query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
-    blocks_of = [-(-length // BLOCK) for length in seq_lens]
+def attention_inputs(
+    seq_lens: list[int], query_lens: list[int], heads: tuple[int, int, int], is_decode: bool | None = None
+):
+    """Sequences of `seq_lens` tokens, of which `query_lens` are new: qkv, norms, cos and sin, caches, step.
+
+    heads: H, G, C. The cache blocks are shuffled, with NaN in every cache entry that must be masked.
+    """
+    num_heads, num_kv_heads, head_dim = heads
+    blocks_of = list(map(blocks_for, seq_lens))
     order = (torch.randperm(sum(blocks_of)) + 1).split(blocks_of)
-    block_table = torch.zeros(len(seq_lens), max(blocks_of), dtype=torch.int64)
-    positions, slots = [], []
-    caches = [torch.full((sum(blocks_of) + 1, BLOCK, num_kv_heads, head_dim), float("nan")) for _ in range(2)]
-    for row, (length, query_len, blocks) in enumerate(zip(seq_lens, query_lens, order, strict=True)):
-        block_table[row, : len(blocks)] = blocks
-        for position in range(length):
-            slot = int(blocks[position // BLOCK]) * BLOCK + position % BLOCK
-            if position >= length - query_len:
-                positions.append(position)
-                slots.append(slot)
-            else:
-                for cache in caches:
-                    cache.flatten(0, 1)[slot] = torch.randn(num_kv_heads, head_dim)
-    step = StepMetadata(
-        is_prefill=is_prefill,
-        positions=torch.tensor(positions, device=DEVICE),
-        slot_mapping=torch.tensor(slots, device=DEVICE),
-        block_table=block_table.to(DEVICE),
-        seq_lens=torch.tensor(seq_lens, device=DEVICE),
-        query_lens_list=query_lens,
-        seq_lens_list=seq_lens,
-        dp_num_tokens=[len(positions)],
-    )
+    spans = [
+        Span(length - query_len, query_len, blocks.tolist(), length)
+        for length, query_len, blocks in zip(seq_lens, query_lens, order, strict=True)
+    ]
+    _, step = step_inputs(spans, [[]] * len(spans), DEVICE, is_decode=is_decode)
+    cached = [slot for span in spans for slot in slots(replace(span, num_computed=0, num_new=span.num_computed))]
+    caches = []
+    for _ in range(2):
+        cache = torch.full((sum(blocks_of) + 1, BLOCK_SIZE, num_kv_heads, head_dim), float("nan"))
+        cache.flatten(0, 1)[cached] = torch.randn(len(cached), num_kv_heads, head_dim)
+        caches.append(cache.to(DEVICE, DTYPE))
     angles = step.positions[:, None] * 1e4 ** (-torch.arange(head_dim // 2, device=DEVICE) / (head_dim // 2))
     angles = torch.cat((angles, angles), dim=-1)
-    qkv = random(len(positions), (num_heads + 2 * num_kv_heads) * head_dim)
+    qkv = random(step.num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)
     norms = (1 + random(head_dim, std=0.2), 1 + random(head_dim, std=0.2))
-    return qkv, norms, (angles.cos().float(), angles.sin().float()), [cache.to(DEVICE, DTYPE) for cache in caches], step
+    return qkv, norms, (angles.cos().float(), angles.sin().float()), caches, step
+
+
+def decode_inputs(seq_lens: list[int], heads: tuple[int, int, int]):
+    """Inputs of a decode step: one new token per sequence."""
+    return attention_inputs(seq_lens, [1] * len(seq_lens), heads, is_decode=True)
 
 
 HEADS = [(32, 4, 128), (8, 8, 64), (6, 2, 128)] if ON_GPU else [(4, 2, 32), (3, 1, 32)]
@@ -213,9 +212,9 @@ LENGTHS = (
 
 
 @pytest.mark.parametrize("seq_lens", LENGTHS, ids=str)
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", HEADS)
-def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
-    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, False, num_heads, num_kv_heads, head_dim)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_decode_attention(heads, seq_lens):
+    qkv, norms, cos_sin, caches, step = decode_inputs(seq_lens, heads)
     # the reference gathers whole blocks: weight 0 times NaN is NaN
     expected_caches = [cache.float().nan_to_num() for cache in caches]
     expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
@@ -228,7 +227,7 @@ def test_decode_attention(num_heads, num_kv_heads, head_dim, seq_lens):
 
 def test_combination_is_compiled_with_the_first_token():
     """Not when a sequence outgrows one tile, where compiling would stall generation; until then it is not called."""
-    qkv, norms, cos_sin, caches, step = attention_inputs([7], False, *HEADS[0])
+    qkv, norms, cos_sin, caches, step = decode_inputs([7], HEADS[0])
     ops = CudaOps()
     ops.attention(qkv, *norms, EPS, cos_sin, *caches, step)
     [call] = ops.calls.values()
@@ -249,9 +248,8 @@ def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
     """
     monkeypatch.setattr("ops.cuda.tiles.ATTENTION_SPLITS", ((1, 4, 2, 4),))
     monkeypatch.setattr("ops.cuda.attention.ATTENTION_MAX_ROUNDS", 2)
-    num_heads, num_kv_heads, head_dim = HEADS[0]
-    length = num_tiles * BLOCK - int(torch.randint(0, 3, ()))
-    qkv, norms, cos_sin, caches, step = attention_inputs([length], False, num_heads, num_kv_heads, head_dim)
+    length = num_tiles * ATTENTION_BLOCK - int(torch.randint(0, 3, ()))
+    qkv, norms, cos_sin, caches, step = decode_inputs([length], HEADS[0])
     expected_caches = [cache.float().nan_to_num() for cache in caches]
     expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
     ops, outputs = CudaOps(), []
@@ -268,9 +266,9 @@ def test_splits_of_a_sequence_do_not_depend_on_the_grid(num_tiles, monkeypatch):
     [[1], [130, 3], [64] * 3, [3, 61, 1, 70]] + ([[512], [700, 1024], [4080], [1000, 3000]] if ON_GPU else []),
     ids=str,
 )
-@pytest.mark.parametrize("num_heads, num_kv_heads, head_dim", HEADS)
-def test_prefill_attention(num_heads, num_kv_heads, head_dim, seq_lens):
-    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, True, num_heads, num_kv_heads, head_dim)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_prefill_attention(heads, seq_lens):
+    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, seq_lens, heads)
     expected_caches = [cache.float().nan_to_num() for cache in caches]
     expected = REFERENCE.attention(qkv.float(), *(n.float() for n in norms), EPS, cos_sin, *expected_caches, step)
     output = CudaOps().attention(qkv, *norms, EPS, cos_sin, *caches, step)

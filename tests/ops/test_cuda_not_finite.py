@@ -24,6 +24,7 @@ from tests.ops.test_cuda_kernels import (  # noqa: E402
     HEADS,
     TOLERANCE,
     attention_inputs,
+    decode_inputs,
     expert_weights,
     float_weight,
     random,
@@ -151,7 +152,7 @@ def test_other_rows_do_not_change(name, num_tokens, monkeypatch):
 def test_packed_prompts_do_not_see_each_others_numbers(seq_lens, part):
     """Neither other prompts in the same tile nor later tokens affect a row."""
     num_heads, num_kv_heads, head_dim = HEADS[0]
-    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, True, num_heads, num_kv_heads, head_dim)
+    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, seq_lens, HEADS[0])
     first_key, first_value = num_heads * head_dim, (num_heads + num_kv_heads) * head_dim
     columns = {
         "all": slice(None),
@@ -176,7 +177,7 @@ def test_packed_prompts_do_not_see_each_others_numbers(seq_lens, part):
 
 def test_sequences_of_a_decode_step_do_not_see_each_others_numbers():
     seq_lens = [300, 5, 129]
-    qkv, norms, cos_sin, caches, step = attention_inputs(seq_lens, False, *HEADS[0])
+    qkv, norms, cos_sin, caches, step = decode_inputs(seq_lens, HEADS[0])
     ops = CudaOps()
     expected = ops.attention(qkv, *norms, EPS, cos_sin, *caches, step).clone()
     for failing in range(len(seq_lens)):
