@@ -4,11 +4,13 @@
 The floor is the larger of bytes moved / read bandwidth and FLOPs / matmul rate, both rates measured in the same run.
 Calls rotate over weights that together exceed the last-level cache; on CUDA, those of a decode step are replayed from a
 graph. Weights are random, no checkpoint is loaded. An operation whose calls together fit the cache has no fraction: the
-floor assumes reads from memory.
+floor assumes reads from memory. Of steps with new tokens on cached context only attention is measured, as the other
+operations depend on the number of tokens only.
 """
 
 import argparse
 import gc
+import re
 from typing import TYPE_CHECKING, Any
 
 from executor.bench.common import command_parser, positive, refuse_fallbacks, settings_of
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 def run(command_line: list[str]) -> None:
     """Measures every operation at every size, prints the table and writes the report."""
     arguments = parse(command_line)
-    if not arguments.batch_size and not arguments.prompt_tokens:
-        raise ValueError("--batch-size and --prompt-tokens: neither has a size to measure")
+    if not arguments.batch_size and not arguments.prompt_tokens and not arguments.extend:
+        raise ValueError("--batch-size, --prompt-tokens and --extend: none has a size to measure")
     settings = settings_of(arguments)
     import torch
 
@@ -40,20 +42,23 @@ def run(command_line: list[str]) -> None:
     if not arguments.allow_fallback:
         refuse_fallbacks(settings)
     _, config = check_before_launch(settings)
-    sizes = [("decode", tokens, arguments.cached_tokens) for tokens in arguments.batch_size]
-    sizes += [("prefill", tokens, None) for tokens in arguments.prompt_tokens]
+    before = arguments.cached_tokens - 1  # a sequence's length includes its new token
+    sizes = [("decode", sequences, 1, before) for sequences in arguments.batch_size]
+    sizes += [("prefill", 1, tokens, 0) for tokens in arguments.prompt_tokens]
+    sizes += [("extend", *extend) for extend in arguments.extend]
     with Report(arguments.output, len(sizes), result_table) as report, torch.inference_mode():
         ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
         model = {"model_name": settings.model_name, "dtype": settings.model_config.dtype}
         report.begin(**model, device=device_name(device), **ceilings)
-        for phase, tokens, cached_tokens in sizes:
+        for phase, sequences, new_tokens, cached_tokens in sizes:
             ops = load_ops(device.type)  # a new instance, which frees the weights of the previous size
             ops.check_model(dtype, config.head_dim)
-            cases = OpCases(ops, config, settings.parallel_config, dtype, device, tokens, cached_tokens)
+            shape = (sequences, new_tokens, cached_tokens)
+            cases = OpCases(ops, config, settings.parallel_config, dtype, device, *shape)
             rows = []
-            for case in cases.all():
-                us = time_us(case, ops, device, captured=phase == "decode")
-                rows.append({"phase": phase, "tokens": tokens} | row(case, us, ceilings, device.type))
+            for case in [cases.attention()] if phase == "extend" else cases.all():
+                us = time_us(case, ops, device, captured=phase != "prefill")
+                rows.append({"phase": phase, "tokens": cases.tokens} | row(case, us, ceilings, device.type))
             report.add(rows)
             del cases, case, ops
             gc.collect()
@@ -66,7 +71,23 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cached-tokens", type=positive, default=1024, help="length of each sequence in decode steps")
     parser.add_argument("--prompt-tokens", type=positive, nargs="*", default=[4080], help="lengths of prefills")
+    parser.add_argument(
+        "--extend",
+        type=extend_shape,
+        nargs="*",
+        default=[],
+        metavar="SEQUENCESxNEW@CACHED",
+        help="steps of sequences with new tokens on cached ones: attention only",
+    )
     return parser.parse_args(command_line)
+
+
+def extend_shape(text: str) -> tuple[int, int, int]:
+    """Parses `8x4@4096`: sequences, new tokens and cached tokens of each."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*@[1-9]\d*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SEQUENCESxNEW@CACHED, such as 8x4@4096")
+    sequences, new_tokens, cached_tokens = map(int, re.split("[x@]", text))
+    return sequences, new_tokens, cached_tokens
 
 
 def time_us(case: "OpCase", ops: "Ops", device: "torch.device", captured: bool) -> float:

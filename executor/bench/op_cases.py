@@ -11,9 +11,9 @@ import torch
 from transformers import Qwen3MoeConfig
 
 from executor.config import ParallelSettings
-from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from models.layers.padding import share_of
 from ops import DenseWeight, Ops, RouterLogits, Routing, StepMetadata, Weight
+from ops.step import BLOCK_SIZE, Span, blocks_for, step_inputs
 
 COLD_BYTES = {"cpu": 2**26, "cuda": 2**28, "npu": 2**29}  # larger than the last-level cache
 MAX_SETS = {"cpu": 4, "cuda": 512, "npu": 512}
@@ -36,7 +36,10 @@ class OpCase:
 
 
 class OpCases:
-    """Builds the cases of a decode step (`tokens` sequences with `cached_tokens` each) or a prefill of `tokens`."""
+    """Builds the cases of a step of `sequences` sequences with `new_tokens` each after `cached_tokens` in the cache.
+
+    One new token each is a decode step; without cached tokens it is a prefill.
+    """
 
     def __init__(
         self,
@@ -45,23 +48,26 @@ class OpCases:
         parallel: ParallelSettings,
         dtype: torch.dtype,
         device: torch.device,
-        tokens: int,
-        cached_tokens: int | None,
+        sequences: int,
+        new_tokens: int,
+        cached_tokens: int,
     ):
         self.ops = ops
         self.config = config
         self.parallel = parallel
         self.dtype = dtype
         self.device = device
-        self.tokens = tokens
+        self.sequences = sequences
+        self.new_tokens = new_tokens
         self.cached_tokens = cached_tokens
+        self.tokens = sequences * new_tokens
         self.hidden = config.hidden_size
         self.q_size = config.num_attention_heads // parallel.attn_tp_size * config.head_dim
         self.kv_heads = max(1, config.num_key_value_heads // parallel.attn_tp_size)
         self.norm_weight = torch.ones(self.hidden, dtype=dtype, device=device)
         residual = self.ops.add_norm(self.activations(self.hidden), None, self.norm_weight, config.rms_norm_eps)[1]
         self.residual_bytes = residual.nbytes
-        self.row_bytes = tokens * dtype.itemsize  # bytes of [T, 1] activations
+        self.row_bytes = self.tokens * dtype.itemsize  # bytes of [T, 1] activations
 
     def all(self) -> Iterator[OpCase]:
         """Yields the cases lazily, so that only one holds its weights at a time."""
@@ -70,12 +76,12 @@ class OpCases:
         yield self.embedding()
         yield self.add_norm()
         yield self.norm_linear("norm_linear (qkv)", qkv)
-        yield self.attention(qkv)
+        yield self.attention()
         yield self.linear()
         yield self.route()
         yield self.experts()
         yield self.silu_and_mul()
-        if self.cached_tokens is not None:  # a prefill computes it for the last token only
+        if self.new_tokens == 1:  # other steps compute it for the last token of a sequence only
             yield self.norm_linear("norm_linear (lm_head)", config.vocab_size // self.parallel.lmhead_tp_size)
 
     def sets(self, set_bytes: int) -> range:
@@ -142,40 +148,40 @@ class OpCases:
         flops = 2 * self.tokens * self.hidden * self.q_size
         return OpCase(name="linear (o_proj)", calls=calls, moved_bytes=moved_bytes, flops=flops)
 
-    def attention(self, qkv_size: int) -> OpCase:
+    def attention(self) -> OpCase:
         head_dim, eps = self.config.head_dim, self.config.rms_norm_eps
-        num_sequences, length = (1, self.tokens) if self.cached_tokens is None else (self.tokens, self.cached_tokens)
+        qkv_size = self.q_size + 2 * self.kv_heads * head_dim
+        length = self.cached_tokens + self.new_tokens
         token_bytes = 2 * self.kv_heads * head_dim * self.dtype.itemsize  # of key and value
         angles = torch.randn(self.tokens, head_dim // 2, device=self.device).repeat(1, 2)
-        cos_sin, step = self.ops.prepare_attention((angles.cos(), angles.sin()), self.step(length), self.dtype)
-        shape = (num_sequences * blocks_for(length) + 1, BLOCK_SIZE, self.kv_heads, head_dim)
+        cos_sin, step = self.ops.prepare_attention((angles.cos(), angles.sin()), self.step(), self.dtype)
+        shape = (self.sequences * blocks_for(length) + 1, BLOCK_SIZE, self.kv_heads, head_dim)
         calls = []
-        for _ in self.sets(num_sequences * length * token_bytes):
+        for _ in self.sets(self.sequences * length * token_bytes):
             q_norm, k_norm = (torch.ones(head_dim, dtype=self.dtype, device=self.device) for _ in range(2))
             caches = (self.random(*shape), self.random(*shape))
             arguments = (self.activations(qkv_size), q_norm, k_norm, eps, cos_sin, *caches, step)
             calls.append(lambda arguments=arguments: self.ops.attention(*arguments))
-        moved_bytes = self.row_bytes * (qkv_size + self.q_size) + num_sequences * length * token_bytes
-        attended = num_sequences * length if self.cached_tokens is not None else length * (length + 1) // 2
-        return OpCase(name="attention", calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
-
-    def step(self, length: int) -> StepMetadata:
-        """StepMetadata of sequences with contiguous cache blocks."""
-        is_prefill = self.cached_tokens is None
-        sequences, blocks = (1 if is_prefill else self.tokens), blocks_for(length)
-        table = torch.arange(1, 1 + sequences * blocks, device=self.device).view(sequences, blocks)
-        positions = torch.arange(length, device=self.device) if is_prefill else torch.full_like(table[:, 0], length - 1)
-        rows = table[0][positions // BLOCK_SIZE] if is_prefill else table[:, -1]
-        return StepMetadata(
-            is_prefill=is_prefill,
-            positions=positions,
-            slot_mapping=rows * BLOCK_SIZE + positions % BLOCK_SIZE,
-            block_table=table,
-            seq_lens=torch.full((sequences,), length, device=self.device),
-            query_lens_list=[self.tokens // sequences] * sequences,
-            seq_lens_list=[length] * sequences,
-            dp_num_tokens=[self.tokens],
+        moved_bytes = self.row_bytes * (qkv_size + self.q_size) + self.sequences * length * token_bytes
+        attended = self.tokens * self.cached_tokens + self.sequences * self.new_tokens * (self.new_tokens + 1) // 2
+        is_extend = self.cached_tokens and self.new_tokens > 1
+        name = (
+            f"attention ({self.sequences} x {self.new_tokens} new, {self.cached_tokens} cached)"
+            if is_extend
+            else "attention"
         )
+        return OpCase(name=name, calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
+
+    def step(self) -> StepMetadata:
+        """StepMetadata of sequences with contiguous cache blocks."""
+        length = self.cached_tokens + self.new_tokens
+        spans = []
+        for row in range(self.sequences):
+            first = 1 + row * blocks_for(length)
+            spans.append(
+                Span(self.cached_tokens, self.new_tokens, list(range(first, first + blocks_for(length))), length)
+            )
+        return step_inputs(spans, [[]] * self.sequences, self.device, is_decode=self.new_tokens == 1)[1]
 
     def router(
         self, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]

@@ -18,15 +18,27 @@ from ops import OPERATIONS, load_ops
 TWO_BYTES = 2
 
 
-def cases(tokens: int, cached_tokens: int | None, **sizes: int) -> OpCases:
+def cases(sequences: int, new_tokens: int, cached_tokens: int, **sizes: int) -> OpCases:
     config = load_config(resolve_path("models/qwen3_moe/demo"))
     cpu = torch.device("cpu")
-    return OpCases(load_ops("cpu"), config, ParallelSettings(**sizes), torch.bfloat16, cpu, tokens, cached_tokens)
+    shape = (sequences, new_tokens, cached_tokens)
+    return OpCases(load_ops("cpu"), config, ParallelSettings(**sizes), torch.bfloat16, cpu, *shape)
 
 
 def test_report(monkeypatch, tmp_path, capsys):
     output = tmp_path / "report.json"
-    sizes = ("--batch-size", "2", "--cached-tokens", "130", "--prompt-tokens", "9", "--output", str(output))
+    sizes = (
+        "--batch-size",
+        "2",
+        "--cached-tokens",
+        "130",
+        "--prompt-tokens",
+        "9",
+        "--extend",
+        "2x3@5",
+        "--output",
+        str(output),
+    )
     monkeypatch.setattr(sys, "argv", ["bench", "kernels", "--yaml", "demo", "--set", "device=cpu", *sizes])
     assert main() == 0
     report = json.loads(output.read_text())
@@ -44,6 +56,9 @@ def test_report(monkeypatch, tmp_path, capsys):
                 assert result["fraction"] is None
             else:
                 assert result["fraction"] == pytest.approx(result["floor_us"] / result["us"], rel=1e-2, abs=1e-3)
+    assert [row["operation"] for row in report["results"] if row["phase"] == "extend"] == [
+        "attention (2 x 3 new, 5 cached)"
+    ]
     assert report["model_name"] == "qwen3_moe_demo"
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(report["results"])
 
@@ -76,7 +91,7 @@ def test_no_fraction_for_reads_from_cache(moved_bytes, distinct_bytes, flops, fr
 @pytest.mark.parametrize("tokens", [3, 5000])
 def test_embedding_counts_each_row_once(tokens, monkeypatch):
     """The demo has 2,048 rows: 5,000 tokens read each once and write 5,000; calls read different rows."""
-    built = cases(tokens=tokens, cached_tokens=None)
+    built = cases(1, tokens, 0)
     taken = []
     monkeypatch.setattr(built.ops, "embedding", lambda token_ids, table: taken.append(token_ids))
     case = built.embedding()
@@ -88,24 +103,26 @@ def test_embedding_counts_each_row_once(tokens, monkeypatch):
     assert case.distinct_bytes == min(len(case.calls) * tokens, vocab) * row_bytes
 
 
-@pytest.mark.parametrize(("tokens", "cached_tokens"), [(3, 300), (150, None)])
-def test_calls(tokens, cached_tokens):
+@pytest.mark.parametrize(("sequences", "new_tokens", "cached_tokens"), [(3, 1, 299), (1, 150, 0), (3, 5, 200)])
+def test_calls(sequences, new_tokens, cached_tokens):
     """Outputs have the right number of tokens and are finite; cache slots are valid and distinct."""
-    built = cases(tokens, cached_tokens)
+    built = cases(sequences, new_tokens, cached_tokens)
+    tokens = sequences * new_tokens
     with torch.inference_mode():
         for case in built.all():
             for call in case.calls:
                 output = call()
                 first = output[0] if isinstance(output, tuple) else output
                 assert first.shape[0] == tokens and first.isfinite().all(), case.name
-    step = built.step(cached_tokens or tokens)
+    step = built.step()
     assert step.slot_mapping.unique().numel() == tokens
-    assert len(step.seq_lens_list) == step.block_table.shape[0] == (1 if cached_tokens is None else tokens)
+    assert step.block_table.shape[0] == sequences and step.seq_lens_list == [cached_tokens + new_tokens] * sequences
+    assert step.is_decode == (new_tokens == 1) and step.starts_fresh == (cached_tokens == 0)
 
 
 def test_bytes_and_flops_of_a_decode_step():
     """Hand-computed, in bfloat16 with float32 residual and half of the heads."""
-    built = cases(tokens=3, cached_tokens=300, attn_tp_size=2)
+    built = cases(3, 1, 299, attn_tp_size=2)
     config = built.config
     hidden, q, kv = config.hidden_size, built.q_size, built.kv_heads * config.head_dim
     assert (2 * q, 2 * kv) == (
@@ -116,7 +133,7 @@ def test_bytes_and_flops_of_a_decode_step():
     weight, inputs, outputs = (q + 2 * kv) * hidden, 3 * hidden, 3 * (q + 2 * kv)
     assert qkv.moved_bytes == TWO_BYTES * (weight + inputs + outputs) + 2 * 4 * inputs
     assert qkv.flops == 2 * 3 * weight
-    attention = built.attention(q + 2 * kv)
+    attention = built.attention()
     assert attention.moved_bytes == TWO_BYTES * (outputs + 3 * q + 3 * 300 * 2 * kv)
     assert attention.flops == 3 * 300 * 2 * 2 * q
     experts = built.experts()
@@ -128,6 +145,15 @@ def test_bytes_and_flops_of_a_decode_step():
 
 def test_bytes_and_flops_of_a_prefill():
     """Token n attends to n + 1 tokens."""
-    built = cases(tokens=150, cached_tokens=None)
-    attention = built.attention(built.q_size + 2 * built.kv_heads * built.config.head_dim)
-    assert attention.flops == sum(range(1, 151)) * 2 * 2 * built.q_size
+    built = cases(1, 150, 0)
+    assert built.attention().flops == sum(range(1, 151)) * 2 * 2 * built.q_size
+
+
+def test_bytes_and_flops_of_new_tokens_on_cached_ones():
+    """Every key and value is read once for all new tokens of its sequence."""
+    built = cases(3, 5, 200)
+    attention = built.attention()
+    kv = built.kv_heads * built.config.head_dim
+    assert attention.name == "attention (3 x 5 new, 200 cached)"
+    assert attention.moved_bytes == TWO_BYTES * (15 * (2 * built.q_size + 2 * kv) + 3 * 205 * 2 * kv)
+    assert attention.flops == 3 * sum(range(201, 206)) * 2 * 2 * built.q_size
