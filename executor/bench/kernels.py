@@ -56,9 +56,11 @@ def run(command_line: list[str]) -> None:
             shape = (sequences, new_tokens, cached_tokens)
             cases = OpCases(ops, config, settings.parallel_config, dtype, device, *shape)
             rows = []
+            note = f" ({sequences} x {new_tokens} on {cached_tokens} cached)" if phase == "extend" else ""
             for case in [cases.attention()] if phase == "extend" else cases.all():
                 us = time_us(case, ops, device, captured=phase != "prefill")
                 rows.append({"phase": phase, "tokens": cases.tokens} | row(case, us, ceilings, device.type))
+                rows[-1]["operation"] += note
             report.add(rows)
             del cases, case, ops
             gc.collect()

@@ -164,13 +164,7 @@ class OpCases:
             calls.append(lambda arguments=arguments: self.ops.attention(*arguments))
         moved_bytes = self.row_bytes * (qkv_size + self.q_size) + self.sequences * length * token_bytes
         attended = self.tokens * self.cached_tokens + self.sequences * self.new_tokens * (self.new_tokens + 1) // 2
-        is_extend = self.cached_tokens and self.new_tokens > 1
-        name = (
-            f"attention ({self.sequences} x {self.new_tokens} new, {self.cached_tokens} cached)"
-            if is_extend
-            else "attention"
-        )
-        return OpCase(name=name, calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
+        return OpCase(name="attention", calls=calls, moved_bytes=moved_bytes, flops=4 * self.q_size * attended)
 
     def step(self) -> StepMetadata:
         """StepMetadata of sequences with contiguous cache blocks."""
