@@ -3,12 +3,14 @@
 
 throughput: requests that arrive one by one, --interval-ms apart, against the same requests all at once. pauses: the
 times between the tokens of decoding requests before and after a long prompt arrives. prefix: the time to first token
-of a prompt, and of a second one that begins alike. On one rank.
+of a prompt, and of a second one that begins alike; and how many tokens differ with and without cached prefixes, which
+are computed in other shapes. On one rank.
 """
 
 import argparse
 import time
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from executor.utils.report import percentiles, table
 
 DECODING = 8  # requests that a long prompt joins
 WARM_UP_TOKENS = 4
+COMPARED_TOKENS = 16  # of outputs with and without a cached prefix
 TAIL_TOKENS = 64  # of the second prompt after the common prefix
 
 
@@ -130,6 +133,13 @@ def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
         llm.generate([prompt], sampling)
     first, second = (llm.generate([common + tail], sampling)[0] for tail in tails[:2])
     first_ms, second_ms = known(first.ttft_ms), known(second.ttft_ms)
+    prompts = [common + tail for tail in tails]
+    longer = SamplingParams(max_new_tokens=COMPARED_TOKENS, ignore_eos=True)
+    hits = llm.generate(prompts, longer, use_tqdm=False)
+    fresh = llm.generate(prompts, replace(longer, prompt_logprobs=0), use_tqdm=False)  # takes nothing from the cache
+    pairs = [
+        pair for one, two in zip(hits, fresh, strict=True) for pair in zip(one.token_ids, two.token_ids, strict=True)
+    ]
     return {
         "measured": "prefix",
         "prefix_tokens": arguments.prefix_tokens,
@@ -138,6 +148,8 @@ def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
         "first_ttft_ms": round(first_ms, 3),
         "second_ttft_ms": round(second_ms, 3),
         "ratio": round(second_ms / first_ms, 3),
+        "compared_tokens": len(pairs),
+        "differing_tokens": sum(one != two for one, two in pairs),
     }
 
 
@@ -187,4 +199,5 @@ def result_table(report: Report) -> str:
             rows.append([name, "ttft ms of the first", row["first_ttft_ms"]])
             rows.append([name, "ttft ms of the second", row["second_ttft_ms"]])
             rows.append([name, "ratio", row["ratio"]])
+            rows.append([name, f"of {row['compared_tokens']} tokens differ", row["differing_tokens"]])
     return table(["", "figure", "value"], rows)

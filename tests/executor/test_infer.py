@@ -138,33 +138,34 @@ def test_results(run, yaml_file, tmp_path):
 
 def test_each_result_is_written_when_it_finishes(run, yaml_file, tmp_path, monkeypatch):
     """The first prompt generates longest: the others are on disk before it finishes."""
-    stream, seen = LLM.stream, []
+    stream, seen = LLM.finished, []
 
     def watched(self, sequences):
         for index, output in stream(self, sequences):
             yield index, output
             seen.append([record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")])
 
-    monkeypatch.setattr(LLM, "stream", watched)
+    monkeypatch.setattr(LLM, "finished", watched)
     options = ["data_config.max_new_tokens=60"]
     prompts = [f"{number}" for number in range(5)]
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
-    monkeypatch.setattr(LLM, "stream", shorter(watched))
+    monkeypatch.setattr(LLM, "finished", shorter(watched))
     assert run(*(part for option in options for part in ("--set", option)))[0] == 0
     assert seen == [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 0]]
     *lines, last = records(result_folder(tmp_path) / "result.jsonl")
     assert [line["prompt"] for line in lines] == [prompts[line["index"]] for line in lines] and "summary" in last
 
 
-def shorter(stream):
-    """The first sequence generates all its tokens, the others 3."""
+def shorter(finished):
+    """`LLM.finished` with the limit of all but the first prompt reduced."""
 
-    def call(self, sequences):
-        for sequence in sequences[1:]:
-            sequence.sampling = dataclasses.replace(sequence.sampling, max_new_tokens=3)
-        yield from stream(self, sequences)
+    def run(self, requests):
+        for request in requests[1:]:
+            for sample in request.samples:
+                sample.sampling = dataclasses.replace(sample.sampling, max_new_tokens=2 + request.index)
+        yield from finished(self, requests)
 
-    return call
+    return run
 
 
 def test_only_rank_0_prints_and_writes_results(run, tmp_path, monkeypatch):
@@ -260,13 +261,13 @@ def test_damaged_checkpoint(run, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("failing", ["_load", "prefill", "decode"])
+@pytest.mark.parametrize("failing", ["_adopt", "mixed_inputs", "decode"])
 def test_failure_names_the_rank_and_the_first_error(failing, rank, run, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("the device is gone")
 
     act_as(rank, monkeypatch)
-    monkeypatch.setattr(LLM if failing == "_load" else ModelRunner, failing, fail)
+    monkeypatch.setattr(LLM if failing == "_adopt" else ModelRunner, failing, fail)
     code, _, err = run()
     assert code == 1
     assert err.splitlines()[-1] == f"error: rank {rank}: RuntimeError: the device is gone"
@@ -276,15 +277,15 @@ def test_failure_names_the_rank_and_the_first_error(failing, rank, run, tmp_path
 
 
 def test_finished_prompts_survive_a_failure(run, tmp_path, monkeypatch):
-    prefill, calls = ModelRunner.prefill, []
+    mixed_inputs, calls = ModelRunner.mixed_inputs, []
 
-    def fail_second(self, sequences):
-        calls.append(sequences)
+    def fail_second(self, batches, unread):
+        calls.append(batches)
         if len(calls) == 2:
             raise RuntimeError("the device is gone")
-        return prefill(self, sequences)
+        return mixed_inputs(self, batches, unread)
 
-    monkeypatch.setattr(ModelRunner, "prefill", fail_second)
+    monkeypatch.setattr(ModelRunner, "mixed_inputs", fail_second)
     assert run()[0] == 1
     lines = (result_folder(tmp_path) / "result.jsonl").read_text().splitlines()
     assert [list(json.loads(line)) for line in lines] == [KEYS, KEYS]
@@ -292,7 +293,7 @@ def test_finished_prompts_survive_a_failure(run, tmp_path, monkeypatch):
 
 def after_the_first_result(monkeypatch, action) -> None:
     """Runs an action between the first and second result."""
-    stream = LLM.stream
+    stream = LLM.finished
 
     def watched(self, sequences):
         for number, found in enumerate(stream(self, sequences)):
@@ -300,7 +301,7 @@ def after_the_first_result(monkeypatch, action) -> None:
                 action()
             yield found
 
-    monkeypatch.setattr(LLM, "stream", watched)
+    monkeypatch.setattr(LLM, "finished", watched)
 
 
 def test_a_folder_that_is_removed_during_a_run_is_restored(run, tmp_path, monkeypatch):
@@ -335,13 +336,13 @@ def no_space(descriptor: int, data: bytes) -> int:
 
 def test_what_finished_in_the_last_step_is_written(run, tmp_path, monkeypatch):
     """Two sequences finish in one step; the run is interrupted before the second is returned."""
-    stream = LLM.stream
+    stream = LLM.finished
 
     def interrupted(self, sequences):
         yield next(stream(self, sequences))
         raise Interrupted("interrupted by SIGINT")
 
-    monkeypatch.setattr(LLM, "stream", interrupted)
+    monkeypatch.setattr(LLM, "finished", interrupted)
     code, _, err = run()
     assert code == 1 and err.splitlines()[-1] == "error: interrupted by SIGINT"
     assert sorted(record["index"] for record in records(result_folder(tmp_path) / "result.jsonl")) == [0, 1]
@@ -396,13 +397,17 @@ def test_text_cannot_steer_the_terminal(run, tmp_path):
 
 def test_failed_prompt(run, tmp_path, monkeypatch):
     """Its line has the error, the summary counts it, the others are complete; exit code 1."""
-    output_of = LLM._output
+    output_of = LLM.output
 
-    def failing(self, sequence):
-        output = output_of(self, sequence)
-        return dataclasses.replace(output, error="why", finish_reason="error") if sequence.index == 1 else output
+    def failing(self, request):
+        output = output_of(self, request)
+        if request.index != 1:
+            return output
+        return dataclasses.replace(
+            output, outputs=[dataclasses.replace(output.outputs[0], error="why", finish_reason="error")]
+        )
 
-    monkeypatch.setattr(LLM, "_output", failing)
+    monkeypatch.setattr(LLM, "output", failing)
     code, out, err = run()
     assert code == 1 and err.splitlines()[-1] == 'error: 1 of 3 prompts failed: their lines have an "error"'
     *lines, last = records(result_folder(tmp_path) / "result.jsonl")
@@ -412,14 +417,14 @@ def test_failed_prompt(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rank", [0, 3])
 def test_warnings_of_transformers_are_logged_too(rank, run, tmp_path, monkeypatch):
-    prefill = ModelRunner.prefill
+    mixed_inputs = ModelRunner.mixed_inputs
 
-    def prefill_with_warning(self, sequences):
+    def with_warning(self, batches, unread):
         logging.getLogger("transformers.some").warning("mind this")
-        return prefill(self, sequences)
+        return mixed_inputs(self, batches, unread)
 
     act_as(rank, monkeypatch)
-    monkeypatch.setattr(ModelRunner, "prefill", prefill_with_warning)
+    monkeypatch.setattr(ModelRunner, "mixed_inputs", with_warning)
     code, _, err = run("--set", "data_config.max_prompts=1")
     assert (
         code == 0
