@@ -20,7 +20,7 @@ import torch.distributed as dist
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-EXCHANGE_TIMEOUT = datetime.timedelta(hours=1)  # loading times of ranks differ widely; the launcher detects failures
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)  # loading times of ranks differ widely; the launcher detects failures
 
 IDLE_TIMEOUT = datetime.timedelta(days=365)  # a server may be idle for long
 
@@ -41,7 +41,7 @@ class Traffic:
         return {name: count - before.get(name, 0) for name, count in self.sent_bytes.items()}
 
 
-class SmallExchange(Protocol):
+class SmallCollectives(Protocol):
     """Low-latency all-reduce and all-gather for the small tensors that `sums` and `gathers` accept."""
 
     def sums(self, tensor: torch.Tensor) -> bool: ...
@@ -61,7 +61,7 @@ class Group:
     ranks: tuple[int, ...] = (0,)
     index: int = 0  # of this rank within the group
     process_group: dist.ProcessGroup | None = None
-    small: SmallExchange | None = None
+    small: SmallCollectives | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
     @cached_property
@@ -71,16 +71,12 @@ class Group:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce: sums over the ranks in place."""
         if self.size > 1:
-            self.count_all_reduce(tensor)
+            self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
             if self.small is not None and self.small.sums(tensor):
                 self.small.all_reduce(tensor)
             else:
                 dist.all_reduce(tensor, group=self.process_group)
         return tensor
-
-    def count_all_reduce(self, tensor: torch.Tensor) -> None:
-        """Counts the traffic of an all-reduce of this tensor; fused operations call it themselves."""
-        self.traffic.add(self.name, 2 * (self.size - 1) / self.size * tensor.nbytes)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-gather: concatenates [N, ...] of every rank (equal shapes) -> [size * N, ...]."""
@@ -224,12 +220,12 @@ def init_parallel(
         atexit.register(dist.destroy_process_group)
     traffic = Traffic()
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    small: dict[tuple[int, ...], SmallExchange | None] = {}
+    small: dict[tuple[int, ...], SmallCollectives | None] = {}
     groups = {}
     for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
         for ranks in members:
             if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(ranks, timeout=EXCHANGE_TIMEOUT)  # new_group is collective over all ranks
+                made[ranks] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)  # collective over all ranks
                 if rank in ranks:
                     small[ranks] = connect_small(made[ranks], device)
             if rank in ranks:
@@ -242,13 +238,13 @@ def init_parallel(
                     traffic=traffic,
                 )
     if with_dispatch:
-        own = dist.new_group(groups["world"].ranks, timeout=EXCHANGE_TIMEOUT)
+        own = dist.new_group(groups["world"].ranks, timeout=COLLECTIVE_TIMEOUT)
         groups["dispatch"] = dataclasses.replace(groups["world"], name="dispatch", process_group=own, small=None)
     return ParallelContext(**groups)
 
 
-def connect_small(group: dist.ProcessGroup, device: torch.device) -> SmallExchange | None:
-    """Sets up the backend's low-latency exchange of small tensors, if it has one."""
+def connect_small(group: dist.ProcessGroup, device: torch.device) -> SmallCollectives | None:
+    """Sets up the backend's low-latency collectives for small tensors, if it has any."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     from ops.cuda.peer_exchange import connect

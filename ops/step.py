@@ -88,7 +88,7 @@ def step_inputs(
     seq_lens = [span.end for span in spans]
     num_tokens, num_rows = sum(query_lens), len(spans)
     if is_decode is None:
-        is_decode = num_tokens == num_rows and all(span.num_computed for span in spans)
+        is_decode = all(span.num_new == 1 and span.num_computed > 0 and span.end >= span.prompt_len for span in spans)
     layout = StepLayout(num_tokens, num_rows)
     tensors = layout.split(layout.pack(spans, token_ids).to(device))
     return tensors.token_ids, StepMetadata(

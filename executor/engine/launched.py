@@ -183,7 +183,7 @@ def bits(values: torch.Tensor) -> torch.Tensor:
 
 def gather_groups(own: torch.Tensor, width: int, parallel: ParallelContext) -> torch.Tensor:
     """[B, N] of this rank's group -> [G, width, N] of all groups, as the first rank of each has it."""
-    gathered = parallel.control.all_gather(pad_rows(own, width)).view(-1, width, own.shape[1])
+    gathered = parallel.control.all_gather(pad_rows(own, width)).view(parallel.control.size, width, own.shape[1])
     return gathered[:: parallel.attn_tp.size]
 
 
