@@ -10,6 +10,7 @@ been read.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from executor.engine.kv_cache import zero_blocks
@@ -53,7 +54,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.sampler = Sampler(tokenizer.eos_token_ids)
         self.runs_ahead = runs_ahead
-        self.unread: Launched | None = None
+        self.in_flight: deque[Launched] = deque()  # steps that are not read, at most one between calls of `step`
         self.events: list[TokenEvent] = []  # of cancellations, for the next step
         self.siblings: dict[int, list[Sequence]] = {}  # id of a first sample -> the others, until its prompt is cached
 
@@ -61,7 +62,7 @@ class Engine:
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
         unfinished = any(scheduler.waiting or scheduler.running for scheduler in self.schedulers)
-        return unfinished or self.unread is not None or bool(self.events)
+        return unfinished or bool(self.in_flight) or bool(self.events)
 
     def add(self, samples: list[Sequence], group: int | None = None) -> None:
         """Adds the samples of a request to the attention DP group with the least load, or to `group`.
@@ -87,31 +88,33 @@ class Engine:
                     self.events.append(TokenEvent(sequence, None, len(sequence.token_ids), True))
 
     def abort(self) -> None:
-        """Cancels everything and drops what is in flight, after an error or an interrupt; without events."""
-        for scheduler in self.schedulers:
-            for sequence in [*scheduler.running, *scheduler.waiting]:
-                self.cancel(sequence.request_id)
-        unread, self.unread = self.unread, None
-        if unread is not None:
-            self._land(unread)
+        """Cancels everything and drops what is in flight, after an error or an interrupt; without events.
+
+        A failed step may have written anything to the blocks of its sequences.
+        """
+        unfinished = [sequence for group in self.schedulers for sequence in [*group.running, *group.waiting]]
+        for sequence in unfinished:
+            sequence.is_suspect = True
+        for sequence in unfinished:
+            self.cancel(sequence.request_id)
+        while self.in_flight:
+            self._land(self.in_flight.popleft())
         self.events.clear()
 
     def step(self) -> list[TokenEvent]:
         """Launches at most one step and reads at most one; returns the events."""
         events, self.events = self.events, []
-        if self.unread is not None and not self._may_run_ahead(self.unread):
+        if self.in_flight and not self._may_run_ahead(self.in_flight[0]):
             events += self._read()
         batches = self._schedule()
         if batches is None:  # a sequence has to be preempted
             events += self._read()
             batches = self._schedule()
             assert batches is not None
-        previous = self.unread
-        launched = self._launch(batches) if any(batches) else None
-        if previous is not None:
-            events += self._read()
-        self.unread = launched
-        if launched is not None and not self.runs_ahead:
+        is_launched = any(batches)
+        if is_launched:
+            self.in_flight.append(self._launch(batches))
+        while len(self.in_flight) > (is_launched and self.runs_ahead):
             events += self._read()
         return events
 
@@ -126,17 +129,19 @@ class Engine:
 
     def _schedule(self) -> Batches | None:
         others_decode = any(scheduler.has_decodes for scheduler in self.schedulers)
-        may_preempt = self.unread is None
+        may_preempt = not self.in_flight
         batches = [scheduler.schedule(others_decode, may_preempt) for scheduler in self.schedulers]
         return None if any(batch is None for batch in batches) else [batch or [] for batch in batches]
 
     def _launch(self, batches: Batches) -> Launched:
-        pool = self.schedulers[self.runner.dp_index].pool
-        if pool.to_zero:
-            zero_blocks(self.runner.kv_caches, pool.to_zero)
-            pool.to_zero.clear()
+        own = self.schedulers[self.runner.dp_index].pool
+        if own.to_zero:
+            zero_blocks(self.runner.kv_caches, own.to_zero)
+        for scheduler in self.schedulers:
+            scheduler.pool.to_zero.clear()
         now_s = time.perf_counter()
-        launched = launch(self.runner, self.sampler, self.parallel, batches, self.unread)
+        previous = self.in_flight[0] if self.in_flight else None
+        launched = launch(self.runner, self.sampler, self.parallel, batches, previous)
         for batch in batches:
             for work in batch:
                 sequence = work.sequence
@@ -157,9 +162,8 @@ class Engine:
                     scheduler.release(sequence)
 
     def _read(self) -> list[TokenEvent]:
-        """Waits for the step in flight and stores its results; returns the events."""
-        launched, self.unread = self.unread, None
-        assert launched is not None
+        """Waits for the oldest step in flight and stores its results; returns the events."""
+        launched = self.in_flight[0]
         results = launched.read()
         now_s = time.perf_counter()
         events = []
@@ -168,6 +172,8 @@ class Engine:
                 sequence = work.sequence
                 if not result.is_finite:
                     sequence.is_suspect = True
+                elif work.samples and not sequence.is_suspect:
+                    scheduler.register(sequence, work.end)
                 if sequence.finish_reason:
                     continue
                 sequence.prompt_logprobs += result.prompt_logprobs
@@ -175,7 +181,6 @@ class Engine:
                 if not result.is_finite:
                     scheduler.finish(sequence, "error")
                 elif work.samples:
-                    scheduler.register(sequence, work.end)
                     self._append(scheduler, sequence, result, now_s)
                 if work.samples or sequence.finish_reason:
                     token_id = result.token_id if result.is_finite else None
@@ -183,7 +188,7 @@ class Engine:
                     events.append(TokenEvent(sequence, token_id, position, sequence.finish_reason is not None))
                     for sibling in self.siblings.pop(id(sequence), []):
                         scheduler.add(sibling)
-        self._land(launched)
+        self._land(self.in_flight.popleft())
         return events
 
     def _append(self, scheduler: Scheduler, sequence: Sequence, result: RowResult, now_s: float) -> None:

@@ -144,7 +144,8 @@ class Scheduler:
         sequence.blocks = cached + (self.pool.take(needed) or [])
         sequence.num_registered = len(cached)
         sequence.num_computed = sequence.num_verified = len(cached) * BLOCK_SIZE
-        sequence.num_cached = max(sequence.num_cached, min(sequence.num_computed, len(sequence.prompt_token_ids)))
+        if sequence.started_s is None:  # blocks that a preempted sequence finds again are its own
+            sequence.num_cached = sequence.num_computed
         return True
 
     def _grow(self, may_preempt: bool) -> bool:
