@@ -4,18 +4,22 @@
 import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from executor.loading.chat_template import RenderTimeout
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Piece = tuple[int, int]  # (start, end) offsets of a span of text
+Render = Callable[[Sequence[dict[str, Any]]], str]
 MARGIN = 16  # characters left uncut at an end of a rendered message whose exact boundary is unknown
-MAX_CUT = 64  # at most this many of the longest messages are cut: each costs several renderings
-PRIVATE_USE = range(0xE000, 0xF900)
+MAX_HALVED = 32  # groups of messages, for each offset: two renderings each
+PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+ANY_PRIVATE_USE = re.compile("([\ue000-\uf8ff\U000f0000-\U000ffffd\U00100000-\U0010fffd])")
 THOUGHT_MARKS = ("<think>", "</think>")
 
 
@@ -57,35 +61,31 @@ def fewest_turns_left_out(
 
 
 def shown_pieces(
-    messages: Sequence[dict[str, Any]],
-    text: str,
-    render: Callable[[Sequence[dict[str, Any]]], str],
-    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]], text: str, render: Render, tokenizer: "PreTrainedTokenizerBase"
 ) -> list[Piece]:
     """Spans of the rendered `text` that may be cut: the messages' contents, as far as the template renders them.
 
-    Assistant messages are split at added tokens and thinking tags, which are kept.
+    Assistant messages are split at added tokens and thinking tags, which are kept. All messages are searched at once,
+    so that the number of renderings hardly depends on that of the messages.
     """
-    marker = next((chr(code) for code in PRIVATE_USE if chr(code) not in text), None)
-    if marker is None:
-        return []
+    marking = Marking(messages, text, render)
+    searches = {index: shown_spans(messages[index]["content"], text) for index in marking.markers}
+    spans: dict[int, list[Piece]] = {}
+    answers: dict[int, list[int]] = {}
+    while searches:
+        offsets: dict[int, int] = {}
+        for index, search in list(searches.items()):
+            try:
+                offsets[index] = search.send(answers[index]) if answers else next(search)
+            except StopIteration as ended:
+                spans[index] = ended.value
+                del searches[index]
+        answers = marking.positions(offsets)
     names = sorted({*tokenizer.get_added_vocab(), *THOUGHT_MARKS}, key=len, reverse=True)
     any_mark = re.compile("|".join(map(re.escape, names)))
     pieces: list[Piece] = []
-    for index in sorted(range(len(messages)), key=lambda index: -len(messages[index]["content"]))[:MAX_CUT]:
-        content = messages[index]["content"]
-
-        def positions_of(offset: int, index: int = index, content: str = content) -> list[int]:
-            marked = {**messages[index], "content": content[:offset] + marker + content[offset:]}
-            try:
-                parts = render([*messages[:index], marked, *messages[index + 1 :]]).split(marker)
-            except RenderTimeout:  # how a conversation is cut must not depend on the machine's speed
-                raise
-            except ValueError:  # the template rejects the marked text
-                return []
-            return list(accumulate(map(len, parts[:-1]))) if "".join(parts) == text else []
-
-        for start, end in shown_spans(content, text, positions_of):
+    for index, found in spans.items():
+        for start, end in found:
             marks = any_mark.finditer(text, start, end) if messages[index]["role"] == "assistant" else ()
             bounds = [start, *(bound for mark in marks for bound in mark.span()), end]
             pieces += zip(bounds[::2], bounds[1::2], strict=True)
@@ -93,28 +93,91 @@ def shown_pieces(
     return [piece for before, piece in zip([(0, 0), *pieces], pieces, strict=False) if before[1] <= piece[0] < piece[1]]
 
 
-def shown_spans(content: str, text: str, positions_of: Callable[[int], list[int]]) -> list[Piece]:
+class Marking:
+    """Finds where the template renders messages, by a marker in each: a character that `text` does not have."""
+
+    def __init__(self, messages: Sequence[dict[str, Any]], text: str, render: Render):
+        self.messages = messages
+        self.text = text
+        self.render = render
+        used = set(text)
+        free = (chr(code) for code in chain(*PRIVATE_USE) if chr(code) not in used)
+        self.markers = dict(zip(range(len(messages)), free, strict=False))
+        self.index_of = {marker: index for index, marker in self.markers.items()}
+
+    def positions(self, offsets: dict[int, int]) -> dict[int, list[int]]:
+        """Positions in `text` of markers inserted into the messages' contents.
+
+        offsets: message index -> offset in its content. Returns message index -> positions; none for a marker that is
+        not rendered or changes anything else. Groups with such a marker are halved, at most MAX_HALVED of them.
+        """
+        kinds = {index: (self.messages[index]["role"], self.messages[index]["content"][:MARGIN]) for index in offsets}
+        groups = deque([sorted(offsets, key=kinds.__getitem__)] if offsets else [])  # a template treats a kind alike
+        found: dict[int, list[int]] = {}
+        halved = 0
+        while groups:
+            group = groups.popleft()
+            answer = self._positions_if_unchanged({index: offsets[index] for index in group})
+            if answer is None and len(group) > 1 and halved < MAX_HALVED:
+                halved += 1
+                groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+            else:
+                found |= answer or {index: [] for index in group}
+        return found
+
+    def _positions_if_unchanged(self, offsets: dict[int, int]) -> dict[int, list[int]] | None:
+        """`positions` of one rendering; None if a marker changes anything else."""
+        marked = list(self.messages)
+        for index, offset in offsets.items():
+            content = marked[index]["content"]
+            marked[index] = {**marked[index], "content": content[:offset] + self.markers[index] + content[offset:]}
+        try:
+            rendered = self.render(marked)
+        except RenderTimeout:  # how a conversation is cut must not depend on the machine's speed
+            raise
+        except ValueError:  # the template rejects the marked text
+            return None
+        found: dict[int, list[int]] = {index: [] for index in offsets}
+        parts, length = [], 0
+        for part in ANY_PRIVATE_USE.split(rendered):
+            if part in self.index_of:
+                found[self.index_of[part]].append(length)
+            else:
+                parts.append(part)
+                length += len(part)
+        return found if "".join(parts) == self.text else None
+
+
+def shown_spans(content: str, text: str) -> Generator[int, list[int], list[Piece]]:
     """Spans of `text` where the template renders `content`, or a part of it, unchanged.
 
-    positions_of: positions in `text` of a marker inserted into `content` at an offset; empty if the marker is not
-    rendered or changes anything else.
+    Yields offsets in `content`; takes the positions in `text` of a marker inserted there, as `Marking.positions`.
     """
+    found: list[int] = []
+    offset = 0
     for offset in probed_offsets(len(content)):
-        found = positions_of(offset)
+        found = yield offset
         if found:
             break
-    else:
-        return []
     spans = []
     for position in found:
-        before = len(os.path.commonprefix([content[:offset][::-1], text[:position][::-1]]))
-        after = len(os.path.commonprefix([content[offset:], text[position:]]))
+        shown = text[max(0, position - offset) : position], text[position : position + len(content) - offset]
+        before = len(os.path.commonprefix([content[:offset][::-1], shown[0][::-1]]))
+        after = len(os.path.commonprefix([content[offset:], shown[1]]))
         # adjacent template text may coincide with the dropped part of the content
-        start = next((m for m in (0, 1, 2) if position - before + m in positions_of(offset - before + m)), MARGIN)
-        end = next((m for m in (0, 1, 2) if position + after - m in positions_of(offset + after - m)), MARGIN)
+        start = yield from margin([(offset - before + m, position - before + m) for m in (0, 1, 2)])
+        end = yield from margin([(offset + after - m, position + after - m) for m in (0, 1, 2)])
         if start + end < before + after:
             spans.append((position - before + start, position + after - end))
     return spans
+
+
+def margin(probes: list[tuple[int, int]]) -> Generator[int, list[int], int]:
+    """Number of the first (offset in a content, position in the text) that belong together, MARGIN if none do."""
+    for number, (offset, position) in enumerate(probes):
+        if position in (yield offset):
+            return number
+    return MARGIN
 
 
 def probed_offsets(length: int) -> list[int]:
@@ -129,7 +192,7 @@ def shorten(
     pieces: Sequence[Piece],
     limit: int,
     encode: Callable[[str], list[int]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> tuple[list[int], int]:
     """Cuts the middles of the longest pieces of `text` until it has at most `limit` tokens.
 
@@ -158,7 +221,7 @@ def longest_allowed(lengths: Sequence[int], budget: int) -> int:
     return bisect_right(range(max(lengths, default=0)), budget, key=lambda n: sum(min(m, n) for m in lengths)) - 1
 
 
-def without_middle(token_ids: list[int], keep: int, tokenizer: PreTrainedTokenizerBase) -> str:
+def without_middle(token_ids: list[int], keep: int, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Decodes the first and last tokens, `keep` in all, without replacement characters at the cut."""
     head, tail = token_ids[: keep - keep // 2], token_ids[len(token_ids) - keep // 2 :]
     replacement = "\N{REPLACEMENT CHARACTER}"

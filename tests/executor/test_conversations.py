@@ -7,6 +7,7 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from executor.loading.chat_template import ChatTemplate
 from executor.loading.tokenizer import Tokenizer
 from tests.conversations import (
     ALTERNATING,
@@ -198,3 +199,44 @@ def test_text_transformed_by_the_template_is_not_cut():
     template = "{% for m in messages %}{{ m.content|reverse }}{{ m.content|length }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves no room beside the template: cut as far as possible"):
         cut_text(template, [user("a b" * 99)], 40)
+
+
+def agent_run(num_steps: int) -> list[dict[str, str]]:
+    """One question with many steps after it, whose texts are of similar lengths."""
+    messages = [SYSTEM, user("LAST question")]
+    for number in range(num_steps):
+        messages += [
+            assistant(f"CALL{number} {words(30)} IT"),
+            {"role": "tool", "content": f"SEEN{number} {words(30)}"},
+        ]
+    return messages
+
+
+@pytest.mark.parametrize("num_steps", [5, 100, 400])
+def test_any_number_of_texts_is_cut_with_few_renderings(num_steps, monkeypatch):
+    messages, calls = agent_run(num_steps), []
+    short = [{**message, "content": " ".join(message["content"].split()[:8])} for message in messages]
+    render = ChatTemplate.render
+    monkeypatch.setattr(ChatTemplate, "render", lambda self, given: calls.append(1) or render(self, given))
+    found = cut_text(THINKING, messages, num_tokens(THINKING, short))
+    assert len(calls) < 40
+    assert all(f"CALL{number} " in found and f"SEEN{number} " in found for number in range(num_steps))
+    assert found.count("<|im_end|>") == len(messages)
+
+
+def test_texts_that_cannot_be_cut_keep_no_other_from_it():
+    """This template rejects a change of any tool result, and shows the lengths of two."""
+    messages = agent_run(60)
+    for number in (8, 90):
+        messages[number]["content"] = f"WHOLE {words(20)}"
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{% if not m.content.startswith(('SEEN', 'WHOLE')) %}"
+        "{{ raise_exception('no') }}{% endif %}{{ m.content|upper }}{% elif m.content.startswith('WHOLE') %}"
+        "{{ m.content|length }}{% endif %}<{{ m.content if m.role != 'tool' }}>{% endfor %}"
+    )
+    full = num_tokens(template, messages)
+    found = cut_text(template, messages, full - 300)
+    for message in messages:
+        if message["role"] == "tool" or "WHOLE" in message["content"]:
+            shown = message["content"].upper() if message["role"] == "tool" else message["content"]
+            assert shown in found
