@@ -17,17 +17,15 @@ class BlockTable:
         self.table = torch.full((max_rows, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
         self.written: list[tuple[list[int], int]] = [([], 0) for _ in range(max_rows)]  # blocks, entries written
 
-    def update(self, spans: list[Span], num_rows: int | None = None, width: int | None = None) -> torch.Tensor:
-        """Writes the rows of a step; returns the view [num_rows, width] of the table.
+    def update(self, spans: list[Span], width: int | None = None) -> torch.Tensor:
+        """Writes the rows of a step; returns the view [B, width] of the table.
 
-        num_rows: with padding rows, which repeat the first sequence. width: blocks of the longest sequence by default.
+        width: blocks of the longest sequence by default.
         """
-        num_rows = len(spans) if num_rows is None else num_rows
         width = max((blocks_for(span.end) for span in spans), default=0) if width is None else width
         indices: list[int] = []
         entries: list[int] = []
-        for row in range(num_rows if spans else 0):
-            span = spans[row if row < len(spans) else 0]
+        for row, span in enumerate(spans):
             needed = blocks_for(span.end)
             blocks, count = self.written[row]
             if blocks is not span.blocks:
@@ -40,4 +38,4 @@ class BlockTable:
         if indices:
             changes = torch.tensor([indices, entries]).to(self.table.device)
             self.table.view(-1)[changes[0]] = changes[1].int()
-        return self.table[:num_rows, :width]
+        return self.table[: len(spans), :width]

@@ -55,9 +55,8 @@ class DecodeInputs:
         spans = [work.span for work in batch]
         known = [work.sequence.tokens(work.num_computed, work.end) for work in batch]
         num_padding = self.num_rows - len(batch)
-        packed = self.layout.pack(
-            spans + (spans[:1] or FIRST_PADDING) * num_padding, known + (known[:1] or [[0]]) * num_padding
-        )
+        spans += (spans[:1] or FIRST_PADDING) * num_padding
+        packed = self.layout.pack(spans, known + (known[:1] or [[0]]) * num_padding)
         if num_padding:
             slots = self.layout.split(packed).slot_mapping
             slots[len(batch) :] = NULL_BLOCK * BLOCK_SIZE + torch.arange(len(batch), self.num_rows) % BLOCK_SIZE
@@ -65,8 +64,8 @@ class DecodeInputs:
         self.data.copy_(packed, non_blocking=self.data.is_cuda)
         if unread is not None:
             self.take_unread(batch, known, unread)
-        self.step.seq_lens_list[:] = [span.end for span in spans] + [spans[0].end if spans else 1] * num_padding
-        table = block_table.update(spans, self.num_rows, width)
+        self.step.seq_lens_list[:] = [span.end for span in spans]
+        table = block_table.update(spans, width)
         if table.shape != self.step.block_table.shape or table.data_ptr() != self.step.block_table.data_ptr():
             self.step = dataclasses.replace(self.step, block_table=table)
         return self.token_ids, self.step
