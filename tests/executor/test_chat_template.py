@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chat templates that raise, do not terminate, produce too much text, or try to leave the sandbox."""
 
+import os
+import random
 import shutil
+import signal
 import threading
 import time
 
 import pytest
 
 import executor.loading.chat_template
+from executor.launch.interrupts import Interrupted
+from executor.loading.chat_template import ChatTemplate, template_process
+from executor.loading.template_process import TemplateProcess
 from executor.loading.tokenizer import Tokenizer
 from tests.conversations import DEMO, THINKING, cut_text, user, with_template, words
+
+DOUBLED = "{{% set ns = namespace(n=3) %}}{{% for i in range(99) %}}{{% set ns.n = ns.n {} ns.n %}}{{% endfor %}}"
 
 
 @pytest.mark.parametrize(
@@ -29,9 +37,15 @@ from tests.conversations import DEMO, THINKING, cut_text, user, with_template, w
         ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ range(999999999) }}", "Range too big"),
-        ("{{ 9 ** 9 ** 9 }}", "uses the operator **"),
-        ("{% set n = messages|length + 8 %}{{ n**n**n**n }}", "uses the operator **"),
-        ("{{ '#' * 20_000_000 }}", "makes 20000000 characters of"),
+        ("{{ '#' * 8_000_000_000 }}", "not enough memory"),
+        ("{{ messages[0].content * 800_000_000 }}", "not enough memory"),
+        ("{{ range(10)|batch(10**9, 'x')|list }}", "not enough memory"),
+        ("{{ 'a'.center(10**10) }}", "not enough memory"),
+        (
+            "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "not enough",
+        ),
+        ("{{ '#' * 20_000_000 }}", "makes 20000000 characters, more than 10000"),
         ("{% for i in range(1000) %}{% for j in range(1000) %}word {% endfor %}{% endfor %}", "makes 5000000"),
         ("{{ '" + "x" * 10**6 + "'.y.z }}", "has no attribute 'y'"),
         ("(" * 10**5 + "{{" + "(" * 10**5, ""),
@@ -49,9 +63,20 @@ def test_invalid_templates(template, problem):
     assert f"chat template of {DEMO / 'tokenizer_config.json'}: " in line or "is empty" in line
 
 
-def test_stars_that_are_not_the_power_operator():
-    template = "**bold** {# 9**9 #}{{ '**' }}{% set d = {'a': 1} %}{{ dict(**d).a }}{{ dict({}, **d).a }}"
-    assert cut_text(template, [user("a")], 100) == "**bold** **11"
+def test_templates_have_what_transformers_gives_them():
+    template = (
+        "{%- for m in messages %}\n  {%- if loop.first %}{% continue %}{% endif %}\n{{ m|tojson(indent=2) }}"
+        "{{ {'a': '<é>'}|tojson }}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% if loop.index > 2 %}{% break %}{% endif %}\n  {%- endfor %}\n{{ strftime_now('%Y')[:2] }}"
+        "{{ eos_token }}{{ pad_token }}{{ add_generation_prompt }}{{ enable_thinking }}{{ tools is none }}"
+        "{{ documents is defined }}{{ 9 ** 2 }}{{ dict({}, **{'a': 1}) }}{% if missing %}no{% endif %}"
+    )
+    messages = [user(f"{random.random()} é"), user("<b> 🎭"), user("c"), user("d")]
+    tokenizer = with_template(template)
+    expected = tokenizer.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    assert ChatTemplate(tokenizer.tokenizer, DEMO, False, "x").render(messages) == expected and "81{'a': 1}" in expected
 
 
 def test_error_names_the_template_file(tmp_path):
@@ -63,14 +88,16 @@ def test_error_names_the_template_file(tmp_path):
 
 
 LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "ijk") + "{% endfor %}" * 3
-LOOPS_OVER_TEXT = LOOPS.replace("range(99999)", "'x' * 99999")
 
 
 @pytest.mark.parametrize("in_main_thread", [True, False])
-@pytest.mark.parametrize("template", [LOOPS, LOOPS_OVER_TEXT], ids=["numbers", "text"])
+@pytest.mark.parametrize(
+    "template", [LOOPS, LOOPS.replace("range(99999)", "'x' * 99999"), DOUBLED.format("*"), "{{ 9 ** (9 ** 9) }}"],
+    ids=["numbers", "text", "squares", "a power"],
+)  # fmt: skip
 def test_templates_that_do_not_end(template, in_main_thread, monkeypatch):
     monkeypatch.setattr(executor.loading.chat_template, "RENDER_TIMEOUT_S", 1.0)
-    tokenizer, lines, before = with_template(template), [], threading.active_count()
+    tokenizer, lines = with_template(template), []
 
     def encode() -> None:
         with pytest.raises(ValueError) as raised:
@@ -87,10 +114,56 @@ def test_templates_that_do_not_end(template, in_main_thread, monkeypatch):
     assert time.monotonic() - started_s < 10
     file = DEMO / "tokenizer_config.json"
     assert lines == [f"prompt 1 of 2: chat template of {file}: takes more than 1 s"]
-    deadline_s = time.monotonic() + 20
-    while threading.active_count() > before and time.monotonic() < deadline_s:
-        time.sleep(0.05)
-    assert threading.active_count() == before  # its thread was stopped
+    assert template_process.process is None  # it was stopped
+    assert cut_text("{{ messages[0].content }} two", [user("one")], 100) == "one two"
+
+
+def test_killed_process_is_replaced():
+    process = TemplateProcess()
+    for number in range(3):
+        assert process.render(10, "{{ a }}", {"a": number}, 9)[0] == str(number)
+        process.process.kill()
+        process.process.wait()
+
+
+def test_processes_of_threads_and_forks_do_not_mix():
+    """Answers belong to their requests, even with 8 threads, and in a fork, which must not use its parent's pipes."""
+    process, found = TemplateProcess(), {}
+
+    def ask(number: int) -> None:
+        for _ in range(20):
+            found.setdefault(number, set()).add(process.render(10, "{{ a }}", {"a": "x" * number}, 9999)[0])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: {"x" * number} for number in range(8)}
+    before = process.process.pid
+    child = os.fork()
+    if child == 0:
+        process.render(10, "{{ a }}", {"a": 1}, 9)
+        os._exit(process.process.pid == before)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert process.render(10, "{{ a }}", {"a": 2}, 9)[0] == "2" and process.process.pid == before
+
+
+def test_interrupted_request_leaves_no_answer_for_the_next():
+    process = TemplateProcess()
+    process.render(10, "{{ a }}", {"a": 1}, 9)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    old = signal.signal(signal.SIGALRM, raise_interrupted)
+    try:
+        with pytest.raises(Interrupted):
+            process.render(60, LOOPS, {}, 9)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert process.render(10, "{{ a }}", {"a": 2}, 9)[0] == "2"
+
+
+def raise_interrupted(*_: object) -> None:
+    raise Interrupted
 
 
 def test_time_limit_is_per_prompt_not_per_rendering(monkeypatch):

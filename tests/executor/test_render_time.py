@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The time that all renderings of one conversation may take together."""
 
-import time
-
 import pytest
 
 import executor.loading.chat_template
-from executor.loading.chat_template import ChatTemplate, RenderTimeout, call_within
+from executor.loading.chat_template import ChatTemplate, RenderTimeout
 from tests.conversations import SYSTEM, THINKING, assistant, user, with_template
 
 
@@ -33,8 +31,9 @@ def test_conversation_that_time_ends_says_so_whenever_it_ends(monkeypatch: pytes
             tokenizer.encode_chat(messages, "prompt 1 of 2")
 
 
-def test_no_thread_starts_when_no_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor.loading.chat_template.threading, "Thread", None)
-    for left_s in (0, -1):
-        with pytest.raises(TimeoutError):
-            call_within(left_s, time.monotonic)
+@pytest.mark.parametrize("left_s", [0, -1])
+def test_nothing_is_rendered_when_no_time_is_left(left_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor.loading.chat_template, "template_process", None)
+    monkeypatch.setattr(executor.loading.chat_template, "RENDER_TIMEOUT_S", left_s)
+    with pytest.raises(RenderTimeout):
+        with_template(THINKING).encode_chat([user("a")])
