@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from executor.sampling_params import Mask, SamplingParams
+from executor.utils.text import one_line
 from models.layers.lm_head import ShardedLogits
 
 
@@ -225,5 +226,5 @@ def called_mask(row: SamplingRow, mask: Mask, vocab_size: int) -> torch.Tensor |
             raise ValueError("it allows no token")
         return allowed.cpu()
     except Exception as error:  # of the caller's function: only its own request ends
-        row.mask_error = f"mask: {error or type(error).__name__}"
+        row.mask_error = f"mask: {one_line(str(error) or type(error).__name__)}"
         return torch.zeros(vocab_size, dtype=torch.bool)

@@ -2,10 +2,12 @@
 """Helpers: rows of a step, and steps of ranks that share a vocabulary, each in a thread."""
 
 import dataclasses
+import random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ class Row:
     bad_word_ids: list[list[int]] = field(default_factory=list)
     random: Any = None
     num_unread: int = 0
+    mask_error: str | None = None
 
     @property
     def num_generated(self) -> int:
@@ -42,6 +45,16 @@ class Fixed:
 
     def random(self) -> float:
         return self.number
+
+
+def make_row(number: float | None = None, prompt: list[int] | None = None, **sampling: Any) -> Row:
+    """A sampled row, unless `sampling` says otherwise; number: what it draws, else any."""
+    source = Random() if number is None else Fixed(number)
+    return Row(SamplingParams(**{"temperature": 1.0, **sampling}), prompt or [1], random=source)
+
+
+def random_logits(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(random.randrange(2**32)))
 
 
 def single(logits: torch.Tensor) -> ShardedLogits:
@@ -64,7 +77,7 @@ def distribution(
 
 
 class ThreadGroup:
-    """Stands in for a process group whose ranks are threads of this process; counts the rows' bytes it has sent."""
+    """Stands in for a process group whose ranks are threads; counts the bytes that each has passed on."""
 
     def __init__(self, size: int):
         self.size = size

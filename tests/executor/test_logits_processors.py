@@ -2,6 +2,8 @@
 """Bias, penalties, bad words, minimum length and masks: what they make of logits."""
 
 import random
+import re
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -157,19 +159,29 @@ def test_mask_sees_the_tokens_and_limits_the_choice():
     assert seen == [row.token_ids[:count] for count in range(3)]
 
 
+def failing(token_ids: Sequence[int]) -> torch.Tensor:
+    raise KeyError
+
+
 @pytest.mark.parametrize(
-    ("returned", "got"),
+    ("mask", "error"),
     [
-        (torch.ones(VOCAB), r"torch.float32 \[40\]"),
-        (torch.ones(VOCAB - 1, dtype=torch.bool), r"torch.bool \[39\]"),
-        (torch.ones(1, VOCAB, dtype=torch.bool), r"torch.bool \[1, 40\]"),
-        ([True] * VOCAB, "a list"),
+        (lambda ids: torch.ones(VOCAB), "expected a bool tensor of 40 values or None .*, got torch.float32 \\[40\\]"),
+        (lambda ids: torch.ones(VOCAB - 1) > 0, "expected a bool tensor .*, got torch.bool \\[39\\]"),
+        (lambda ids: torch.ones(1, VOCAB) > 0, "expected a bool tensor .*, got torch.bool \\[1, 40\\]"),
+        (lambda ids: [True] * VOCAB, "expected a bool tensor .*, got a list"),
+        (lambda ids: torch.zeros(VOCAB) > 0, "it allows no token"),
+        (failing, "KeyError"),
     ],
 )
-def test_invalid_mask(returned, got):
-    row = Row(SamplingParams(mask=lambda ids: returned), [1])
-    with pytest.raises(ValueError, match=f"^mask: expected a bool tensor of 40 values or None .*, got {got}$"):
-        sample(torch.randn(1, VOCAB), [row])
+def test_failing_mask_ends_its_row_only(mask, error):
+    logits = torch.randn(3, VOCAB)
+    rows = [Row(SamplingParams(mask=chosen), [1]) for chosen in (lambda ids: None, mask, None)]
+    sampled = sample(logits, rows)
+    assert re.fullmatch(f"mask: {error}", rows[1].mask_error) and sampled.largest[1] == -torch.inf
+    assert rows[0].mask_error is rows[2].mask_error is None
+    assert sampled.token_ids[[0, 2]].tolist() == logits[[0, 2]].argmax(-1).tolist()
+    assert sampled.largest[[0, 2]].tolist() == logits[[0, 2]].amax(-1).tolist()
 
 
 @pytest.mark.parametrize(
