@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 
 from ops.step import BLOCK_SIZE, NULL_BLOCK
 
+MIN_COPIED = 16  # tokens that a block must have in common with a prompt to be copied
+COMPARED_BLOCKS = 8
+
 
 def block_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
     """Digest of a full block's tokens and, by the previous block's digest (b"" for none), of all tokens before it."""
@@ -18,6 +21,7 @@ def block_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
 class BlockPool:
     """Blocks of one attention DP group's cache.
 
+    Of a block that begins like a prompt's next one and then differs, a copy is made.
     A block without references keeps its tokens until it is evicted, least recently used first. A block whose contents
     may not be finite is listed in `to_zero` when it becomes free: attention multiplies masked positions by 0, and 0
     times NaN is NaN.
@@ -30,6 +34,9 @@ class BlockPool:
         self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(NULL_BLOCK + 1, num_blocks + 1))
         self.block_of: dict[bytes, int] = {}
         self.digest_of: dict[int, bytes] = {}
+        self.children: dict[bytes, dict[int, list[int]]] = {}  # digest of a prefix -> blocks after it, their tokens
+        self.prefix_of: dict[int, bytes] = {}  # block -> the key under which it is among `children`
+        self.copies: list[tuple[int, int]] = []  # (from, to) of blocks, to be made before the next step
         self.suspects: set[int] = set()
         self.to_zero: list[int] = []
 
@@ -46,6 +53,25 @@ class BlockPool:
                 break
             found.append(block)
         return found
+
+    def begins_alike(self, prefix: bytes, token_ids: list[int]) -> tuple[int | None, int]:
+        """Finds the block after `prefix` (a digest) whose first tokens agree most with `token_ids`.
+
+        Returns it and the number of these tokens; (None, 0) below MIN_COPIED. Looks at the latest blocks only.
+        """
+        best, most = None, MIN_COPIED - 1
+        for block, cached in list(reversed(self.children.get(prefix, {}).items()))[:COMPARED_BLOCKS]:
+            count = common_length(cached, token_ids)
+            if count > most:
+                best, most = block, count
+        return best, most if best is not None else 0
+
+    def pop_changes(self) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns what the next step needs done before: blocks to zero, then copies (from, to)."""
+        to_zero, self.to_zero = self.to_zero, []
+        copies, self.copies = self.copies, []
+        self.release([source for source, _ in copies])
+        return to_zero, copies
 
     def share(self, blocks: Iterable[int]) -> None:
         """Adds a reference to each of these cached blocks."""
@@ -75,19 +101,37 @@ class BlockPool:
             if self.references[block]:
                 continue
             self.free[block] = None
-            if block not in self.digest_of:
+            if block not in self.prefix_of:
                 self.free.move_to_end(block, last=False)
             if block in self.suspects:
                 self.suspects.remove(block)
                 self.to_zero.append(block)
 
-    def register(self, block: int, digest: bytes) -> None:
-        """Makes a full, computed block available to other sequences, unless another block has the same tokens."""
-        if digest not in self.block_of and block not in self.digest_of:
+    def register(self, block: int, prefix: bytes, token_ids: list[int], digest: bytes | None) -> None:
+        """Makes a computed block available to other sequences, unless another block has the same tokens.
+
+        prefix: digest of the blocks before it. digest: of a full block; None for one that holds `token_ids` only.
+        """
+        if block in self.prefix_of or digest in self.block_of:
+            return
+        if digest is not None:
             self.block_of[digest] = block
             self.digest_of[block] = digest
+        self.children.setdefault(prefix, {})[block] = token_ids
+        self.prefix_of[block] = prefix
 
     def _forget(self, block: int) -> None:
-        digest = self.digest_of.pop(block, None)
+        prefix, digest = self.prefix_of.pop(block, None), self.digest_of.pop(block, None)
+        if prefix is not None:
+            siblings = self.children[prefix]
+            del siblings[block]
+            if not siblings:
+                del self.children[prefix]
         if digest is not None:
             del self.block_of[digest]
+
+
+def common_length(one: list[int], other: list[int]) -> int:
+    """Number of tokens at the beginning that two lists have in common."""
+    shorter = min(len(one), len(other))
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from executor.engine.kv_cache import zero_blocks
+from executor.engine.kv_cache import copy_blocks, zero_blocks
 from executor.engine.launched import Launched, RowResult, launch
 from executor.engine.model_runner import Batches, ModelRunner
 from executor.engine.sampler import Sampler, needs_host_tokens
@@ -134,11 +134,11 @@ class Engine:
         return None if any(batch is None for batch in batches) else [batch or [] for batch in batches]
 
     def _launch(self, batches: Batches) -> Launched:
-        own = self.schedulers[self.runner.dp_index].pool
-        if own.to_zero:
-            zero_blocks(self.runner.kv_caches, own.to_zero)
-        for scheduler in self.schedulers:
-            scheduler.pool.to_zero.clear()
+        to_zero, copies = [scheduler.pool.pop_changes() for scheduler in self.schedulers][self.runner.dp_index]
+        if to_zero:
+            zero_blocks(self.runner.kv_caches, to_zero)
+        if copies:
+            copy_blocks(self.runner.kv_caches, copies)
         now_s = time.perf_counter()
         previous = self.in_flight[0] if self.in_flight else None
         launched = launch(self.runner, self.sampler, self.parallel, batches, previous)

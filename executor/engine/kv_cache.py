@@ -28,6 +28,13 @@ def zero_blocks(kv_caches: list[tuple[torch.Tensor, torch.Tensor]], blocks: Iter
         cache.index_fill_(0, index, 0)
 
 
+def copy_blocks(kv_caches: list[tuple[torch.Tensor, torch.Tensor]], copies: list[tuple[int, int]]) -> None:
+    """Copies blocks (from, to) in every layer."""
+    sources, targets = torch.tensor(copies).T.contiguous().to(kv_caches[0][0].device)
+    for cache in chain.from_iterable(kv_caches):
+        cache.index_copy_(0, targets, cache[sources])
+
+
 def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers, keys and values."""
     return num_layers * 2 * BLOCK_SIZE * num_kv_heads * head_dim * dtype.itemsize

@@ -106,6 +106,8 @@ class Scheduler:
     def release(self, sequence: Sequence) -> None:
         """Frees the blocks of a sequence that no step in flight uses."""
         is_unverified = sequence.num_computed > sequence.num_verified
+        if self.prefix_cache and not (sequence.is_suspect or is_unverified):
+            self._register_last(sequence)
         self.pool.release(sequence.blocks, suspect=sequence.is_suspect or is_unverified)
         sequence.blocks = []
         sequence.num_computed = sequence.num_verified = sequence.num_registered = 0
@@ -117,8 +119,17 @@ class Scheduler:
             count = num_tokens // BLOCK_SIZE
             digests = sequence.block_digests(count)
             for index in range(sequence.num_registered, count):
-                self.pool.register(sequence.blocks[index], digests[index])
+                tokens = sequence.tokens(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
+                self.pool.register(sequence.blocks[index], digests[index - 1] if index else b"", tokens, digests[index])
             sequence.num_registered = max(sequence.num_registered, count)
+
+    def _register_last(self, sequence: Sequence) -> None:
+        """Adds the last block of a verified sequence, which is not full, to the prefix cache."""
+        full = sequence.num_verified // BLOCK_SIZE
+        tokens = sequence.tokens(full * BLOCK_SIZE, sequence.num_verified)
+        if tokens:
+            digests = sequence.block_digests(full)
+            self.pool.register(sequence.blocks[full], digests[-1] if digests else b"", tokens, None)
 
     def _chunk(self, batch: Batch, sequence: Sequence, budget: int) -> int:
         """Adds up to `budget` tokens of a prompt to the batch; returns their number."""
@@ -132,21 +143,36 @@ class Scheduler:
         Each running sequence that may still grow keeps one block in reserve, so that it does not preempt this one at
         once.
         """
-        cached = []
-        if self.prefix_cache and not sequence.wants_prompt_rows:
-            cached = self.pool.cached(sequence.block_digests((sequence.length - 1) // BLOCK_SIZE))
-        self.pool.share(cached)
+        cached, source, num_copied = self._find_cached(sequence)
+        held = cached if source is None else [*cached, source]
+        self.pool.share(held)
         reserve = sum(len(other.blocks) < blocks_for(other.max_len) for other in self.running)
         needed = blocks_for(sequence.length) - len(cached)
         if needed + reserve > self.pool.num_free:
-            self.pool.release(cached)
+            self.pool.release(held)
             return False
-        sequence.blocks = cached + (self.pool.take(needed) or [])
+        taken = self.pool.take(needed) or []
+        if source is not None:
+            self.pool.copies.append((source, taken[0]))
+        sequence.blocks = cached + taken
         sequence.num_registered = len(cached)
-        sequence.num_computed = sequence.num_verified = len(cached) * BLOCK_SIZE
+        sequence.num_computed = sequence.num_verified = len(cached) * BLOCK_SIZE + num_copied
         if sequence.started_s is None:  # blocks that a preempted sequence finds again are its own
             sequence.num_cached = sequence.num_computed
         return True
+
+    def _find_cached(self, sequence: Sequence) -> tuple[list[int], int | None, int]:
+        """Cached blocks of a sequence's known tokens, a block to copy the next tokens from, and their number.
+
+        At least the last token is left to compute: its logits are needed.
+        """
+        if not self.prefix_cache or sequence.wants_prompt_rows:
+            return [], None, 0
+        digests = sequence.block_digests((sequence.length - 1) // BLOCK_SIZE)
+        cached = self.pool.cached(digests)
+        first = len(cached) * BLOCK_SIZE
+        following = sequence.tokens(first, min(first + BLOCK_SIZE, sequence.length - 1))
+        return cached, *self.pool.begins_alike(digests[len(cached) - 1] if cached else b"", following)
 
     def _grow(self, may_preempt: bool) -> bool:
         """Gives every decoding sequence the block of its next token; False if one would have to be preempted."""

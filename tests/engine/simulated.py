@@ -153,6 +153,11 @@ class Simulated:
             assert self.scheduler.pool.references[block] <= 1
             self.slots[block] = [None] * BLOCK_SIZE
 
+    def copy(self, copies: list[tuple[int, int]]) -> None:
+        for source, target in copies:
+            assert self.scheduler.pool.references[target] == 1
+            self.slots[target] = list(self.slots[source])
+
     def assert_all_free(self) -> None:
         for scheduler in self.engine.schedulers:
             assert not scheduler.running and not scheduler.waiting
@@ -171,3 +176,4 @@ def simulate(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda runner, sampler, parallel, batches, previous: runner.launch(batches, previous),
     )
     monkeypatch.setattr("executor.engine.engine.zero_blocks", lambda simulated, blocks: simulated.zero(blocks))
+    monkeypatch.setattr("executor.engine.engine.copy_blocks", lambda simulated, copies: simulated.copy(copies))

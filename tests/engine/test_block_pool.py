@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from executor.engine.block_pool import BlockPool, block_digest
-from executor.engine.kv_cache import cache_tensors, zero_blocks
+from executor.engine.block_pool import MIN_COPIED, BlockPool, block_digest
+from executor.engine.kv_cache import cache_tensors, copy_blocks, zero_blocks
 from ops.step import BLOCK_SIZE, NULL_BLOCK
 
 A, B, C, D = (block_digest(b"", [number] * BLOCK_SIZE) for number in range(4))
@@ -23,7 +23,7 @@ def registered(pool: BlockPool, *digests: bytes) -> list[int]:
     """Blocks of a finished sequence, free but in the prefix cache."""
     blocks = taken(pool, len(digests))
     for block, digest in zip(blocks, digests, strict=True):
-        pool.register(block, digest)
+        pool.register(block, b"", [], digest)
     pool.release(blocks)
     return blocks
 
@@ -48,7 +48,7 @@ def test_each_block_has_its_holders() -> None:
                 assert len(blocks) == count and not {block for other in held for block in other} & set(blocks)
                 held.append(blocks)
                 if random.random() < 0.7:
-                    pool.register(blocks[0], random.choice(names))
+                    pool.register(blocks[0], b"", [], random.choice(names))
         in_use = [block for blocks in held for block in blocks]
         assert pool.references == [in_use.count(block) for block in range(10)] and not in_use.count(NULL_BLOCK)
         assert sorted({*in_use, *pool.free}) == list(range(1, 10)) and not set(in_use) & set(pool.free)
@@ -97,7 +97,7 @@ def test_a_second_block_of_the_same_tokens_is_not_registered() -> None:
     [first] = registered(pool, A)
     [second] = registered(pool, A)
     assert first != second and pool.cached([A]) == [first]
-    pool.register(first, B)  # nor does a block change its name
+    pool.register(first, b"", [], B)  # nor does a block change its name
     assert pool.cached([B]) == []
     assert second in taken(pool, 2) and pool.cached([A]) == [first]
 
@@ -117,6 +117,36 @@ def test_suspect_blocks_are_forgotten_at_once_and_zeroed_when_they_are_free(is_s
     pool.share([block])
     pool.release([block])
     assert pool.to_zero == [block] and pool.cached([B]) == [block]
+
+
+def test_a_block_that_begins_alike_is_copied() -> None:
+    pool, tokens = BlockPool(6), [random.randrange(1000) for _ in range(BLOCK_SIZE)]
+    full, part, elsewhere = taken(pool, 3)
+    pool.register(full, A, tokens, B)
+    pool.register(part, A, [*tokens[:60], -1], None)
+    pool.register(elsewhere, C, tokens, D)
+    pool.release([full, part, elsewhere])
+    assert pool.begins_alike(A, tokens[:100]) == (full, 100)
+    assert pool.begins_alike(A, [*tokens[:60], -1, 5]) == (part, 61)
+    assert pool.begins_alike(A, [*tokens[: MIN_COPIED - 1], -2]) == (None, 0) == pool.begins_alike(B, tokens)
+    assert pool.begins_alike(A, [*tokens[:MIN_COPIED], -2])[1] == MIN_COPIED
+    pool.share([part])
+    pool.copies.append((part, 5))
+    assert part not in taken(pool, 5) and pool.take(1) is None  # a source stays until it is copied
+    assert pool.pop_changes() == ([], [(part, 5)]) and pool.num_free == 1
+    assert taken(pool, 1) == [part] and pool.begins_alike(A, tokens) == (None, 0)
+    assert not pool.children and not pool.prefix_of
+
+
+def test_copied_blocks_hold_what_their_sources_do() -> None:
+    caches = cache_tensors(2, 4, 2, 8, torch.float32, torch.device("cpu"))
+    for tensor in (tensor for pair in caches for tensor in pair):
+        tensor.normal_()
+    before = [tuple(tensor.clone() for tensor in pair) for pair in caches]
+    copy_blocks(caches, [(1, 3), (4, 2)])
+    for pair, old in zip(caches, before, strict=True):
+        for tensor, was in zip(pair, old, strict=True):
+            torch.testing.assert_close(tensor, was[[0, 1, 4, 1, 4]], atol=0, rtol=0)
 
 
 def test_digests_depend_on_all_tokens_before() -> None:

@@ -19,7 +19,7 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
 }
-SEEDS = range(30)
+SEEDS = range(20)
 ROOM = {"cache_tokens": 40 * 128, "batch_size": 8}
 
 
@@ -68,7 +68,7 @@ def test_random_runs_give_each_request_its_own_tokens(checkpoint: Path) -> None:
         check(found, alone(roomy, scenario), scenario)
         steps += found["steps"]
         cached += found["cached"]
-    assert steps > 3000 and cached > 2000 and preempted > 10, (steps, cached, preempted)  # what is tested did happen
+    assert steps > 2000 and cached > 2000 and preempted > 3, (steps, cached, preempted)  # what is tested did happen
 
 
 def outcomes_of_seeds(folder: str, settings: dict[str, Any], seeds: list[int]) -> list[dict[str, Any]]:
