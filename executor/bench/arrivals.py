@@ -33,7 +33,6 @@ from executor.utils.report import percentiles, table
 DECODING = 8  # requests that a long prompt joins
 WARM_UP_TOKENS = 4
 COMPARED_TOKENS = 16  # of outputs with and without a cached prefix
-TAIL_TOKENS = 64  # of the second prompt after the common prefix
 
 
 def run(command_line: list[str]) -> None:
@@ -61,6 +60,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--interval-ms", type=positive, default=5)
     parser.add_argument("--long-prompt-tokens", type=positive, default=32768)
     parser.add_argument("--prefix-tokens", type=positive, default=4080)
+    parser.add_argument("--tail-tokens", type=positive, default=8, help="of a prompt after the common prefix")
     return parser.parse_args(command_line)
 
 
@@ -126,10 +126,10 @@ def pauses(llm: LLM, arguments: argparse.Namespace, name: str) -> dict[str, Any]
 def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
     """Time to first token of a new prompt, and of one with the same prefix."""
     common, *_ = random_prompts(llm, 3, arguments.prefix_tokens)
-    tails = random_prompts(llm, 4, TAIL_TOKENS)
+    tails = random_prompts(llm, 4, arguments.tail_tokens)
     sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
-    warm_up = random_prompts(llm, 2, arguments.prefix_tokens + TAIL_TOKENS)
-    for prompt in (*warm_up, warm_up[0][:-TAIL_TOKENS] + tails[3]):
+    warm_up = random_prompts(llm, 2, arguments.prefix_tokens + arguments.tail_tokens)
+    for prompt in (*warm_up, warm_up[0][: arguments.prefix_tokens] + tails[3]):
         llm.generate([prompt], sampling)
     first, second = (llm.generate([common + tail], sampling)[0] for tail in tails[:2])
     first_ms, second_ms = known(first.ttft_ms), known(second.ttft_ms)
@@ -143,7 +143,7 @@ def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "measured": "prefix",
         "prefix_tokens": arguments.prefix_tokens,
-        "prompt_tokens": arguments.prefix_tokens + TAIL_TOKENS,
+        "prompt_tokens": arguments.prefix_tokens + arguments.tail_tokens,
         "cached_tokens": second.num_cached_tokens,
         "first_ttft_ms": round(first_ms, 3),
         "second_ttft_ms": round(second_ms, 3),
