@@ -55,7 +55,7 @@ def run(command_line: list[str]) -> None:
             ops.check_model(dtype, config.head_dim)
             shape = (sequences, new_tokens, cached_tokens)
             cases = OpCases(ops, config, settings.parallel_config, dtype, device, *shape)
-            rows = []
+            rows: list[dict[str, Any]] = []
             note = f" ({sequences} x {new_tokens} on {cached_tokens} cached)" if phase == "extend" else ""
             for case in [cases.attention()] if phase == "extend" else cases.all():
                 us = time_us(case, ops, device, captured=phase != "prefill")
