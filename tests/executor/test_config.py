@@ -13,6 +13,7 @@ from executor.config import (
     REPOSITORY,
     SECTIONS,
     DataSettings,
+    EngineSettings,
     ModelSettings,
     Settings,
     load_settings,
@@ -68,6 +69,7 @@ def test_values_and_defaults(yaml_file):
         data_config=DataSettings(max_new_tokens=5, batch_size=2),
     )
     assert (settings.data_config.input_max_len, settings.exe_mode, settings.device) == (4080, "eager", "auto")
+    assert settings.engine_config == EngineSettings(max_step_tokens=8192, chunk_tokens=2048, prefix_cache=True)
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "models/qwen3_moe/config").glob("*.yaml")), ids=lambda f: f.stem)
@@ -101,6 +103,10 @@ def test_empty_section_has_defaults(section, yaml_file):
         ("data_config.temprature", "data_config.temperature"),
         ("data_config.Seed", "data_config.seed"),
         ("parallel_config.atn_tp_size", "parallel_config.attn_tp_size"),
+        ("engine_config.max_step_token", "engine_config.max_step_tokens"),
+        ("engine_config.prefixcache", "engine_config.prefix_cache"),
+        ("chunk_tokens", "engine_config.chunk_tokens"),
+        ("engine_confg", "engine_config"),
         ("data_config.zzzzzz", "data_config."),
         ("zzzzzz", ""),
     ],
@@ -184,6 +190,10 @@ def test_missing_key(key, yaml_file):
         ("data_config.stop", ["end", "[1]", "[a, null]", "null", "{a: b}"]),
         ("data_config.ignore_eos", ["0", "'no'"]),
         ("parallel_config.moe_tp_size", ["true", "one"]),
+        ("engine_config", ["3", "prefix_cache"]),
+        ("engine_config.max_step_tokens", ["many", "true", "1.5", "null"]),
+        ("engine_config.chunk_tokens", ["2k", "null"]),
+        ("engine_config.prefix_cache", ["1", "'on'", "null"]),
     ],
 )
 def test_wrong_type(key, values, yaml_file):
@@ -207,6 +217,7 @@ PARALLEL_SIZES = ("attn_tp", "moe_tp", "embed_tp", "lmhead_tp", "attn_dp", "moe_
         *((f"data_config.{key}", 2**31) for key in ("input_max_len", "batch_size", "max_new_tokens")),
         *((f"data_config.{key}", 2**31) for key in ("max_prompts", "top_k")),
         ("model_config.cache_tokens", 2**31),
+        *((f"engine_config.{key}", v) for key in ("max_step_tokens", "chunk_tokens") for v in (0, -1, 2**31)),
         ("world_size", 10**12),
         *((f"data_config.{key}", ".nan") for key in ("temperature", "top_p", "min_p", "repetition_penalty")),
         *(("data_config.temperature", v) for v in (-1.0, 1e-06, ".inf")),
@@ -268,6 +279,18 @@ def test_every_literal_value(key, value, yaml_file):
 def test_settings_round_trip(yaml_file):
     settings = load_settings(yaml_file, ["data_config.stop=[a]", "model_config.rope_scaling={rope_type: linear}"])
     assert settings_from_dict(dataclasses.asdict(settings), "again") == settings
+
+
+def test_engine_settings_reach_the_engine():
+    """By their own names; a chunk is no larger than a step."""
+    own = {"max_step_tokens": 300, "chunk_tokens": 40, "prefix_cache": False}
+    for settings, expected in (
+        ({}, (8192, 2048, True)),
+        (own, (300, 40, False)),
+        ({"chunk_tokens": 9000}, (8192, 8192, True)),
+    ):
+        [scheduler] = LLM("models/qwen3_moe/demo", device="cpu", **settings).engine.schedulers
+        assert (scheduler.max_step_tokens, scheduler.chunk_tokens, scheduler.prefix_cache) == expected
 
 
 def test_settings_are_frozen(yaml_file):

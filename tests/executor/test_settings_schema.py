@@ -25,6 +25,9 @@ def test_schema_has_every_key():
         assert set(properties[name]["anyOf"][0]["properties"]) == set(typing.get_type_hints(kind))
     data = properties["data_config"]["anyOf"][0]["properties"]
     assert data["dataset"]["enum"] == ["default", "LongBench", "jsonl"] and data["batch_size"]["minimum"] == 1
+    engine = properties["engine_config"]["anyOf"][0]["properties"]
+    assert engine["prefix_cache"] == {"type": "boolean", "default": True}
+    assert engine["chunk_tokens"] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1, "default": 2048}
     assert data["seed"]["type"] == ["integer", "null"] and data["stop"] == {
         "type": "array",
         "items": {"type": "string"},

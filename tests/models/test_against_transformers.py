@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network equals transformers' in float32, for every kind of config."""
+"""The network equals transformers' in float32, for every kind of config and in chunks of any size."""
+
+import random
 
 import pytest
 import torch
 
-from executor import LLM
+from executor import LLM, SamplingParams
 from tests.checkpoints import make_checkpoint, reference_logits
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -53,13 +55,19 @@ VARIANTS = {
 def test_logits_equal_transformers(variant, num_tokens, tmp_path):
     model = make_checkpoint(tmp_path, **VARIANTS[variant])
     token_ids = torch.randint(0, 211, (num_tokens,)).tolist()
-    llm = LLM(tmp_path, device="cpu", dtype="float32")
-    torch.testing.assert_close(llm.logits(token_ids), reference_logits(model, token_ids), atol=1e-4, rtol=0)
+    expected = reference_logits(model, token_ids)
+    for chunk in {num_tokens, random.randint(1, num_tokens)}:
+        llm = LLM(tmp_path, device="cpu", dtype="float32", max_step_tokens=chunk)
+        torch.testing.assert_close(llm.logits(token_ids), expected, atol=1e-4, rtol=0, msg=f"chunks of {chunk}")
 
 
-@pytest.mark.parametrize("variant", ["plain", "dynamic", "longrope"])  # the last two depend on the prompt's length
-def test_logits_of_a_prompt_in_chunks_equal_transformers(variant, tmp_path):
+@pytest.mark.parametrize("variant", ["plain", "yarn", "dynamic", "longrope"])
+def test_prefixes_are_shared_where_keys_do_not_depend_on_the_length_of_the_prompt(variant, tmp_path):
+    """With dynamic and longrope, the first 30 tokens of a longer prompt have other rotary frequencies."""
     model = make_checkpoint(tmp_path, **VARIANTS[variant])
-    token_ids = torch.randint(0, 211, (150,)).tolist()
-    llm = LLM(tmp_path, device="cpu", dtype="float32", max_step_tokens=35)
-    torch.testing.assert_close(llm.logits(token_ids), reference_logits(model, token_ids), atol=1e-4, rtol=0)
+    llm = LLM(tmp_path, device="cpu", dtype="float32")
+    prompt = torch.randint(0, 211, (150,)).tolist()
+    for length in (30, 150, 150):
+        [output] = llm.generate([prompt[:length]], SamplingParams(max_new_tokens=1))
+        assert output.token_ids == [reference_logits(model, prompt[:length])[-1].argmax()]
+    assert output.num_cached_tokens == (149 if variant in ("plain", "yarn") else 0)

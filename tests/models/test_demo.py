@@ -94,7 +94,7 @@ class CountingOps(ReferenceOps):
 
 def test_card_figures(monkeypatch):
     ops = CountingOps()
-    monkeypatch.setattr("executor.llm.load_ops", lambda device_type: ops)
+    monkeypatch.setattr("executor.loading.assembly.load_ops", lambda device_type: ops)
     llm = LLM(DEMO, device="cpu", dtype="float32")
     text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
