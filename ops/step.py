@@ -125,8 +125,6 @@ class StepLayout:
     """
 
     def __init__(self, num_tokens: int, num_rows: int):
-        self.num_tokens = num_tokens
-        self.num_rows = num_rows
         self.sizes = [num_tokens, num_tokens, num_tokens, num_rows, num_rows + 1]
         self.padded = [size + size % 2 for size in self.sizes]
 

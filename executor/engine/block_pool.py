@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference-counted blocks of the KV cache, and the prefix cache: blocks found again by the hash of their tokens."""
+"""Block pool of the paged KV cache: reference counts, eviction, and the prefix cache, keyed by hashes of tokens."""
 
 import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from ops.step import BLOCK_SIZE, NULL_BLOCK
 
 MIN_COPIED = 16  # tokens that a block must have in common with a prompt to be copied
-COMPARED_BLOCKS = 8
+COMPARED_BLOCKS = 8  # latest blocks after a prefix that are compared with a prompt
 
 
 def block_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
@@ -19,12 +20,12 @@ def block_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """Blocks of one attention DP group's cache.
+    """Block pool of one attention DP group.
 
-    Of a block that begins like a prompt's next one and then differs, a copy is made.
-    A block without references keeps its tokens until it is evicted, least recently used first. A block whose contents
-    may not be finite is listed in `to_zero` when it becomes free: attention multiplies masked positions by 0, and 0
-    times NaN is NaN.
+    Full blocks are shared by sequences with the same prefix. A block that has only its first tokens in common with a
+    prompt is copied. A block without references keeps its tokens until it is evicted, least recently used first. A
+    suspect block, which may hold NaN or infinity, is listed in `to_zero` when it becomes free: attention multiplies
+    masked positions by 0, and 0 times NaN is NaN.
     """
 
     def __init__(self, num_blocks: int):
@@ -35,17 +36,17 @@ class BlockPool:
         self.block_of: dict[bytes, int] = {}
         self.digest_of: dict[int, bytes] = {}
         self.children: dict[bytes, dict[int, list[int]]] = {}  # digest of a prefix -> blocks after it, their tokens
-        self.prefix_of: dict[int, bytes] = {}  # block -> the key under which it is among `children`
-        self.copies: list[tuple[int, int]] = []  # (from, to) of blocks, to be made before the next step
-        self.suspects: set[int] = set()
-        self.to_zero: list[int] = []
+        self.prefix_of: dict[int, bytes] = {}  # block -> its key in `children`
+        self.copies: list[tuple[int, int]] = []  # (source, target), before the next step
+        self.suspects: set[int] = set()  # of the blocks with references
+        self.to_zero: list[int] = []  # before the next step
 
     @property
     def num_free(self) -> int:
         return len(self.free)
 
     def cached(self, digests: Iterable[bytes]) -> list[int]:
-        """Blocks of the longest prefix of `digests` that is in the cache."""
+        """Finds the cached blocks of the longest prefix of `digests`; takes no reference."""
         found = []
         for digest in digests:
             block = self.block_of.get(digest)
@@ -54,20 +55,20 @@ class BlockPool:
             found.append(block)
         return found
 
-    def begins_alike(self, prefix: bytes, token_ids: list[int]) -> tuple[int | None, int]:
-        """Finds the block after `prefix` (a digest) whose first tokens agree most with `token_ids`.
+    def partial_match(self, prefix: bytes, token_ids: list[int]) -> tuple[int | None, int]:
+        """Finds the block after `prefix` (a digest) that has the most first tokens in common with `token_ids`.
 
-        Returns it and the number of these tokens; (None, 0) below MIN_COPIED. Looks at the latest blocks only.
+        Returns the block and the number of these tokens; (None, 0) below MIN_COPIED.
         """
         best, most = None, MIN_COPIED - 1
-        for block, cached in list(reversed(self.children.get(prefix, {}).items()))[:COMPARED_BLOCKS]:
-            count = common_length(cached, token_ids)
+        for block, cached in islice(reversed(self.children.get(prefix, {}).items()), COMPARED_BLOCKS):
+            count = common_prefix_len(cached, token_ids)
             if count > most:
                 best, most = block, count
         return best, most if best is not None else 0
 
     def pop_changes(self) -> tuple[list[int], list[tuple[int, int]]]:
-        """Returns what the next step needs done before: blocks to zero, then copies (from, to)."""
+        """Pops what must be done before the next step: blocks to zero, then copies (source, target)."""
         to_zero, self.to_zero = self.to_zero, []
         copies, self.copies = self.copies, []
         self.release([source for source, _ in copies])
@@ -79,14 +80,14 @@ class BlockPool:
             self.references[block] += 1
             self.free.pop(block, None)
 
-    def take(self, count: int) -> list[int] | None:
+    def allocate(self, count: int) -> list[int] | None:
         """Allocates `count` blocks, evicting cached ones; None if fewer are free."""
         if count > len(self.free):
             return None
         taken = []
         for _ in range(count):
             block, _ = self.free.popitem(last=False)
-            self._forget(block)
+            self._unregister(block)
             self.references[block] = 1
             taken.append(block)
         return taken
@@ -96,7 +97,7 @@ class BlockPool:
         for block in reversed(blocks):  # the end of a sequence is evicted before its beginning
             if suspect:
                 self.suspects.add(block)
-                self._forget(block)
+                self._unregister(block)
             self.references[block] -= 1
             if self.references[block]:
                 continue
@@ -108,9 +109,9 @@ class BlockPool:
                 self.to_zero.append(block)
 
     def register(self, block: int, prefix: bytes, token_ids: list[int], digest: bytes | None) -> None:
-        """Makes a computed block available to other sequences, unless another block has the same tokens.
+        """Adds a computed block to the prefix cache; a full one only if no other block has the same tokens.
 
-        prefix: digest of the blocks before it. digest: of a full block; None for one that holds `token_ids` only.
+        prefix: digest of the blocks before it. digest: of the block, None if it is not full. token_ids: its tokens.
         """
         if block in self.prefix_of or digest in self.block_of:
             return
@@ -120,7 +121,8 @@ class BlockPool:
         self.children.setdefault(prefix, {})[block] = token_ids
         self.prefix_of[block] = prefix
 
-    def _forget(self, block: int) -> None:
+    def _unregister(self, block: int) -> None:
+        """Removes a block from the prefix cache, if it is there."""
         prefix, digest = self.prefix_of.pop(block, None), self.digest_of.pop(block, None)
         if prefix is not None:
             siblings = self.children[prefix]
@@ -131,7 +133,7 @@ class BlockPool:
             del self.block_of[digest]
 
 
-def common_length(one: list[int], other: list[int]) -> int:
-    """Number of tokens at the beginning that two lists have in common."""
+def common_prefix_len(one: list[int], other: list[int]) -> int:
+    """Length of the longest common prefix of two lists."""
     shorter = min(len(one), len(other))
     return next((index for index in range(shorter) if one[index] != other[index]), shorter)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block table that stays on the device and is updated only where it changed."""
+"""Block table on the device, updated incrementally."""
 
 import torch
 
@@ -9,8 +9,8 @@ from ops.step import NULL_BLOCK, Span, blocks_for
 class BlockTable:
     """Block table [max_rows, max_blocks] int32 on the device; row i belongs to the i-th sequence of a step.
 
-    Blocks of a sequence are only appended to (a preempted sequence gets a new list), so a row that holds the same list
-    needs only its new entries: in most decode steps nothing is written.
+    A sequence's list of blocks only grows (a preempted sequence gets a new list), so a row that holds the same list
+    needs only its new entries: most decode steps write nothing.
     """
 
     def __init__(self, max_rows: int, max_blocks: int, device: torch.device):

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of decode steps in tensors that stay where they are, so that captured graphs read them."""
+"""Input tensors of decode steps, at fixed addresses as captured graphs need them."""
 
-import dataclasses
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,14 +10,19 @@ from executor.engine.scheduler import Batch
 from ops import StepMetadata
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout
 
-if TYPE_CHECKING:
-    from executor.engine.model_runner import Unread
+EMPTY_BATCH_PADDING = [Span(0, 1, [NULL_BLOCK], 1)]  # where there is no first sequence to repeat
 
-FIRST_PADDING = [Span(0, 1, [NULL_BLOCK], 1)]  # stands in for the first sequence where there is none
+
+@dataclass(frozen=True)
+class Unread:
+    """Sampled tokens [R] of the previous step, integers on the device, which the host has not read."""
+
+    token_ids: torch.Tensor
+    rows: dict[int, int]  # id of a sequence -> row
 
 
 class DecodeInputs:
-    """Token ids and metadata of decode steps of `num_rows` rows, written by one copy a step.
+    """Token ids and metadata of decode steps of `num_rows` rows, written by one host-to-device copy a step.
 
     dp_num_tokens: rows in every attention DP group.
     """
@@ -45,17 +49,17 @@ class DecodeInputs:
         )
 
     def fill(
-        self, batch: Batch, unread: "Unread | None", block_table: BlockTable, width: int
+        self, batch: Batch, unread: Unread | None, block_table: BlockTable, width: int
     ) -> tuple[torch.Tensor, StepMetadata]:
-        """Writes the rows of a batch's next tokens, then padding rows. width: blocks of a block table row.
+        """Writes a row for each sequence of a batch, then padding rows; returns token ids [num_rows] and metadata.
 
-        Padding rows repeat the first sequence, so that no experts are read for them but those of that one, and write to
-        the null block, each to a slot of its own as long as there are enough.
+        width: blocks of a block table row. Padding rows repeat the first sequence, so that they route to no further
+        experts, and write to the null block, each to a slot of its own as long as there are enough.
         """
         spans = [work.span for work in batch]
         known = [work.sequence.tokens(work.num_computed, work.end) for work in batch]
         num_padding = self.num_rows - len(batch)
-        spans += (spans[:1] or FIRST_PADDING) * num_padding
+        spans += (spans[:1] or EMPTY_BATCH_PADDING) * num_padding
         packed = self.layout.pack(spans, known + (known[:1] or [[0]]) * num_padding)
         if num_padding:
             slots = self.layout.split(packed).slot_mapping
@@ -67,11 +71,11 @@ class DecodeInputs:
         self.step.seq_lens_list[:] = [span.end for span in spans]
         table = block_table.update(spans, width)
         if table.shape != self.step.block_table.shape or table.data_ptr() != self.step.block_table.data_ptr():
-            self.step = dataclasses.replace(self.step, block_table=table)
+            self.step = replace(self.step, block_table=table)
         return self.token_ids, self.step
 
-    def take_unread(self, batch: Batch, known: list[list[int]], unread: "Unread") -> None:
-        """Copies the tokens that the host has not read from the step that sampled them."""
+    def take_unread(self, batch: Batch, known: list[list[int]], unread: Unread) -> None:
+        """Copies unread tokens, device to device, from the step that sampled them. known: token ids that are read."""
         rows = [row for row, ids in enumerate(known) if not ids]
         sources = [unread.rows[id(batch[row].sequence)] for row in rows]
         if rows == sources == list(range(len(batch))):

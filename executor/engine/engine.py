@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine: requests are added and cancelled at any time; each step yields events with the new tokens.
+"""Continuous batching: requests are added and cancelled at any step; each step returns events with the new tokens.
 
-Every rank runs the same schedulers on the same requests and takes the same decisions. Only the sampled tokens of other
-attention DP groups are exchanged, after each step.
+Every rank runs the same schedulers on the same requests and takes the same decisions. Attention DP groups exchange only
+their sampled tokens, in each step.
 
-On devices that run asynchronously a step is launched before the tokens of the decode step before it are read. A
-sequence that these end has then computed one token too many, which is dropped; its blocks are freed when that step has
-been read.
+On devices that run asynchronously a step is launched before the host reads the tokens of the decode step before it. If
+one of these tokens ends its sequence, the token that was computed after it is dropped, and the sequence's blocks are
+freed when that step has been read.
 """
 
 import time
@@ -34,9 +34,9 @@ class TokenEvent:
 
 
 class Engine:
-    """Schedules, runs and samples; one scheduler per attention DP group.
+    """Schedules, launches and reads steps; one scheduler per attention DP group.
 
-    A sequence whose logits are not finite ends with "error", the others go on.
+    A sequence whose logits are not finite ends with "error"; the others go on.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.sampler = Sampler(tokenizer.eos_token_ids)
         self.runs_ahead = runs_ahead
-        self.in_flight: deque[Launched] = deque()  # steps that are not read, at most one between calls of `step`
+        self.in_flight: deque[Launched] = deque()  # launched, not read; at most one between calls of `step`
         self.events: list[TokenEvent] = []  # of cancellations, for the next step
         self.siblings: dict[int, list[Sequence]] = {}  # id of a first sample -> the others, until its prompt is cached
 
@@ -88,7 +88,7 @@ class Engine:
                     self.events.append(TokenEvent(sequence, None, len(sequence.token_ids), True))
 
     def abort(self) -> None:
-        """Cancels everything and drops what is in flight, after an error or an interrupt; without events.
+        """Cancels all requests and drops the steps in flight, after an error or an interrupt; without events.
 
         A failed step may have written anything to the blocks of its sequences.
         """
@@ -98,7 +98,7 @@ class Engine:
         for sequence in unfinished:
             self.cancel(sequence.request_id)
         while self.in_flight:
-            self._land(self.in_flight.popleft())
+            self._retire(self.in_flight.popleft())
         self.events.clear()
 
     def step(self) -> list[TokenEvent]:
@@ -151,8 +151,8 @@ class Engine:
                 sequence.num_in_flight += 1
         return launched
 
-    def _land(self, launched: Launched) -> None:
-        """Takes a step's tokens out of flight."""
+    def _retire(self, launched: Launched) -> None:
+        """Counts a step as no longer in flight; frees the blocks of sequences that have ended and are in no other."""
         for scheduler, batch in zip(self.schedulers, launched.batches, strict=True):
             for work in batch:
                 sequence = work.sequence
@@ -162,7 +162,7 @@ class Engine:
                     scheduler.release(sequence)
 
     def _read(self) -> list[TokenEvent]:
-        """Waits for the oldest step in flight and stores its results; returns the events."""
+        """Reads the oldest step in flight (host sync) and stores its results; returns the events."""
         launched = self.in_flight[0]
         results = launched.read()
         now_s = time.perf_counter()
@@ -188,7 +188,7 @@ class Engine:
                     events.append(TokenEvent(sequence, token_id, position, sequence.finish_reason is not None))
                     for sibling in self.siblings.pop(id(sequence), []):
                         scheduler.add(sibling)
-        self._land(self.in_flight.popleft())
+        self._retire(self.in_flight.popleft())
         return events
 
     def _append(self, scheduler: Scheduler, sequence: Sequence, result: RowResult, now_s: float) -> None:

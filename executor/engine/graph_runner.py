@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode steps replayed from captured graphs: the eager step without its launch costs."""
+"""Graph capture and replay of decode steps, which removes the launch overhead of the eager step."""
 
 import dataclasses
 from functools import partial

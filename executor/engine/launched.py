@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from executor.engine.model_runner import Batches, ModelRunner, Output, Unread, is_decode, wants_rows
+from executor.engine.decode_inputs import Unread
+from executor.engine.model_runner import Batches, ModelRunner, Output, is_decode
 from executor.engine.sampler import Sampler, token_logprobs
 from executor.engine.scheduler import Scheduled
 from executor.engine.sequence import Sequence
@@ -18,7 +19,7 @@ from ops.comm import ParallelContext
 
 @dataclass(frozen=True)
 class RowResult:
-    """What a step found for one sequence, on the host."""
+    """Result of a step for one of its sequences, on the host."""
 
     token_id: int | None = None  # None if it sampled nothing
     is_finite: bool = True
@@ -29,7 +30,7 @@ class RowResult:
 
 
 class HostCopy:
-    """Tensors on their way to the host."""
+    """Asynchronous device-to-host copy of tensors."""
 
     def __init__(self, tensors: Items[torch.Tensor]):
         self.tensors = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
@@ -37,7 +38,7 @@ class HostCopy:
         self.copied.record()
 
     def wait(self) -> list[torch.Tensor]:
-        """Waits for these tensors, not for later steps."""
+        """Waits for this copy, not for later steps (host sync)."""
         self.copied.synchronize()
         return self.tensors
 
@@ -63,12 +64,12 @@ class Launched:
         self.copy = HostCopy(parts)
 
     def unread(self, dp_index: int) -> Unread:
-        """This rank's tokens, for the next step."""
+        """Sampled tokens of this rank's group, for the next step."""
         sampled = [work.sequence for work in self.batches[dp_index] if work.samples]
         return Unread(self.token_ids[dp_index], {id(sequence): row for row, sequence in enumerate(sampled)})
 
     def read(self) -> list[list[RowResult]]:
-        """Waits for the step; returns the results of every group in batch order."""
+        """Waits for the step (host sync); returns the results of every group in batch order."""
         token_ids, largest, *others = self.copy.wait()
         extras, prompt = others[: self.num_extras], others[self.num_extras :]
         results = []
@@ -96,7 +97,7 @@ class Launched:
 def launch(
     runner: ModelRunner, sampler: Sampler, parallel: ParallelContext, batches: Batches, previous: Launched | None
 ) -> Launched:
-    """Launches a step: the batches of all groups; `previous` is the step whose tokens are unread."""
+    """Launches a step. batches: of all groups. previous: the step whose tokens are unread."""
     output = runner.run(batches, None if previous is None else previous.unread(runner.dp_index))
     sampled = sampler.sample(output.logits, rows_of(output.logits, batches, runner.dp_index, parallel))
     prompt = prompt_results(runner, output, batches, parallel)
@@ -137,7 +138,7 @@ def prompt_results(
 
     Also stores logits where a sequence collects them. None if no sequence wants log-likelihoods.
     """
-    if not any(wants_rows(work) for batch in batches for work in batch):
+    if not any(work.wants_prompt_rows for batch in batches for work in batch):
         return None
     counts = [sum(map(num_prompt_rows, batch)) for batch in batches]
     asked = [work.sequence.sampling.prompt_logprobs for batch in batches for work in batch if num_prompt_rows(work)]
@@ -194,7 +195,7 @@ def wants_logprobs(work: Scheduled) -> bool:
 def num_prompt_rows(work: Scheduled) -> int:
     """Prompt tokens whose log-likelihoods a step computes: those that follow one of its positions."""
     sequence = work.sequence
-    if sequence.sampling.prompt_logprobs is None or not wants_rows(work):
+    if sequence.sampling.prompt_logprobs is None or not work.wants_prompt_rows:
         return 0
     return min(work.end, len(sequence.prompt_token_ids) - 1) - work.num_computed
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to logits before the choice of a token: bias, penalties, forbidden tokens; in the order of transformers.
+"""Logits processors: bias, penalties, minimum length, bad words and masks, in the order of transformers.
 
 B rows with a penalty or mask among the R rows of a step, N size of this rank's vocabulary shard.
 """
@@ -17,7 +17,7 @@ from models.layers.lm_head import ShardedLogits
 
 
 class SamplingRow(Protocol):
-    """What sampling needs to know of a sequence."""
+    """Protocol of a sequence, as far as sampling needs it."""
 
     mask_error: str | None  # set if `sampling.mask` fails
 
@@ -80,7 +80,7 @@ class Shard:
 
 
 class LogitsProcessors:
-    """The changes that the rows of a step ask for; valid as long as these rows stay.
+    """The logits processors that the rows of a step ask for; valid while steps have the same rows.
 
     Rows are those of all ranks of the vocabulary group, so that its ranks agree on `active`.
     """
@@ -136,7 +136,7 @@ class LogitsProcessors:
             logits.index_copy_(0, self.masked_rows, logits[self.masked_rows].masked_fill_(~allowed, -torch.inf))
 
     def forbidden_ids(self, row: SamplingRow) -> list[int]:
-        """Tokens that would end the output before `min_tokens` or complete a bad word."""
+        """Token ids that would end the output before `min_tokens` or complete a bad word."""
         sampling, found = row.sampling, []
         if row.num_generated < sampling.min_tokens:
             found += [*self.end_token_ids, *sampling.stop_token_ids]
@@ -148,7 +148,7 @@ class LogitsProcessors:
 
     def allowed(self) -> torch.Tensor | None:
         """Allowed tokens [B, N] bool of the rows that have a mask; None if all are allowed."""
-        masks = [called_mask(row, mask, self.shard.vocab_size) for _, row, mask in self.masks]
+        masks = [call_mask(row, mask, self.shard.vocab_size) for _, row, mask in self.masks]
         if all(mask is None for mask in masks):
             return None
         part = slice(self.shard.first_id, self.shard.first_id + self.shard.size)
@@ -212,8 +212,8 @@ def ends_with(token_ids: list[int], ending: list[int]) -> bool:
     return not ending or token_ids[-len(ending) :] == ending
 
 
-def called_mask(row: SamplingRow, mask: Mask, vocab_size: int) -> torch.Tensor | None:
-    """Allowed tokens [V] bool of one row, None for all; none, with `row.mask_error` set, if that cannot be."""
+def call_mask(row: SamplingRow, mask: Mask, vocab_size: int) -> torch.Tensor | None:
+    """Calls a row's mask: allowed tokens [V] bool, None for all. If it fails: none, and `row.mask_error` is set."""
     try:
         allowed = mask(row.token_ids)
         if allowed is None:

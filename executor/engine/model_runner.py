@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the model on the batches of a step: builds its inputs, then one forward pass.
+"""Forward pass of a step: builds its inputs and runs the model.
 
 A step's `batches` are those of every attention DP group, this rank's own at `dp_index`. All ranks run every step
-together; one whose group has nothing to do still takes part in the collectives.
+together: one whose group has an empty batch takes part in the collectives.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from executor.engine.block_table import BlockTable
-from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.decode_inputs import DecodeInputs, Unread
 from executor.engine.scheduler import Batch, Scheduled
 from models.layers.attention import KVCache
 from models.layers.lm_head import ShardedLogits
@@ -21,15 +22,7 @@ from ops.comm import ParallelContext
 from ops.step import blocks_for, step_inputs
 
 Batches = list[Batch]
-PROMPT_ROWS = 256  # prompt positions whose logits are computed at a time
-
-
-@dataclass(frozen=True)
-class Unread:
-    """Tokens [R] of the previous step that are only on the device, integers."""
-
-    token_ids: torch.Tensor
-    rows: dict[int, int]  # id of a sequence -> row
+PROMPT_ROWS = 256  # prompt positions whose logits are computed at a time: bounds their memory
 
 
 @dataclass(frozen=True)
@@ -57,12 +50,12 @@ class PromptSlice:
 
     @property
     def position(self) -> int:
-        """Position of the first one in the sequence."""
+        """Position of the slice's first token in the sequence."""
         return self.work.num_computed + self.first
 
 
 class ModelRunner:
-    """Runs eager steps. Sequence parallelism is not for decode steps, which have too few tokens."""
+    """Runs steps eagerly, all but decode steps with sequence parallelism if that is on."""
 
     def __init__(
         self,
@@ -74,7 +67,7 @@ class ModelRunner:
         max_sequences: int,
         max_len: int,
     ):
-        """max_sequences: rows of a step in one group. max_len: cached tokens of a sequence."""
+        """max_sequences: largest batch of one group. max_len: most cached tokens of a sequence."""
         self.model = model
         self.kv_caches = kv_caches
         self.parallel = parallel
@@ -86,19 +79,19 @@ class ModelRunner:
         self.inputs: DecodeInputs | None = None  # of the last decode step, for the next one of the same size
 
     def run(self, batches: Batches, unread: Unread | None = None) -> Output:
-        """Runs one step. unread: tokens of this rank's sequences that the host has not read."""
+        """Runs one step."""
         batch = batches[self.dp_index]
         self.tokens_run += sum(work.num_new for work in batch)
         if is_decode(batches):
             return Output(self.decode(batches, unread))
         token_ids, step = self.mixed_inputs(batches, unread)
         hidden_states, residual = self.model.forward(token_ids, step, self.kv_caches)
-        sampled = [row for row, work in enumerate(batch) if work.samples]
-        if len(sampled) == len(batch):
+        if all(work.samples for work in batch):
             last = step.query_starts[1:] - 1
         else:
-            ends = [sum(step.query_lens_list[: row + 1]) - 1 for row in sampled]
-            last = torch.tensor(ends, dtype=torch.int64, device=self.device)
+            ends = accumulate(step.query_lens_list)
+            rows = [end - 1 for end, work in zip(ends, batch, strict=True) if work.samples]
+            last = torch.tensor(rows, dtype=torch.int64, device=self.device)
         most = max(sum(work.samples for work in other) for other in batches)
         logits = self.model.logits(hidden_states[last], residual[last], most)
         return Output(logits, hidden_states, residual)
@@ -140,10 +133,10 @@ class ModelRunner:
         return self.model.logits(*self.model.forward(token_ids, step, self.kv_caches), step.max_dp_tokens)
 
     def prompt_logits(self, output: Output, batches: Batches) -> Iterator[tuple[list[PromptSlice], ShardedLogits]]:
-        """Yields the logits of prompt positions where they are wanted, at most PROMPT_ROWS of each group at a time.
+        """Yields the logits of the prompt positions that want them, in slices of at most PROMPT_ROWS per group.
 
-        With them the slices of all groups: ranks that share the vocabulary compute as many slices as the group with
-        the most, and the same collectives for each.
+        With them come the slices of all groups: ranks that share the vocabulary run the collectives of as many slices
+        as the group with the most.
         """
         slices = [prompt_slices(batch, group) for group, batch in enumerate(batches)]
         assert output.hidden_states is not None and output.residual is not None
@@ -155,20 +148,14 @@ class ModelRunner:
 
 
 def prompt_slices(batch: Batch, group: int) -> list[PromptSlice]:
-    """Slices of the rows of a group's step whose logits are wanted."""
+    """Slices of a group's step that cover the prompt positions whose logits are wanted."""
     slices, start = [], 0
     for work in batch:
-        if wants_rows(work):
+        if work.wants_prompt_rows:
             for first in range(0, work.num_new, PROMPT_ROWS):
                 slices.append(PromptSlice(group, work, first, start, min(PROMPT_ROWS, work.num_new - first)))
         start += work.num_new
     return slices
-
-
-def wants_rows(work: Scheduled) -> bool:
-    """Whether logits of prompt positions are wanted of these tokens."""
-    sequence = work.sequence
-    return sequence.wants_prompt_rows and work.num_computed < len(sequence.prompt_token_ids) and not sequence.token_ids
 
 
 def is_decode(batches: Batches) -> bool:

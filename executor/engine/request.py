@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests: validated prompts with sampling parameters, and their results."""
+"""Requests and their results."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from executor.outputs import Completion, RequestOutput, StreamChunk, TokenLogpro
 
 @dataclass(eq=False, kw_only=True)
 class Request:
-    """A prompt and the samples of its completion."""
+    """A prompt and the sequences of its samples."""
 
     request_id: str
     index: int  # of the prompt among those of one call
@@ -28,12 +28,12 @@ class Request:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has finished without being cancelled."""
+        """Whether all samples have finished, none by cancellation."""
         return all(sample.finish_reason not in (None, "cancelled") for sample in self.samples)
 
 
 def request_output(request: Request, tokenizer: Tokenizer, cause: str) -> RequestOutput:
-    """Result of a finished request. cause: likely cause of logits that are not finite."""
+    """Result of a finished request. cause: likely cause of logits that are not finite, for errors."""
     first = request.samples[0]
     return RequestOutput(
         prompt=request.prompt,
@@ -67,7 +67,7 @@ def completion(sequence: Sequence, tokenizer: Tokenizer, cause: str) -> Completi
 
 
 def stream_chunk(event: TokenEvent, text: TextStream, tokenizer: Tokenizer) -> StreamChunk:
-    """What an event adds to its sequence's stream."""
+    """Stream chunk of an event."""
     sequence, token_ids = event.sequence, [] if event.token_id is None else [event.token_id]
     new_text = "".join(map(text.push, token_ids))
     if event.is_last:

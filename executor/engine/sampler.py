@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples the next token of all rows of a step at once; transformers' logits processors define the distribution.
+"""Batched sampling of the next tokens of a step; transformers' logits processors define the distribution.
 
 R rows of all ranks that share the vocabulary, B rows of this rank, N candidates: the whole vocabulary or its most
 likely tokens.
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 64  # bounds the temporary memory of log-softmax
 
 @dataclass
 class Sampled:
-    """Chosen tokens of this rank's rows, on the device."""
+    """Sampled tokens of this rank's rows, on the device."""
 
     token_ids: torch.Tensor  # [B] int64; some token of the vocabulary if `largest` is not finite
     largest: torch.Tensor  # [B] float32, largest raw logit, NaN first; -inf if no token is allowed

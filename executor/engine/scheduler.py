@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection of the tokens of each step, for one attention DP group.
+"""Scheduler of one attention DP group: continuous batching, chunked prefill, preemption by recomputation.
 
-First come, first served: a request waits only for those before it. In a step every running sequence gets its next
-token; prompts share what is left of the token budget in order of arrival, so that while others decode, a long prompt
-is computed in chunks. A sequence gets cache blocks as it grows; when none is left, the one admitted last is preempted:
-its blocks are freed and it is recomputed, before any later request, when there is room again.
+First come, first served: a request waits only for those before it. In a step every decoding sequence gets its next
+token; prompts share what is left of the token budget in order of arrival, so that a long prompt is prefilled in chunks
+while others decode. A sequence gets cache blocks as it grows; when none is free, the one admitted last is preempted:
+its blocks are freed, and it is recomputed, before any later request, when there is room again.
 """
 
 from collections import deque
@@ -35,21 +35,27 @@ class Scheduled:
 
     @property
     def is_decode(self) -> bool:
-        """Whether a decode step can compute it: one token, of which only the next one is wanted."""
-        wants_rows = self.sequence.wants_prompt_rows and self.num_computed < len(self.sequence.prompt_token_ids)
-        return self.num_new == 1 and self.samples and not wants_rows
+        """Whether a decode step can compute it: one token, from which the next one is sampled and nothing else."""
+        return self.num_new == 1 and self.samples and not self.wants_prompt_rows
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether logits of prompt positions among these tokens are needed; not again after a preemption."""
+        sequence = self.sequence
+        in_prompt = self.num_computed < len(sequence.prompt_token_ids)
+        return in_prompt and sequence.wants_prompt_rows and not sequence.token_ids
 
 
 Batch = list[Scheduled]
 
 
 class Scheduler:
-    """Running and waiting sequences of one attention DP group."""
+    """Selects the tokens of each step; holds the running and waiting sequences of one attention DP group."""
 
     def __init__(
         self, pool: BlockPool, max_sequences: int, max_step_tokens: int, chunk_tokens: int, prefix_cache: bool
     ):
-        """max_step_tokens: budget of a step. chunk_tokens: prompt tokens of a step while others decode."""
+        """max_step_tokens: token budget of a step. chunk_tokens: that of its prompt tokens while others decode."""
         self.pool = pool
         self.max_sequences = max_sequences
         self.max_step_tokens = max_step_tokens
@@ -60,13 +66,13 @@ class Scheduler:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Sequences, and tokens they still need: new requests go to the group with the least."""
+        """Unfinished sequences, and tokens they still need: new requests go to the group with the least load."""
         unfinished = [*self.running, *self.waiting]
         return len(unfinished), sum(sequence.max_len - sequence.num_computed for sequence in unfinished)
 
     @property
     def has_decodes(self) -> bool:
-        """Whether a running sequence waits for its next token."""
+        """Whether a running sequence decodes."""
         return any(sequence.num_pending == 1 and not is_complete(sequence) for sequence in self.running)
 
     def add(self, sequence: Sequence) -> None:
@@ -77,8 +83,8 @@ class Scheduler:
     def schedule(self, others_decode: bool, may_preempt: bool) -> Batch | None:
         """Selects the tokens of the next step and allocates their blocks.
 
-        others_decode: whether sequences of any group decode. Returns None if a sequence would have to be preempted
-        although `may_preempt` is False, as steps in flight use its blocks.
+        others_decode: whether sequences of any group decode. may_preempt: False while steps in flight use the blocks;
+        returns None if a sequence would have to be preempted.
         """
         if not self._grow(may_preempt):
             return None
@@ -97,7 +103,7 @@ class Scheduler:
         return batch
 
     def finish(self, sequence: Sequence, finish_reason: str) -> None:
-        """Ends a sequence; its blocks are freed when no step in flight uses them."""
+        """Ends a sequence; frees its blocks, at once or when no step in flight uses them."""
         sequence.finish_reason = finish_reason
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         if not sequence.num_in_flight:
@@ -132,7 +138,7 @@ class Scheduler:
             self.pool.register(sequence.blocks[full], digests[-1] if digests else b"", tokens, None)
 
     def _chunk(self, batch: Batch, sequence: Sequence, budget: int) -> int:
-        """Adds up to `budget` tokens of a prompt to the batch; returns their number."""
+        """Adds a chunk of a prompt, at most `budget` tokens, to the batch; returns its size."""
         count = min(sequence.num_pending, budget)
         batch.append(Scheduled(sequence, sequence.num_computed, count, count == sequence.num_pending))
         return count
@@ -151,7 +157,7 @@ class Scheduler:
         if needed + reserve > self.pool.num_free:
             self.pool.release(held)
             return False
-        taken = self.pool.take(needed) or []
+        taken = self.pool.allocate(needed) or []
         if source is not None:
             self.pool.copies.append((source, taken[0]))
         sequence.blocks = cached + taken
@@ -172,7 +178,7 @@ class Scheduler:
         cached = self.pool.cached(digests)
         first = len(cached) * BLOCK_SIZE
         following = sequence.tokens(first, min(first + BLOCK_SIZE, sequence.length - 1))
-        return cached, *self.pool.begins_alike(digests[len(cached) - 1] if cached else b"", following)
+        return cached, *self.pool.partial_match(digests[len(cached) - 1] if cached else b"", following)
 
     def _grow(self, may_preempt: bool) -> bool:
         """Gives every decoding sequence the block of its next token; False if one would have to be preempted."""
@@ -180,7 +186,7 @@ class Scheduler:
             while sequence in self.running and len(sequence.blocks) < blocks_for(sequence.length):
                 if is_complete(sequence):
                     break
-                block = self.pool.take(1)
+                block = self.pool.allocate(1)
                 if block is not None:
                     sequence.blocks += block
                 elif not may_preempt:

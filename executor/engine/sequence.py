@@ -35,7 +35,7 @@ class Sequence:
     num_computed: int = 0
     num_verified: int = 0  # computed tokens that are known to be finite
     num_registered: int = 0  # blocks that the prefix cache knows
-    num_cached: int = 0  # prompt tokens found in the prefix cache
+    num_cached: int = 0  # prompt tokens found in the prefix cache when it was first admitted
     num_in_flight: int = 0  # launched steps with tokens of this sequence that have not been read
     is_suspect: bool = False  # whether its cache may hold NaN or infinity
     digests: list[bytes] = field(default_factory=list)  # of its full blocks
@@ -46,7 +46,7 @@ class Sequence:
     logprobs: list[torch.Tensor] = field(default_factory=list)  # per token [1 + K]: of it, of the K most likely
     top_ids: list[torch.Tensor | None] = field(default_factory=list)  # per token [K]
     prompt_logprobs: list[torch.Tensor] = field(default_factory=list)  # [N, 1 + K] of each step
-    prompt_top_ids: list[torch.Tensor] = field(default_factory=list)
+    prompt_top_ids: list[torch.Tensor] = field(default_factory=list)  # [N, K] of each step
     prompt_logits: list[torch.Tensor] = field(default_factory=list)  # [N, V] of each step, on the CPU
 
     @property
@@ -70,7 +70,7 @@ class Sequence:
 
     @property
     def wants_prompt_rows(self) -> bool:
-        """Whether the logits of prompt positions are needed, so that all of them have to be computed."""
+        """Whether the logits of all prompt positions are needed, so that none may come from the prefix cache."""
         return self.collects_logits or self.sampling.prompt_logprobs is not None
 
     def tokens(self, start: int, end: int) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text of a sequence as it grows: whole characters, without what may become a stop string."""
+"""Incremental detokenization: whole characters, without what may become a stop string."""
 
 from tokenizers.decoders import DecodeStream
 
@@ -7,7 +7,7 @@ from executor.loading.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Incremental detokenization of one sequence."""
+    """Incremental detokenizer of one sequence."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.tokenizer = tokenizer

@@ -14,7 +14,7 @@ A, B, C, D = (block_digest(b"", [number] * BLOCK_SIZE) for number in range(4))
 
 
 def taken(pool: BlockPool, count: int) -> list[int]:
-    blocks = pool.take(count)
+    blocks = pool.allocate(count)
     assert blocks is not None
     return blocks
 
@@ -42,7 +42,7 @@ def test_each_block_has_its_holders() -> None:
             held += [found] if found else []
         else:
             count, free = random.randint(1, 4), pool.num_free
-            blocks = pool.take(count)
+            blocks = pool.allocate(count)
             assert (blocks is None) == (count > free)
             if blocks is not None:
                 assert len(blocks) == count and not {block for other in held for block in other} & set(blocks)
@@ -70,7 +70,7 @@ def test_unknown_blocks_are_evicted_first_then_the_least_recently_used() -> None
     assert taken(pool, 1) == [old[1]]  # the end of a sequence before its beginning
     assert pool.cached([A, B]) == [old[0]] and pool.cached([C]) == new
     assert taken(pool, 1) == [old[0]] and pool.cached([A]) == [] and pool.cached([C]) == new
-    assert taken(pool, 1) == new and pool.cached([C]) == [] and pool.take(1) is None
+    assert taken(pool, 1) == new and pool.cached([C]) == [] and pool.allocate(1) is None
 
 
 def test_shared_blocks_stay_until_the_last_reference_is_dropped() -> None:
@@ -80,7 +80,7 @@ def test_shared_blocks_stay_until_the_last_reference_is_dropped() -> None:
         pool.share(pool.cached([A, B]))
     assert [pool.references[block] for block in blocks] == [2, 2] and pool.num_free == 1
     pool.release(blocks)
-    assert pool.num_free == 1 and pool.take(2) is None
+    assert pool.num_free == 1 and pool.allocate(2) is None
     pool.release(blocks)
     assert pool.num_free == 3 and pool.cached([A, B]) == blocks
 
@@ -126,15 +126,15 @@ def test_a_block_that_begins_alike_is_copied() -> None:
     pool.register(part, A, [*tokens[:60], -1], None)
     pool.register(elsewhere, C, tokens, D)
     pool.release([full, part, elsewhere])
-    assert pool.begins_alike(A, tokens[:100]) == (full, 100)
-    assert pool.begins_alike(A, [*tokens[:60], -1, 5]) == (part, 61)
-    assert pool.begins_alike(A, [*tokens[: MIN_COPIED - 1], -2]) == (None, 0) == pool.begins_alike(B, tokens)
-    assert pool.begins_alike(A, [*tokens[:MIN_COPIED], -2])[1] == MIN_COPIED
+    assert pool.partial_match(A, tokens[:100]) == (full, 100)
+    assert pool.partial_match(A, [*tokens[:60], -1, 5]) == (part, 61)
+    assert pool.partial_match(A, [*tokens[: MIN_COPIED - 1], -2]) == (None, 0) == pool.partial_match(B, tokens)
+    assert pool.partial_match(A, [*tokens[:MIN_COPIED], -2])[1] == MIN_COPIED
     pool.share([part])
     pool.copies.append((part, 5))
-    assert part not in taken(pool, 5) and pool.take(1) is None  # a source stays until it is copied
+    assert part not in taken(pool, 5) and pool.allocate(1) is None  # a source stays until it is copied
     assert pool.pop_changes() == ([], [(part, 5)]) and pool.num_free == 1
-    assert taken(pool, 1) == [part] and pool.begins_alike(A, tokens) == (None, 0)
+    assert taken(pool, 1) == [part] and pool.partial_match(A, tokens) == (None, 0)
     assert not pool.children and not pool.prefix_of
 
 
