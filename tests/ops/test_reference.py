@@ -2,12 +2,14 @@
 """Compares the reference operations with formulas in float64."""
 
 import math
+import random
 
 import pytest
 import torch
 
-from ops import OPERATIONS, DenseWeight, GroupedRows, Routing, StepMetadata, load_ops
+from ops import OPERATIONS, DenseWeight, GroupedRows, Routing, load_ops
 from ops.reference import ReferenceOps
+from ops.step import Span, step_inputs
 
 OPS = ReferenceOps()
 BLOCK_SIZE = 16
@@ -108,34 +110,30 @@ def attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tor
 
 
 class Attention:
-    """Random attention inputs for sequences with these lengths in shuffled cache blocks, and the expected output."""
+    """Random attention inputs of a step: sequences (cached, new tokens) in shuffled cache blocks; expected output."""
 
-    def __init__(self, seq_lens: list[int], num_heads: int, num_kv_heads: int, is_prefill: bool, dtype: torch.dtype):
+    def __init__(
+        self,
+        parts: list[tuple[int, int]],
+        num_heads: int,
+        num_kv_heads: int,
+        dtype: torch.dtype,
+        is_decode: bool = False,
+    ):
         head_dim, self.num_heads, self.num_kv_heads = 8, num_heads, num_kv_heads
-        self.query_lens = seq_lens if is_prefill else [1] * len(seq_lens)
-        num_tokens = sum(self.query_lens)
-        max_blocks = -(-max(seq_lens) // BLOCK_SIZE) + 1
-        num_blocks = len(seq_lens) * max_blocks
-        self.block_table = 1 + torch.randperm(num_blocks).view(len(seq_lens), max_blocks)
-        positions = [torch.arange(seq_len - n, seq_len) for seq_len, n in zip(seq_lens, self.query_lens, strict=True)]
-        slots = [self.slots(row, p) for row, p in enumerate(positions)]
-        self.caches = [torch.randn(num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim).to(dtype) for _ in range(2)]
+        num_tokens, most = sum(new for _, new in parts), sum(-(-sum(part) // BLOCK_SIZE) + 1 for part in parts)
+        blocks = (1 + torch.randperm(most)).tolist()
+        self.rows = [[blocks.pop() for _ in range(-(-sum(part) // BLOCK_SIZE))] for part in parts]
+        spans = [Span(cached, new, row, cached + new) for (cached, new), row in zip(parts, self.rows, strict=True)]
+        _, self.step = step_inputs(spans, [[]] * len(spans), "cpu", is_decode=is_decode)
+        self.caches = [torch.randn(most + 1, BLOCK_SIZE, num_kv_heads, head_dim).to(dtype) for _ in range(2)]
         self.qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim).to(dtype)
         self.norm_weights = [(torch.rand(head_dim) + 0.5).to(dtype) for _ in range(2)]
-        self.step = StepMetadata(
-            is_prefill=is_prefill,
-            positions=torch.cat(positions),
-            slot_mapping=torch.cat(slots),
-            block_table=self.block_table,
-            seq_lens=torch.tensor(seq_lens),
-            query_lens_list=self.query_lens,
-            seq_lens_list=seq_lens,
-            dp_num_tokens=[num_tokens],
-        )
         self.angles = self.step.positions[:, None].double() * torch.rand(head_dim // 2).double()
 
-    def slots(self, row: int, positions: torch.Tensor) -> torch.Tensor:
-        return self.block_table[row, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    def slots(self, row: int, count: int) -> torch.Tensor:
+        """Cache slots of a sequence's first tokens."""
+        return torch.tensor([self.rows[row][p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(count)])
 
     def run(self) -> torch.Tensor:
         cos_sin = tuple(torch.cat((part, part), dim=-1).float() for part in (self.angles.cos(), self.angles.sin()))
@@ -151,30 +149,104 @@ class Attention:
         for cache, new in zip(caches, (key, heads[:, h + g :]), strict=True):
             for token, slot in enumerate(self.step.slot_mapping.tolist()):
                 cache[slot] = new[token]
-        rows = [row for row, n in enumerate(self.query_lens) for _ in range(n)]
+        rows = [row for row, n in enumerate(self.step.query_lens_list) for _ in range(n)]
         outputs = []
         for token, (row, position) in enumerate(zip(rows, self.step.positions.tolist(), strict=True)):
-            seen = self.slots(row, torch.arange(position + 1))
+            seen = self.slots(row, position + 1)
             outputs.append(attended(query[token], caches[0][seen], caches[1][seen]))
         return torch.stack(outputs), caches
 
+    def check(self, dtype: torch.dtype) -> None:
+        """Compares the output, what is written to the cache, and that nothing else is."""
+        expected, expected_caches = self.expected()
+        before = [cache.clone() for cache in self.caches]
+        found = self.run()
+        assert found.dtype == dtype
+        assert_near(found, expected, dtype)
+        written = torch.zeros(len(expected_caches[0]), dtype=torch.bool)
+        written[self.step.slot_mapping] = True
+        for cache, old, new in zip(self.caches, before, expected_caches, strict=True):
+            assert_same(cache.flatten(0, 1)[~written], old.flatten(0, 1)[~written])
+            assert_near(cache.flatten(0, 1)[written], new[written], dtype)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+
+
+def parts_of(kind: str, seq_lens: list[int]) -> list[tuple[int, int]]:
+    """(cached, new tokens) of sequences of these lengths in a step."""
+    if kind == "prefill":
+        return [(0, seq_len) for seq_len in seq_lens]
+    if kind == "decode":
+        return [(seq_len - 1, 1) for seq_len in seq_lens]
+    new = [random.randint(1, seq_len) for seq_len in seq_lens]
+    return [(seq_len - count, count) for seq_len, count in zip(seq_lens, new, strict=True)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr("ops.step.BLOCK_SIZE", BLOCK_SIZE)
+
+
+LENGTHS = [[1], [BLOCK_SIZE + 3], [5, 1, 2 * BLOCK_SIZE, BLOCK_SIZE + 1, BLOCK_SIZE - 1]]
+
 
 @DTYPES
-@pytest.mark.parametrize("is_prefill", [True, False])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "chunks"])
 @pytest.mark.parametrize("heads", [(1, 1), (6, 2), (4, 4), (8, 1)])
-@pytest.mark.parametrize("seq_lens", [[1], [BLOCK_SIZE + 3], [5, 1, 2 * BLOCK_SIZE, BLOCK_SIZE + 1, BLOCK_SIZE - 1]])
-def test_attention(seq_lens, heads, is_prefill, dtype):
-    case = Attention(seq_lens, *heads, is_prefill, dtype)
-    expected, expected_caches = case.expected()
-    before = [cache.clone() for cache in case.caches]
-    found = case.run()
-    assert found.dtype == dtype
-    assert_near(found, expected, dtype)
-    written = torch.zeros(len(expected_caches[0]), dtype=torch.bool)
-    written[case.step.slot_mapping] = True
-    for cache, old, new in zip(case.caches, before, expected_caches, strict=True):
-        assert torch.equal(cache.flatten(0, 1)[~written], old.flatten(0, 1)[~written])
-        assert_near(cache.flatten(0, 1)[written], new[written], dtype)
+@pytest.mark.parametrize("seq_lens", LENGTHS)
+def test_attention(seq_lens, heads, kind, dtype, small_blocks):
+    case = Attention(parts_of(kind, seq_lens), *heads, dtype, is_decode=kind == "decode")
+    assert kind != "prefill" or case.step.starts_fresh
+    case.check(dtype)
+
+
+@pytest.mark.parametrize("kind", ["decode", "chunks"])
+def test_attention_reads_no_more_than_the_sequence_has(kind, small_blocks):
+    """The table is part of a wider one whose other entries are stale; stale blocks and the null block hold NaN."""
+    seq_lens = [5, 1, 2 * BLOCK_SIZE, BLOCK_SIZE + 1]
+    case = Attention(parts_of(kind, seq_lens), 4, 2, torch.float32, is_decode=kind == "decode")
+    used = {block for row in case.rows for block in row}
+    stale = [block for block in range(len(case.caches[0])) if block not in used]
+    for cache in case.caches:
+        cache[stale] = torch.nan
+    wide = torch.full((9, 7), stale[-1], dtype=torch.int32)
+    width = case.step.block_table.shape[1]
+    for row, blocks in enumerate(case.rows):
+        wide[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    case.step = type(case.step)(**{**vars(case.step), "block_table": wide[: len(case.rows), :width]})
+    case.check(torch.float32)
+
+
+def test_attention_in_chunks_equals_attention_of_the_whole_prompt(small_blocks):
+    """The cache, too, whatever the chunks."""
+    length = 3 * BLOCK_SIZE
+    whole = Attention([(0, length)], 6, 2, torch.float32)
+    caches = [cache.clone() for cache in whole.caches]
+    expected, done, found = whole.run(), 0, []
+    while done < length:
+        count = random.randint(1, length - done)
+        chunk = Attention([(done, count)], 6, 2, torch.float32)
+        _, chunk.step = step_inputs([Span(done, count, whole.rows[0], length)], [[]], "cpu")
+        part = slice(done, done + count)
+        chunk.qkv, chunk.angles, chunk.caches = whole.qkv[part], whole.angles[part], caches
+        chunk.norm_weights = whole.norm_weights
+        found.append(chunk.run())
+        done += count
+    torch.testing.assert_close(torch.cat(found), expected, atol=1e-5, rtol=0)
+    for cache, other in zip(caches, whole.caches, strict=True):
+        assert_same(cache[whole.rows[0]], other[whole.rows[0]])
+
+
+def test_attention_without_tokens():
+    """A rank whose sequences have nothing to compute in this step."""
+    _, step = step_inputs([], [], "cpu", dp_num_tokens=[0, 5], is_decode=False)
+    caches = [torch.randn(3, 128, 2, 8) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    cos_sin = torch.empty(0, 8), torch.empty(0, 8)
+    found = OPS.attention(torch.empty(0, 8 * 8), torch.ones(8), torch.ones(8), 1e-6, cos_sin, *caches, step)
+    assert found.shape == (0, 4 * 8) and all(map(torch.equal, caches, before))
 
 
 # Experts
