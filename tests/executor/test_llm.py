@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python API: supported checkpoints, prompts, outputs."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -252,6 +253,40 @@ def test_prompt_types(with_tokenizer, demo_tokenizer):
     assert [o.token_ids for o in llm.generate([texts[0], token_ids[1]])] == expected
     assert [o.token_ids for o in llm.generate(texts[0]) + llm.generate(token_ids[1])] == expected
     assert llm.generate([]) == []
+
+
+def test_stream(with_tokenizer):
+    """The chunks of each prompt, in any order between prompts, make up its output."""
+    llm = LLM(with_tokenizer, device="cpu", dtype="float32", batch_size=2, max_new_tokens=12)
+    texts = ["Good morrow", "What news?", "Speak!"]
+    outputs = llm.generate(texts)
+    chunks = list(llm.stream(texts))
+    for index, output in enumerate(outputs):
+        own = [chunk for chunk in chunks if chunk.index == index]
+        assert "".join(chunk.text for chunk in own) == output.text
+        assert [token_id for chunk in own for token_id in chunk.token_ids] == output.token_ids
+        assert [chunk.finish_reason for chunk in own] == [None] * 11 + ["length"]
+    first = chunks.index(next(chunk for chunk in chunks if chunk.index == 1))
+    last = max(place for place, chunk in enumerate(chunks) if chunk.index == 0)
+    assert first < last  # they run at the same time
+    assert [chunk.token_ids for chunk in llm.stream(texts[0])] == [[token_id] for token_id in outputs[0].token_ids]
+
+
+def test_samples(checkpoint):
+    """Each has random numbers of its own; they do not depend on other prompts, nor on the number of samples."""
+    llm = LLM(checkpoint[0], device="cpu", dtype="float32", batch_size=3)
+    params = SamplingParams(max_new_tokens=8, temperature=1.0, seed=random.randrange(2**32), n=3)
+    prompt = random_tokens(140)
+    [output] = llm.generate([prompt], params)
+    assert [sample.index for sample in output.outputs] == [0, 1, 2] and output.token_ids == output.outputs[0].token_ids
+    assert len({tuple(sample.token_ids) for sample in output.outputs}) == 3
+    together = llm.generate([random_tokens(5), prompt], params)[1]
+    assert [sample.token_ids for sample in together.outputs] == [sample.token_ids for sample in output.outputs]
+    [single] = llm.generate([prompt], dataclasses.replace(params, n=1))
+    assert single.token_ids == output.token_ids
+    chunks = list(llm.stream([prompt], params))
+    for number, sample in enumerate(output.outputs):
+        assert [i for chunk in chunks for i in chunk.token_ids if chunk.sample == number] == sample.token_ids
 
 
 @pytest.mark.parametrize("thinking", [False, True])

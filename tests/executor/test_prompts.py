@@ -100,9 +100,10 @@ def encoding() -> BatchEncoding:
 )
 def test_invalid_prompt_types(prompts, named, llm):
     """TypeError alone and in a list, before any prompt runs."""
-    with pytest.raises(TypeError) as raised:
-        llm.generate(prompts)
-    assert str(raised.value).startswith("prompts: expected a text, token ids (") and named in str(raised.value)
+    for call in (llm.stream, llm.generate):
+        with pytest.raises(TypeError) as raised:
+            call(prompts)
+        assert str(raised.value).startswith("prompts: expected a text, token ids (") and named in str(raised.value)
     if isinstance(prompts, int) and not isinstance(prompts, bool):
         return  # a list of it is the token ids of one prompt
     if isinstance(prompts, torch.Tensor) and prompts.ndim == 0:
@@ -201,11 +202,24 @@ def test_empty_conversations(messages, llm):
         llm.chat(messages)
 
 
-@pytest.mark.parametrize("given", [{"max_new_tokens": 3}, 3, [SamplingParams()], "greedy", SamplingParams])
+@pytest.mark.parametrize("given", [{"max_new_tokens": 3}, 3, [SamplingParams(), 3], "greedy", SamplingParams])
 def test_invalid_sampling_params_type(given, llm):
     for call in (llm.generate, llm.chat):
-        with pytest.raises(TypeError, match="^sampling_params: expected one SamplingParams for all prompts, got a "):
+        with pytest.raises(TypeError, match="^sampling_params: expected one SamplingParams or a list of them, got a "):
             call([[user("a")]] if call == llm.chat else "a", given)
+
+
+def test_sampling_params_of_each_prompt(llm):
+    params = [SamplingParams(max_new_tokens=count) for count in (1, 3, 2)]
+    for outputs in (llm.generate(["a", IDS, "b"], params), llm.chat([[user("a")]] * 3, tuple(params))):
+        assert [len(output.token_ids) for output in outputs] == [1, 3, 2]
+    counts = {index: 0 for index in range(3)}
+    for chunk in llm.stream(["a", IDS, "b"], params):
+        counts[chunk.index] += len(chunk.token_ids)
+    assert counts == {0: 1, 1: 3, 2: 2}
+    for call in (llm.generate, llm.stream):
+        with pytest.raises(ValueError, match="^sampling_params: 3 of them for 2 prompts, must be one for each$"):
+            call(["a", "b"], params)
 
 
 # The folder of a checkpoint
