@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Free CPU memory under control group and process limits, and cache sizing."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -13,12 +14,12 @@ import torch
 
 from executor import LLM
 from executor.config import REPOSITORY, settings_from_dict
-from executor.engine.kv_cache import BLOCK_SIZE, blocks_for
 from executor.loading import device
 from executor.loading.cgroup import memory_left_bytes
 from executor.loading.device import cpu_name, free_memory_bytes
 from executor.loading.memory import allocate_cache, blocks_in_use
 from ops.comm import Group, ParallelContext
+from ops.step import BLOCK_SIZE, blocks_for
 
 CPU = torch.device("cpu")
 DEMO = REPOSITORY / "models/qwen3_moe/demo"
@@ -188,12 +189,12 @@ settings = load_settings("models/qwen3_moe/config/demo.yaml", ["device=cpu", "da
 LLM.from_settings(settings, ["warm up"])
 before = process.memory_info().rss
 llm = LLM.from_settings(settings, [PROMPT])
-[(_, output)] = llm.stream(llm.requests(llm.known_prompts))
+[(_, output)] = llm.finished(llm.requests(llm.known_prompts))
 found["known"] = [llm.num_blocks, process.memory_info().rss - before, output.text]
 del llm
 lift, _ = limit("RLIMIT_AS", process.memory_info().vms, 1000 * MB)
 llm = LLM.from_settings(settings)
-[(_, output)] = llm.stream(llm.requests([(PROMPT, llm.encode_prompt(PROMPT))]))
+[(_, output)] = llm.finished(llm.requests([(PROMPT, llm.encode_prompt(PROMPT))]))
 found["unknown"] = [sum(t.nbytes for layer in llm.kv_caches for t in layer), output.text]
 print(json.dumps(found))
 """
@@ -257,18 +258,18 @@ def test_cache_for_known_prompts_runs_a_whole_batch_of_the_longest():
     assert [prompt for prompt, _ in llm.known_prompts] == prompts
     assert llm.num_blocks == sum(sorted(blocks)[-3:]) < sum(blocks)
     [scheduler], together = llm.engine.schedulers, []
-    start_waiting = scheduler.start_waiting
+    schedule = scheduler.schedule
 
-    def counting():
-        started = start_waiting()
-        together.append(len(scheduler.running))
-        return started
+    def counting(*arguments):
+        batch = schedule(*arguments)
+        together.append(len(batch))
+        return batch
 
-    scheduler.start_waiting = counting
-    outputs = dict(llm.stream(llm.requests(llm.known_prompts)))
+    scheduler.schedule = counting
+    outputs = dict(llm.finished(llm.requests(llm.known_prompts)))
     assert max(together) == 3
     roomy = LLM.from_settings(demo_settings(batch_size=3, cache_tokens=8192))
-    expected = dict(roomy.stream(roomy.requests(llm.known_prompts)))
+    expected = dict(roomy.finished(roomy.requests(llm.known_prompts)))
     assert {i: output.token_ids for i, output in outputs.items()} == {i: out.token_ids for i, out in expected.items()}
 
 
@@ -297,6 +298,20 @@ def test_cache_tokens_without_known_prompts():
 def test_cache_tokens_beyond_memory_are_rejected():
     with pytest.raises(ValueError, match=r"^model_config\.cache_tokens: 1000000000 tokens need "):
         LLM.from_settings(demo_settings(cache_tokens=10**9), [SHORT])
+
+
+def test_cache_of_a_server_takes_all_of_its_share(monkeypatch):
+    """Prefixes of earlier requests stay in what running sequences do not use."""
+    monkeypatch.setattr("executor.loading.memory.free_memory_bytes", lambda device: 2 << 30)
+    settings = demo_settings()
+    settings = dataclasses.replace(
+        settings, model_config=dataclasses.replace(settings.model_config, cache_memory_fraction=0.05)
+    )
+    own, of_a_server = (LLM.from_settings(settings, fills_memory=fills_memory) for fills_memory in (False, True))
+    assert own.num_blocks == blocks_for(own.max_len)
+    block_bytes = sum(cache[0].nbytes for caches in own.kv_caches for cache in caches)
+    assert of_a_server.num_blocks == int((2 << 30) * 0.05) // block_bytes - 1 > own.num_blocks
+    assert LLM.from_settings(settings, [SHORT]).num_blocks == 1
 
 
 def test_a_group_of_ranks_has_a_cache_for_its_share_of_the_batch():
