@@ -12,22 +12,22 @@ from typing import Any
 import pytest
 import torch
 
-import executor.llm
 from executor import LLM, RequestOutput, SamplingParams
 from executor.bench import measure, throughput
 from executor.bench.report import Report
 from executor.engine.graph_runner import GraphRunner
-from executor.engine.kv_cache import BLOCK_SIZE
 from ops.reference import ReferenceOps
+from ops.step import BLOCK_SIZE
 from tests.checkpoints import TINY, make_model
+from tests.engine.engines import SMALL, reset
 from tests.parallel.ranks import run_ranks, settings_of
 
 DAMAGED = 7
 VALUES = [float("nan"), float("inf"), -float("inf")]
-SAMPLINGS = {
+SAMPLINGS = {  # draws of this seed are never the token DAMAGED, which is among the first of the vocabulary
     "greedy": {},
-    "all logits": {"temperature": 1.5, "seed": 5},
-    "top_k": {"temperature": 1.5, "seed": 5, "top_k": 20, "top_p": 0.9},
+    "all logits": {"temperature": 1.5, "seed": 45},
+    "top_k": {"temperature": 1.5, "seed": 45, "top_k": 20, "top_p": 0.9},
     "penalty": {"repetition_penalty": 1.3},
 }
 DAMAGE = "the checkpoint's weights are probably damaged or do not fit its config.json"
@@ -45,7 +45,7 @@ def damaged_prompt(num_tokens: int) -> list[int]:
 
 def save(folder: Path, change: Callable[[Any], Any] | None = None, **config: Any) -> Path:
     """Saves a model modified by `change`; token DAMAGED is never generated while all logits are finite."""
-    model = make_model(**config)
+    model = make_model(**{**SMALL, **config})
     with torch.no_grad():
         model.lm_head.weight[DAMAGED] = 0
         for layer in model.model.layers:  # peaked attention: every cached token matters
@@ -88,9 +88,10 @@ def assert_failed(output: RequestOutput, num_tokens: int, cause: str = DAMAGE) -
 
 
 def assert_sound_cache(llm: LLM) -> None:
-    """Asserts that the cache has no non-finite values left."""
-    llm.generate([[1, 2]], SamplingParams(max_new_tokens=1))
+    """Asserts that the cache has no non-finite values left, and that nothing uses it."""
+    llm.generate([[1, 2]], SamplingParams(max_new_tokens=2))
     assert all(cache.isfinite().all() for caches in llm.kv_caches for cache in caches)
+    assert not any(any(scheduler.pool.references) for scheduler in llm.engine.schedulers)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -118,6 +119,28 @@ def test_all_prompts_fail(damaged):
     for output in llm.generate([damaged_prompt(n) for n in (1, 5, 130, 7, 2)], SamplingParams(max_new_tokens=3)):
         assert_failed(output, 0)
     assert_sound_cache(llm)
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_failed_prompt_shares_nothing(runs_ahead, damaged):
+    """Not even the sound prefix that it has found; others that share it, in chunks beside it, are not affected."""
+    params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+    llm = build(damaged, batch_size=4, cache_tokens=16 * BLOCK_SIZE)
+    prefix = sound_prompt(300)
+    failing, others = [*prefix, DAMAGED], [[*prefix, 1], [*prefix, 2], sound_prompt(150)]
+    alone = [output for other in others for output in reset(llm, prefix_cache=False).generate([other], params)]
+    for settings in ({}, {"max_step_tokens": 90, "chunk_tokens": 40}):
+        reset(llm, runs_ahead=runs_ahead, **settings)
+        assert_failed(llm.generate([failing], params)[0], 0)
+        [first] = llm.generate([prefix], params)
+        assert first.error is None and first.num_cached_tokens == 0
+        outputs = llm.generate([others[0], failing, *others[1:]], params)
+        assert [output.num_cached_tokens for output in outputs] == [300, 300, 300, 0]
+        assert_failed(outputs.pop(1), 0)
+        assert ends(outputs) == ends(alone)
+        again = llm.generate(others, params)
+        assert again[0].num_cached_tokens == 0 and ends(again) == ends(alone)
+        assert_sound_cache(llm)
 
 
 @pytest.fixture(scope="module")
@@ -169,17 +192,29 @@ def test_step_after_eos_leaves_a_finite_cache(runs_ahead, text, tmp_path):
     assert_sound_cache(llm)
 
 
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_an_abandoned_run_poisons_nothing(runs_ahead, text, tmp_path):
+def test_an_abandoned_run_poisons_nothing(runs_ahead, text, tmp_path, monkeypatch):
     prompt, token_ids, place = text
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead, batch_size=2)
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (place + 1, 9)]
-    stream = llm.stream([llm.requests([("", prompt)], one)[0] for one in params])
-    next(stream)  # the other one's next token is the failing one
-    if not runs_ahead:
-        llm.engine.step()  # its cache holds NaN now, which nobody has read
+    stream = llm.stream([prompt, prompt], params)
+    while next(stream).finish_reason is None:
+        pass
+    if not runs_ahead:  # else the step is in flight that the other one fails in
+        assert next(stream).token_ids == [token_ids[place]]
+        monkeypatch.setattr(llm.engine.sampler, "sample", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        monkeypatch.undo()
+    assert runs_ahead == bool(llm.engine.in_flight)
+    assert not llm.kv_caches[0][0].isfinite().all()  # which nobody has read
     stream.close()
     assert_sound_cache(llm)
+    assert ends(llm.generate([prompt], params[0])) == [(token_ids[: place + 1], "length")]
 
 
 # Logits
@@ -269,7 +304,7 @@ def test_padding_rows_do_not_corrupt_the_cache(text, tmp_path, monkeypatch):
     prompt, token_ids, place = text
     ops = ReferenceOps(grouped_mm=True)
     ops.graph_recorder = Rerun
-    monkeypatch.setattr(executor.llm, "load_ops", lambda device_type: ops)
+    monkeypatch.setattr("executor.loading.assembly.load_ops", lambda device_type: ops)
     monkeypatch.setattr("executor.engine.graph_runner.UNPADDED", 0)
     settings = {"exe_mode": "graph", "batch_size": 4, "input_max_len": 300, "max_new_tokens": 20}
     llm = build(save(tmp_path, embed(token_ids[place], float("nan"))), runs_ahead=True, **settings)
