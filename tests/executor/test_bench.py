@@ -18,6 +18,7 @@ from executor.bench.peers import state_dict
 from executor.bench.throughput import measure
 from executor.bench.timing import matmul_ceiling, process_age_s, read_ceiling, time_ms
 from executor.config import REPOSITORY
+from executor.engine.model_runner import ModelRunner
 from executor.engine.scheduler import Scheduler
 from ops import DenseWeight, GroupedRows, RouterLogits, Routing, TransposedWeight
 from ops.reference import ReferenceOps
@@ -90,7 +91,7 @@ def test_latency(monkeypatch, tmp_path, capsys):
             ("throughput", "--scenario", "1:2", "100:30", "--batch-size", "2", *SMALL_CACHE),
             "2 sequences of 130 tokens need a cache of 512 tokens, there are 256",
         ),
-        (("kernels", "--batch-size", "--prompt-tokens"), "neither has a size"),
+        (("kernels", "--batch-size", "--prompt-tokens", "--extend"), "none has a size to measure"),
         (("kernels", "--output", "no/such/r.json"), "--output: no/such/r.json cannot be written: No such file"),
         (("throughput", "--output", "/proc/r.json"), "--output: /proc/r.json cannot be written"),
         (("latency", "--plot", "no/such/a.png"), "--plot: no/such/a.png cannot be written"),
@@ -244,20 +245,36 @@ def test_failure_keeps_finished_measurements(monkeypatch, tmp_path, capsys):
 
 def test_throughput_runs_the_reported_batch_size(llm, monkeypatch, capsys):
     """One loaded model runs smaller batches too; a batch larger than the cache is rejected."""
-    running = []
-    start_waiting = Scheduler.start_waiting
-    monkeypatch.setattr(
-        Scheduler, "start_waiting", lambda self: (start_waiting(self), running.append(len(self.running)))[0]
-    )
+    together = []
+    schedule = Scheduler.schedule
+
+    def counting(scheduler, *arguments):
+        batch = schedule(scheduler, *arguments)
+        together.append(len(batch))
+        return batch
+
+    monkeypatch.setattr(Scheduler, "schedule", counting)
     for batch_size in (1, 3, 2):
-        running.clear()
+        together.clear()
         measure(llm, batch_size, num_prompts=2 * batch_size, prompt_tokens=3, new_tokens=4)
-        assert max(running) == batch_size
+        assert max(together) == batch_size
     sizes = ("--scenario", "100:28", "--batch-size", "2", "--set", "model_config.cache_tokens=128")
     assert throughput(monkeypatch, *sizes) == 2
     assert "need a cache of 256 tokens, there are 128" in capsys.readouterr().err
     sizes = ("--scenario", "100:29", "1:40", "--batch-size", "2", *SMALL_CACHE)
     assert throughput(monkeypatch, *sizes) == 0  # the last token is never cached
+
+
+def test_repeated_prompts_are_computed_anew(monkeypatch):
+    """Those of latency and throughput do not come from the prefix cache."""
+    run, steps = ModelRunner.run, []
+    monkeypatch.setattr(
+        ModelRunner, "run", lambda self, batches, unread=None: steps.append(batches) or run(self, batches, unread)
+    )
+    sizes = ("--prompt-tokens", "140", "--new-tokens", "2", "--repeats", "2")
+    assert latency(monkeypatch, *sizes) == 0
+    prompts = [work for [batch] in steps for work in batch if work.num_new > 1]
+    assert len(prompts) >= 3 and all(work.num_computed == 0 and work.num_new == 140 for work in prompts)
 
 
 def test_experts_are_counted_with_a_full_cache(monkeypatch, tmp_path):
