@@ -28,7 +28,7 @@ data_config:
   dataset_path: prompts.json
   input_max_len: 64
   max_new_tokens: 2
-  chat_template: True
+  chat_template: False
 """
 PROMPTS = '["one", "two words"]'
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR) \[rank 0\] ")

@@ -13,7 +13,7 @@ import yaml
 
 from executor.config import SECTIONS, Settings
 from tests.hostile.case import PROMPTS, YAML, Case
-from tests.hostile.named import DEEP, JSONL, LONGBENCH, base_config, safetensors_file, sets, zipped
+from tests.hostile.named import CHAT, DEEP, JSONL, LONGBENCH, base_config, safetensors_file, sets, zipped
 
 Random = random.Random
 KEYS = [key for key in typing.get_type_hints(Settings) if key not in SECTIONS and key != "output_dir"] + [
@@ -25,6 +25,10 @@ NUMBERS += [0.5, -0.0, 1e-9, 1e308, float("nan"), float("inf"), -float("inf")]
 TEXTS = ["", " ", "x", "0", "1e3", "nan", "\ud83d", "\0", "\x1b[31m", "名", "🙂", "\u202e", "a\nb"]
 TEXTS += ["../..", "/", "/etc/passwd", "~nobody_of_that_name/x", "~", "{context}", "{0}", "%s%n", "yarn", "graph"]
 TEXTS += ["a" * 300, "b" * 100_000]
+FOR_FILE = {
+    "generation_config.json": sets("data_config.sampling_from_checkpoint=True"),
+    "tokenizer_config.json": CHAT,
+}
 PIECES = [b"", b"\0", b"\xff", b"[", b"]", b"{", b"}", b'"', b":", b",", b"\n", b"- ", b"*a", b"&a ", b"9" * 400]
 
 
@@ -145,7 +149,7 @@ def safetensors(rng: Random, base: Path) -> Case:
 
 def json_of(name: str) -> Callable[[Random, Path], Case]:
     def make(rng: Random, base: Path) -> Case:
-        arguments = sets("data_config.sampling_from_checkpoint=True") if name.startswith("gen") else ()
+        arguments = FOR_FILE.get(name, ())
         return Case("", {f"checkpoint/{name}": as_json(rng, json.loads((base / name).read_text()))}, arguments)
 
     return make
@@ -155,8 +159,8 @@ def chat_template(rng: Random, base: Path) -> Case:
     tree = json.loads((base / "tokenizer_config.json").read_text())
     template = damaged(rng, tree["chat_template"].encode()).decode("utf-8", "replace")
     if rng.random() < 0.3:
-        return Case("", {"checkpoint/chat_template.jinja": template.encode()})
-    return Case("", {"checkpoint/tokenizer_config.json": json.dumps(tree | {"chat_template": template}).encode()})
+        return Case("", {"checkpoint/chat_template.jinja": template.encode()}, CHAT)
+    return Case("", {"checkpoint/tokenizer_config.json": json.dumps(tree | {"chat_template": template}).encode()}, CHAT)
 
 
 def prompts(rng: Random, base: Path) -> Case:

@@ -16,6 +16,8 @@ DEEP = "[" * 50_000
 HALF = '"\\ud83d"'
 LONG_NAME = "n" * 300
 NESTED_LOOPS = "".join(f"{{% for a{n} in range(9999) %}}" for n in range(9)) + "x" + "{% endfor %}" * 9
+DOUBLED = "{{% set ns = namespace(n=3) %}}{{% for i in range(99) %}}{{% set ns.n = ns.n {} ns.n %}}{{% endfor %}}"
+CHAT = ("--set", "data_config.chat_template=True")
 BOMB = "l0: &l0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
@@ -239,8 +241,11 @@ def texts() -> list[Case]:
         "raise_exception": "{{ raise_exception('no') }}",
         "nested loops": NESTED_LOOPS,
         "a huge text": "{{ 'x' * 1000000000 }}",
-        "a huge power": "{{ 9 ** 9 ** 9 }}",
+        "a huge power": "{{ 9 ** (9 ** 9) }}",
         "a huge repetition": "{{ ('x' * 1000000) * 1000000 }}",
+        "a huge batch": "{{ range(10)|batch(10**9, 'x')|list }}",
+        "a text that doubles": DOUBLED.format("~"),
+        "a number that doubles its digits": DOUBLED.format("*"),
         "an attribute of an attribute": "{{ messages.__class__.__mro__ }}",
         "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "deep": "{% if 1 %}" * 3000,
@@ -248,12 +253,12 @@ def texts() -> list[Case]:
         "nothing": "",
     }
     cases = [
-        Case(f"chat template: {name}", with_json("tokenizer_config.json", chat_template=template))
+        Case(f"chat template: {name}", with_json("tokenizer_config.json", chat_template=template), CHAT)
         for name, template in templates.items()
     ]
     odd = {"a number": 3, "a list": [3], "an object": {"a": 1}, "half a character": "\ud83d"}
     cases += [
-        Case(f"chat template: {name}", with_json("tokenizer_config.json", chat_template=template))
+        Case(f"chat template: {name}", with_json("tokenizer_config.json", chat_template=template), CHAT)
         for name, template in odd.items()
     ]
     prompts = {"half a character": f"[{HALF}]", "a number": "[3]", "an empty list": "[]", "an empty text": '""'}

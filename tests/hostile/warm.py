@@ -90,8 +90,10 @@ def import_all(folder: Path) -> None:
 
     import executor.infer
     import executor.llm  # noqa: F401
+    import executor.loading.chat_template
 
     torch.set_num_threads(1)
+    executor.loading.chat_template.RENDER_TIMEOUT_S = 2.0
     process = os.fork()
     if process == 0:
         place = folder / "first"
