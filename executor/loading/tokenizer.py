@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+PROBED = 16  # characters for each token of the limit, of a text that may be far too long
 # all files that transformers may read for a tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja "
@@ -110,9 +111,18 @@ class Tokenizer:
         return shortened
 
     def tokens_of(self, text: str, name: str, encode: Any) -> list[int]:
-        """Encodes a prompt's text; ValueError if it has no tokens."""
+        """Encodes a prompt's text; ValueError if it has no tokens, or far too many and `long_prompt` is "refuse"."""
         check_text(text, name)
-        with refusing(name, f"tokenizer of {self.model_path}"):
+        problem, limit = f"tokenizer of {self.model_path}", self.input_max_len
+        if self.long_prompt == "refuse" and len(text) > PROBED * limit:  # megabytes would take many seconds
+            with refusing(name, problem):
+                count = len(encode(text[: PROBED * limit]))
+            if count > 2 * limit:  # surely too long, though the last tokens depend on what follows
+                raise ValueError(
+                    f"{name} has more than {count // 2} tokens, data_config.input_max_len is {limit} "
+                    "(data_config.long_prompt: cut would cut it)"
+                )
+        with refusing(name, problem):
             token_ids = encode(text)
         if not token_ids:
             raise ValueError(f"{name} is empty: it has no tokens")

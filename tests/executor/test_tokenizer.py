@@ -75,6 +75,24 @@ def test_limit_is_inclusive(extra, long_prompt, demo_tokenizer, caplog):
     assert ("was cut" in caplog.text) == (extra == 1 and long_prompt == "cut")
 
 
+@pytest.mark.parametrize("unit", ["thou art ", "x", "東京"])
+def test_prompt_that_is_far_too_long_is_refused_by_its_beginning(unit, monkeypatch):
+    tokenizer, encoded = make_tokenizer(100, "refuse"), []
+    encode = tokenizer.tokenizer.encode
+    monkeypatch.setattr(tokenizer.tokenizer, "encode", lambda text: encoded.append(len(text)) or encode(text))
+    with pytest.raises(ValueError, match=r"^prompt 2 of 3 has more than \d+ tokens, data_config.input_max_len is 100 "):
+        tokenizer.encode(unit * 10**6, "prompt 2 of 3")
+    assert encoded == [1600]
+    with pytest.raises(ValueError, match="^the prompt has more than "):
+        tokenizer.encode_chat([{"role": "user", "content": unit * 10**5}])
+
+
+def test_few_tokens_of_many_characters_are_not_refused():
+    words = " " * 10**4 + "a"
+    limit = len(make_tokenizer(10**6).encode(words))
+    assert len(make_tokenizer(limit, "refuse").encode(words)) == limit and len(words) > 16 * limit
+
+
 def test_empty_prompt():
     with pytest.raises(ValueError, match="^the prompt is empty: it has no tokens$"):
         make_tokenizer().encode("")
