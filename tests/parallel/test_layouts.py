@@ -31,10 +31,14 @@ SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 3, "repetition
 
 
 def results_of(folder: str, token_ids: list[int], prompts: list[list[int]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns logits of one sequence, greedy and sampled tokens of several, with batch sizes 1 and 3."""
+    """Returns logits of one sequence, greedy and sampled tokens of several.
+
+    With batch size 1 in whole prompts, with 3 in chunks beside tokens that are decoded; the second time with prefixes.
+    """
     results = {}
     for batch_size in (1, 3):
-        llm = LLM(folder, device="cpu", dtype="float32", batch_size=batch_size, cache_tokens=2048, **settings)
+        chunks = {"max_step_tokens": 60, "chunk_tokens": 37} if batch_size == 3 else {}
+        llm = LLM(folder, device="cpu", dtype="float32", batch_size=batch_size, cache_tokens=2048, **chunks, **settings)
         llm.engine.runs_ahead = batch_size == 3
         for name, sampling in (("greedy", {}), ("sampled", SAMPLED)):
             outputs = llm.generate(prompts, SamplingParams(max_new_tokens=6, ignore_eos=True, **sampling))
@@ -56,6 +60,7 @@ def test_layouts_equal_one_process(world_size, tmp_path):
     token_ids = torch.randint(0, 208, (150,)).tolist()
     prompts = [torch.randint(0, 208, (length,)).tolist() for length in PROMPT_LENGTHS]
     expected = results_of(str(tmp_path), token_ids, prompts, {})
+    assert all(expected[name, 1] == expected[name, 3] for name in ("greedy", "sampled"))
     all_settings = [settings_of(layout, world_size) for layout in LAYOUTS[world_size]]
     for settings in all_settings[::2]:
         settings["sequence_parallel"] = True

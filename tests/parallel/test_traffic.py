@@ -29,7 +29,7 @@ LAYOUTS = [
 ]
 EVEN = CONFIG | {"num_experts": 8, "num_experts_per_tok": 8}  # every token is routed to every expert
 EVEN_LAYOUTS = [(1, 1, 1, 1, False), (2, 1, 1, 1, False), (2, 1, 1, 1, True), (1, 2, 1, 1, False), (2, 4, 1, 1, False)]
-PROMPT_TOKENS = [300, 200, 40]  # assigned to groups round-robin
+PROMPT_TOKENS = [200, 300, 40]  # the group with the least load is always the next one
 NEW_TOKENS = 4
 
 
