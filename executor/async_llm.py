@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asynchronous Python API for servers: requests join and leave the running batch at any time."""
+"""Asynchronous Python API for servers: requests join and leave the running batch at every step."""
 
 import asyncio
 import contextlib
@@ -29,20 +29,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Commands:
-    """What comes from outside between two steps: new requests, cancelled ones, and the end."""
+    """What arrives between two steps: new requests, ids of cancelled ones, and whether to close."""
 
     requests: list[Request]
     cancelled: list[str]
     is_closed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Client:
-    """Receiver of a request's events, in the event loop that asked for it."""
+    """Event queue of a request, in the event loop that submitted it."""
 
     request: Request
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[TokenEvent | BaseException]
+    unfinished: int  # samples whose last event has not been put
 
     def put(self, item: TokenEvent | BaseException) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -52,8 +53,9 @@ class Client:
 class AsyncLLM:
     """A loaded model that serves requests as they come; arguments as for `LLM`.
 
-    The engine runs in a thread. With several ranks, rank 0 serves and sends what comes to the others at step
-    boundaries; there `generate` is not possible, and `close` returns when rank 0 has closed.
+    The engine runs in a thread. With several ranks only rank 0 serves (`is_serving`), and broadcasts requests and
+    cancellations at step boundaries; on the others `generate` raises RuntimeError, and `close` waits until rank 0
+    closes.
 
     Example:
         llm = AsyncLLM("path/of/the/checkpoint", batch_size=8)
@@ -94,10 +96,10 @@ class AsyncLLM:
         that can never run, RuntimeError if the engine has failed or is closed.
         """
         request = self._request(prompt, sampling_params, request_id)
-        client = Client(request, asyncio.get_running_loop(), asyncio.Queue())
+        unfinished = len(request.samples)
+        client = Client(request, asyncio.get_running_loop(), asyncio.Queue(), unfinished)
         self._submit(client)
         texts = {id(sample): TextStream(self.llm.tokenizer, sample.sampling.stop) for sample in request.samples}
-        unfinished = len(request.samples)
         try:
             while unfinished:
                 event = await client.events.get()
@@ -148,7 +150,7 @@ class AsyncLLM:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        """Engine thread: applies what has come, then runs a step, until it is closed or fails."""
+        """Engine thread: applies commands, then runs a step, until it is closed or fails."""
         failure: BaseException = RuntimeError("it was closed")
         try:
             while not self._apply(self._next_commands()):
@@ -165,7 +167,7 @@ class AsyncLLM:
             client.put(failure)
 
     def _next_commands(self) -> Commands:
-        """What came since the last step; waits for something while the engine is idle. The same on every rank."""
+        """Commands since the last step, the same on every rank; blocks while the engine is idle and none have come."""
         commands = Commands([], [])
         if self.is_serving:
             commands = self._drain(wait=not self.llm.engine.has_work)
@@ -176,6 +178,7 @@ class AsyncLLM:
         return pickle.loads(data) if data and not self.is_serving else commands
 
     def _drain(self, wait: bool) -> Commands:
+        """Empties the inbox. wait: blocks until something is in it."""
         requests: list[Request] = []
         cancelled: list[str] = []
         is_closed = False
@@ -191,7 +194,7 @@ class AsyncLLM:
         return Commands(requests, cancelled, is_closed)
 
     def _apply(self, commands: Commands) -> bool:
-        """Adds and cancels requests; returns whether it is the end."""
+        """Adds and cancels requests; returns whether the engine is closed."""
         for request in commands.requests:
             self.llm.engine.add(request.samples)
         for request_id in commands.cancelled:
@@ -201,10 +204,12 @@ class AsyncLLM:
         return commands.is_closed
 
     def _deliver(self, event: TokenEvent) -> None:
+        """Hands an event to its client; forgets the client after the last one of its request."""
         client = self.clients.get(event.sequence.request_id)
         if client is None:
             return
-        if event.is_last and client.request.is_finished:
+        client.unfinished -= event.is_last
+        if not client.unfinished:  # samples may end in one step: `request.is_finished` is then true at the first event
             with self.lock:
                 del self.clients[event.sequence.request_id]
         client.put(event)

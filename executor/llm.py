@@ -2,7 +2,6 @@
 """Python API: `LLM` loads a checkpoint once and generates texts, scores or logits."""
 
 import itertools
-import logging
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from executor.config import Settings, load_settings, settings_from_dict
 from executor.engine.engine import TokenEvent
 from executor.engine.request import Request, not_finite, request_output, stream_chunk
+from executor.engine.request_limits import RequestLimits
 from executor.engine.sampler import make_random
 from executor.engine.sequence import Sequence
 from executor.engine.text_stream import TextStream
@@ -24,10 +24,6 @@ from executor.loading.prompts import Messages, Prompt, conversation_list, prompt
 from executor.outputs import RequestOutput, StreamChunk
 from executor.sampling_params import SamplingParams
 from models.layers.expert_exchange import ExpertExchange
-from models.qwen3_moe.architecture import attention_limit, trained_len
-from ops.step import BLOCK_SIZE, blocks_for
-
-logger = logging.getLogger(__name__)
 
 Params = SamplingParams | list[SamplingParams] | None
 
@@ -93,8 +89,11 @@ class LLM:
         self.model = assembled.model
         self.runner = assembled.runner
         self.engine = assembled.engine
+        self.limits = RequestLimits(
+            config=facts.config, tokenizer=facts.tokenizer, max_len=facts.max_len, num_blocks=loaded.num_blocks
+        )
         self._numbers = itertools.count()
-        self._mailboxes: dict[str, deque[TokenEvent]] = {}  # request id -> events that its client has not taken
+        self._queues: dict[str, deque[TokenEvent]] = {}  # request id -> events that its client has not taken
 
     def generate(
         self, prompts: Prompt | list[Prompt], sampling_params: Params = None, use_tqdm: bool = True
@@ -201,7 +200,7 @@ class LLM:
         request_id: str | None = None,
     ) -> Request:
         """Validates one request; ValueError. name: the prompt in errors."""
-        self._check(token_ids, sampling, name)
+        self.limits.check(token_ids, sampling, name)
         request_id = f"request {next(self._numbers)}" if request_id is None else request_id
         bad_words = [ids for text in sampling.bad_words for ids in self.tokenizer.bad_word_ids(text)]
         samples = [
@@ -220,13 +219,15 @@ class LLM:
         return Request(request_id=request_id, index=index, prompt=prompt, prompt_token_ids=token_ids, samples=samples)
 
     def finished(self, requests: list[Request], spread: bool = False) -> Iterator[tuple[int, RequestOutput]]:
-        """Runs requests; yields (index, output) of each when it finishes. spread: request i runs in DP group i."""
-        for request, _ in self._events(requests, spread):
-            if request.is_finished:
+        """Runs requests; yields (index, output) of each when it finishes. spread: request i in attention DP group i."""
+        unfinished = {request.request_id: len(request.samples) for request in requests}
+        for request, event in self._events(requests, spread):
+            unfinished[request.request_id] -= event.is_last
+            if not unfinished[request.request_id]:
                 yield request.index, self.output(request)
 
     def chunks(self, requests: list[Request]) -> Iterator[StreamChunk]:
-        """Runs requests; yields what is new of each as it comes."""
+        """Runs requests; yields a chunk for each new token."""
         texts = {
             id(sample): TextStream(self.tokenizer, sample.sampling.stop)
             for request in requests
@@ -239,8 +240,8 @@ class LLM:
         """Result of a finished request."""
         return request_output(request, self.tokenizer, self._cause)
 
-    def advance(self) -> None:
-        """Runs one step of the engine and hands the events to the clients."""
+    def _step(self) -> None:
+        """Runs one step of the engine and puts its events into the queues of their requests."""
         try:
             with torch.inference_mode():
                 events = self.engine.step()
@@ -248,32 +249,32 @@ class LLM:
             self.engine.abort()
             raise
         for event in events:
-            mailbox = self._mailboxes.get(event.sequence.request_id)
-            if mailbox is not None:
-                mailbox.append(event)
+            queue = self._queues.get(event.sequence.request_id)
+            if queue is not None:
+                queue.append(event)
 
     def _events(self, requests: list[Request], spread: bool = False) -> Iterator[tuple[Request, TokenEvent]]:
         """Adds requests to the engine and yields their events; cancels what has not finished when it is closed."""
-        mailbox: deque[TokenEvent] = deque()
+        queue: deque[TokenEvent] = deque()
         by_id = {request.request_id: request for request in requests}
         unfinished = sum(len(request.samples) for request in requests)
         try:
             for number, request in enumerate(requests):
-                self._mailboxes[request.request_id] = mailbox
+                self._queues[request.request_id] = queue
                 self.engine.add(request.samples, number if spread else None)
             while unfinished:
-                while not mailbox:
+                while not queue:
                     if not self.engine.has_work:
                         raise RuntimeError("another request's failure has ended this one")
-                    self.advance()
-                event = mailbox.popleft()
+                    self._step()
+                event = queue.popleft()
                 unfinished -= event.is_last
                 yield by_id[event.sequence.request_id], event
         finally:
             for request in requests:
                 if not request.is_finished:
                     self.engine.cancel(request.request_id)
-                self._mailboxes.pop(request.request_id, None)
+                self._queues.pop(request.request_id, None)
 
     def _run_in_order(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         outputs = {}
@@ -285,6 +286,7 @@ class LLM:
         return [outputs[index] for index in range(len(requests))]
 
     def encode(self, prompts: Prompt | list[Prompt]) -> list[tuple[str, list[int]]]:
+        """Encodes prompts: (text, token ids) of each; the text is empty where token ids were given."""
         given = prompt_list(prompts)
         return [
             (prompt, self.tokenizer.encode(prompt, which(index, len(given))))
@@ -303,40 +305,6 @@ class LLM:
         if len(params) != count:
             raise ValueError(f"sampling_params: {len(params)} of them for {count} prompts, must be one for each")
         return list(params)
-
-    def _check(self, token_ids: list[int], sampling: SamplingParams, name: str) -> None:
-        """Checks token ids and sampling parameters against the model, lengths against rotary table and cache."""
-        vocab_size, new_tokens = self.config.vocab_size, sampling.max_new_tokens
-        whole_numbers = all(type(token_id) is int for token_id in token_ids)
-        if not token_ids or not whole_numbers or min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise ValueError(f"{name}: token ids must be at least one, each from 0 to {vocab_size - 1}")
-        if (sampling.stop or sampling.bad_words) and not self.tokenizer.can_decode:
-            key = "stop" if sampling.stop else "bad_words"
-            raise ValueError(f"{key}: this checkpoint has no tokenizer, so that no text can be searched for it")
-        for key in ("logprobs", "prompt_logprobs"):
-            if (getattr(sampling, key) or 0) > vocab_size:
-                raise ValueError(f"{key}: {getattr(sampling, key)} is more than the {vocab_size} tokens of the model")
-        for key in ("logit_bias", "stop_token_ids"):
-            other = [token_id for token_id in getattr(sampling, key) or () if not 0 <= token_id < vocab_size]
-            if other:
-                raise ValueError(f"{key}: token id {other[0]} is not one of the model, from 0 to {vocab_size - 1}")
-        lengths, longest = (
-            f"{name} of {len(token_ids)} tokens and {new_tokens} new ones",
-            len(token_ids) + new_tokens - 1,
-        )
-        if longest > self.max_len:
-            limit = attention_limit(self.config)
-            remedy = "raise data_config.input_max_len or data_config.max_new_tokens"
-            if limit is not None and limit[0] == self.max_len:
-                remedy = f"config.json's {limit[1]} is not supported beyond it"
-            raise ValueError(f"{lengths} is more than {self.max_len}: {remedy}")
-        if blocks_for(longest) > self.num_blocks:
-            raise ValueError(
-                f"{lengths} needs more than the cache's {self.num_blocks * BLOCK_SIZE} tokens: shorten it, or "
-                "raise model_config.cache_tokens or model_config.cache_memory_fraction"
-            )
-        if longest > trained_len(self.config):
-            logger.warning("%s go beyond the %d positions of the checkpoint", lengths, trained_len(self.config))
 
     @property
     def _cause(self) -> str:

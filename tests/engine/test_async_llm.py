@@ -88,16 +88,20 @@ def test_a_closed_iterator_cancels_its_request(llm: AsyncLLM) -> None:
     assert sum(scheduler.pool.references) == 0 and not llm.clients
 
 
-def test_abort_ends_a_stream(llm: AsyncLLM) -> None:
+@pytest.mark.parametrize("num_samples", [1, 3])
+@pytest.mark.parametrize("after", [1, 7])  # chunks: before and after the other samples start
+def test_abort_ends_a_stream(num_samples: int, after: int, llm: AsyncLLM) -> None:
     async def run() -> list[StreamChunk]:
         chunks = []
-        async for chunk in llm.generate(PROMPTS[0], params(max_new_tokens=400), request_id="mine"):
+        async for chunk in llm.generate(PROMPTS[0], params(max_new_tokens=400, n=num_samples), request_id="mine"):
             chunks.append(chunk)
-            llm.abort("mine")
+            if len(chunks) == after:
+                llm.abort("mine")
         return chunks
 
-    chunks = asyncio.run(run())
-    assert chunks[-1].finish_reason == "cancelled" and len(chunks) < 300
+    chunks = asyncio.run(asyncio.wait_for(run(), timeout=60))
+    assert [text_of(chunks, sample)[2] for sample in range(num_samples)] == ["cancelled"] * num_samples
+    assert len(chunks) < 300
     llm.abort("nobody's")
 
 
@@ -156,6 +160,12 @@ def test_samples_of_a_request(llm: AsyncLLM, folder: Path) -> None:
         assert [one.token_id for one in found] == sample.token_ids == [one.token_id for one in sample.logprobs or []]
         for one, other in zip(found, sample.logprobs or [], strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4) and len(one.top) == 2
+
+
+def test_an_output_comes_once_though_its_samples_end_in_one_step(folder: Path) -> None:
+    llm = LLM(folder, **SETTINGS)
+    requests = llm.requests(llm.encode([PROMPTS[0], PROMPTS[2]]), params(1, n=3))
+    assert sorted(index for index, _ in llm.finished(requests)) == [0, 1]
 
 
 def test_stop_strings_never_show(llm: AsyncLLM) -> None:
