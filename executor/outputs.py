@@ -22,9 +22,8 @@ class Completion:
 
     ttft_ms: from the start of the prompt's prefill to the first token. tpot_ms: mean time per token after the first,
     None if there is only one. token_intervals_ms: the times that tpot_ms is the mean of.
-    finish_reason: "stop", "length", "cancelled", or "error" if its logits were not finite: `error` then says at which
-    token and the likely cause, the tokens before it are kept, and ttft_ms is None if there is none.
-    logprobs: per token, if asked for.
+    finish_reason: "stop", "length", "cancelled", or "error" if its logits were not finite or its mask failed: `error`
+    then says why, the tokens before are kept, and ttft_ms is None if there is none. logprobs: per token, if asked for.
     """
 
     index: int
@@ -40,7 +39,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """A finished request; its own text, token_ids and so on are those of the first sample.
+    """A finished request; its text, token_ids and so on are those of the first sample.
 
     num_cached_tokens: prompt tokens found in the prefix cache. prompt_logprobs: per prompt token, if asked for; None
     for the first one.
@@ -87,7 +86,7 @@ class RequestOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamChunk:
-    """What is new of one sample of a prompt: whole characters of text, token ids, log-likelihoods if asked for.
+    """New part of one sample: whole characters of text, token ids, log-likelihoods if asked for.
 
     The texts of a sample's chunks make up its final text. finish_reason is set in its last chunk.
     """

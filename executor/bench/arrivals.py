@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that arrive while others run: throughput, pauses caused by a long prompt, and a prefix found in the cache.
+"""Continuous batching on one rank: throughput of arriving requests, chunked prefill beside decode, prefix cache hits.
 
-throughput: requests that arrive one by one, --interval-ms apart, against the same requests all at once. pauses: the
-times between the tokens of decoding requests before and after a long prompt arrives. prefix: the time to first token
-of a prompt, and of a second one that begins alike; and how many tokens differ with and without cached prefixes, which
-are computed in other shapes. On one rank.
+throughput: requests that arrive --interval-ms apart, against the same number all at once. pauses: inter-token latency
+of decoding requests before and while a long prompt is prefilled. prefix: time to first token of a prompt and of a
+second one with the same prefix; and how many tokens differ with and without cached prefixes, whose steps have other
+shapes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COMPARED_TOKENS = 16  # of outputs with and without a cached prefix
 
 
 def run(command_line: list[str]) -> None:
-    """Measures all three, prints the table and writes the report."""
+    """Measures throughput, pauses and prefix, prints the table and writes the report."""
     arguments = parse(command_line)
     settings = settings_of(arguments)
     if settings.world_size > 1:
@@ -65,7 +65,7 @@ def parse(command_line: list[str]) -> argparse.Namespace:
 
 
 def throughput(llm: LLM, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of requests that arrive one by one, over those of the same requests all at once."""
+    """Tokens per second of requests that arrive over time, and of as many all at once."""
     new_tokens, interval_s = arguments.new_tokens, arguments.interval_ms / 1e3
     found: dict[str, float] = {}
     for name, apart_s, tokens in (("warm-up", 0.0, WARM_UP_TOKENS), ("at once", 0.0, new_tokens)):
@@ -87,7 +87,7 @@ def throughput(llm: LLM, count: int, arguments: argparse.Namespace) -> dict[str,
 
 
 def pauses(llm: LLM, arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Times between tokens of DECODING requests, alone and while a long prompt is computed. name: seeds the prompts."""
+    """Inter-token latency of DECODING requests, alone and beside the prefill of a long prompt. name: seeds prompts."""
     quarter = max(2, arguments.new_tokens // 4)
     decoding = requests(llm, DECODING, arguments.prompt_tokens, arguments.new_tokens, f"decoding {name}")
     [late] = requests(llm, 1, arguments.long_prompt_tokens, 2, f"long {name}")
@@ -124,7 +124,7 @@ def pauses(llm: LLM, arguments: argparse.Namespace, name: str) -> dict[str, Any]
 
 
 def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time to first token of a new prompt, and of one with the same prefix."""
+    """Time to first token without and with a cached prefix, and the tokens that differ between the two."""
     common, *_ = random_prompts(llm, 3, arguments.prefix_tokens)
     tails = random_prompts(llm, 4, arguments.tail_tokens)
     sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
@@ -154,7 +154,7 @@ def prefix(llm: LLM, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def requests(llm: LLM, count: int, prompt_tokens: int, new_tokens: int, name: str) -> list[Request]:
-    """Requests with prompts of their own, so that none finds another's in the cache."""
+    """Requests with random prompts, different for each name, so that none hits the prefix cache."""
     seed = zlib.crc32(f"{name} {count} {prompt_tokens} {new_tokens}".encode())
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(0, llm.config.vocab_size, (count, prompt_tokens), generator=generator).tolist()

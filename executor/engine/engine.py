@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from executor.engine.kv_cache import copy_blocks, zero_blocks
 from executor.engine.launched import Launched, RowResult, launch
+from executor.engine.logits_processors import needs_host_tokens
 from executor.engine.model_runner import Batches, ModelRunner
-from executor.engine.sampler import Sampler, needs_host_tokens
+from executor.engine.sampler import Sampler
 from executor.engine.scheduler import Scheduler
 from executor.engine.sequence import Sequence
 from executor.loading.tokenizer import Tokenizer

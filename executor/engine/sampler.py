@@ -14,11 +14,9 @@ from random import Random
 
 import torch
 
-from executor.engine.logits_processors import LogitsProcessors, SamplingRow, needs_host_tokens
+from executor.engine.logits_processors import LogitsProcessors, SamplingRow
 from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
-
-__all__ = ["Sampled", "Sampler", "SamplingRow", "make_random", "needs_host_tokens", "token_logprobs"]
 
 RANDOM_BITS = 30  # of a random number, and of a probability as an integer: an int32 holds their sum
 TIED = 32  # further candidates: logits from bfloat16 often tie at the last of top_k, and ties are kept

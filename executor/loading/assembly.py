@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From settings to a running engine, in four stages, each of which takes only what the one before returned.
+"""Builds the engine from settings, in four stages, each of which takes only what the one before returned.
 
-`gather_facts` checks the settings against checkpoint and device; `make_plan` decides all that follows from them;
-`load` joins the process groups and fills the memory; `assemble` builds model, runner and engine.
+`gather_facts` checks the settings against checkpoint and device; `make_plan` decides what follows from them; `load`
+joins the process groups, loads the weights and allocates the cache; `assemble` builds model, runner and engine.
 """
 
 import logging
@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Decisions made before other ranks are met."""
+    """Decisions that need no other rank."""
 
     facts: Facts
     dispatch: Any  # fused dispatch and combine of the backend, or None
@@ -95,8 +95,11 @@ class Assembled:
 
 
 def build_engine(settings: Settings, prompts: Sequence[str] = (), fills_memory: bool = False) -> Assembled:
-    """Runs all stages. prompts: all that will run with the settings' sampling, if known: the cache then is no larger
-    than what they can use. Raises ValueError naming what is wrong and what would be right."""
+    """Runs all stages; ValueError naming what is wrong and what would be right.
+
+    prompts: all that will run with the settings' sampling, if known; the cache is then no larger than they can use.
+    fills_memory: the cache takes all of cache_memory_fraction.
+    """
     started_s = time.perf_counter()
     assembled = assemble(load(make_plan(gather_facts(settings, prompts), fills_memory)))
     facts = assembled.loaded.plan.facts
@@ -150,7 +153,7 @@ def gather_facts(settings: Settings, prompts: Sequence[str] = ()) -> Facts:
 
 
 def make_plan(facts: Facts, fills_memory: bool = False) -> Plan:
-    """Decides what does not need other ranks; sets the environment that collectives need. ValueError."""
+    """Decides what needs no other rank; sets the environment that collectives need. ValueError."""
     settings, rope = facts.settings, facts.config.rope_parameters["rope_type"]
     prefix_cache = settings.engine_config.prefix_cache
     if prefix_cache and rope in ("dynamic", "longrope"):
