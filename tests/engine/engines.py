@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models whose output depends on every cached token, and engines that are emptied between tests."""
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def reset(
     engine.abort()
     engine.runs_ahead = runs_ahead
     llm.num_blocks = len(llm.kv_caches[0][0]) - 1 if num_blocks is None else num_blocks
+    llm.limits = dataclasses.replace(llm.limits, num_blocks=llm.num_blocks)
     limits = (max_step_tokens, chunk_tokens, prefix_cache)
     engine.schedulers = [
         Scheduler(BlockPool(llm.num_blocks), -(-batch_size // len(engine.schedulers)), *limits)
