@@ -18,7 +18,7 @@ from executor.engine.request_limits import RequestLimits
 from executor.engine.sampler import make_random
 from executor.engine.sequence import Sequence
 from executor.engine.text_stream import TextStream
-from executor.loading.assembly import Assembled, build_engine, encode_prompt
+from executor.loading.assembly import Assembled, build_engine
 from executor.loading.before_loading import folder_name, store_setting
 from executor.loading.prompts import Messages, Prompt, conversation_list, prompt_list, token_id_list, which
 from executor.outputs import RequestOutput, StreamChunk
@@ -169,13 +169,6 @@ class LLM:
             pass
         logits = torch.cat(requests[self.parallel.attn_dp.index].samples[0].prompt_logits)
         return logits if torch.stack(logits.aminmax()).isfinite().all() else None  # both are NaN if one of them is
-
-    def encode_prompt(self, prompt: str, name: str = "the prompt") -> list[int]:
-        """Encodes a prompt, as a conversation if the settings say so. ValueError for one that cannot be encoded.
-
-        name: the prompt in errors and warnings.
-        """
-        return encode_prompt(self.tokenizer, self.settings, prompt, name)
 
     def exchange(self, is_prefill: bool) -> ExpertExchange:
         """Expert exchange of decode steps, or of all others."""

@@ -236,7 +236,7 @@ def tokenizer_path(settings: Settings, model_path: Path) -> Path:
     return resolve_path(DEMO_PATH)
 
 
-def encode_prompt(tokenizer: Tokenizer, settings: Settings, prompt: str, name: str = "the prompt") -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, settings: Settings, prompt: str, name: str) -> list[int]:
     """Encodes a prompt, as a conversation if the settings say so; ValueError. name: the prompt in errors."""
     if settings.data_config.chat_template:
         return tokenizer.encode_chat([{"role": "user", "content": prompt}], name)

@@ -194,7 +194,7 @@ found["known"] = [llm.num_blocks, process.memory_info().rss - before, output.tex
 del llm
 lift, _ = limit("RLIMIT_AS", process.memory_info().vms, 1000 * MB)
 llm = LLM.from_settings(settings)
-[(_, output)] = llm.finished(llm.requests([(PROMPT, llm.encode_prompt(PROMPT))]))
+[(_, output)] = llm.finished(llm.requests(llm.encode(PROMPT)))
 found["unknown"] = [sum(t.nbytes for layer in llm.kv_caches for t in layer), output.text]
 print(json.dumps(found))
 """
