@@ -201,7 +201,6 @@ class LLM:
                 request_id=request_id,
                 index=index,
                 sample=sample,
-                prompt=prompt,
                 prompt_token_ids=token_ids,
                 sampling=sampling,
                 random=make_random(sampling, sample),

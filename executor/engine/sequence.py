@@ -22,7 +22,6 @@ class Sequence:
     request_id: str
     index: int = 0  # of the prompt among those of one call
     sample: int = 0  # of the request's `n`
-    prompt: str = ""
     prompt_token_ids: list[int]
     sampling: SamplingParams
     random: Random | None = None  # None for greedy decoding
