@@ -15,6 +15,7 @@ from executor import LLM, SamplingParams  # noqa: E402
 from ops.cuda import CudaOps, tiles  # noqa: E402
 from ops.cuda.triton_internals import COMPILES_NARROW_DOT  # noqa: E402
 from tests.checkpoints import make_checkpoint, make_model, reference_logits, rounded  # noqa: E402
+from tests.engine.engines import reset  # noqa: E402
 from tests.logits import decode_logits, relative_error  # noqa: E402
 
 KERNELS = {
@@ -64,10 +65,10 @@ def programs_of_many_rows(monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(name, tmp_path, monkeypatch):
-    """Prefill and decode, one sequence and several."""
+    """Prefill and decode, one sequence and several; chunks of a prompt."""
     config, lengths, seed = MODELS[name]
     reference = rounded(make_checkpoint(tmp_path, seed, **config), torch.float16)
-    monkeypatch.setattr("executor.llm.load_ops", lambda device_type: CudaOps())
+    monkeypatch.setattr("executor.loading.assembly.load_ops", lambda device_type: CudaOps())
     llm = LLM(
         tmp_path,
         "cuda" if ON_GPU else "cpu",
@@ -75,6 +76,7 @@ def test_logits_equal_transformers(name, tmp_path, monkeypatch):
         input_max_len=max(lengths),
         max_new_tokens=NEW_TOKENS,
         batch_size=len(lengths),
+        prefix_cache=False,
     )
     torch.manual_seed(seed)
     prompts = [torch.randint(0, llm.config.vocab_size, (length,)).tolist() for length in lengths]
@@ -89,25 +91,28 @@ def test_logits_equal_transformers(name, tmp_path, monkeypatch):
     if name == "odd_widths" and COMPILES_NARROW_DOT:
         assert {"MatmulCall", "NormMatmulCall"} <= bound
     longest = max(sequences, key=len)
-    assert relative_error(llm.logits(longest), reference_logits(reference, longest)) < TOLERANCE
+    expected = reference_logits(reference, longest)
+    for max_step_tokens in (len(longest), len(longest) * 3 // 4):  # the second time, a chunk on cached context
+        reset(llm, max_step_tokens=max_step_tokens)
+        assert relative_error(llm.logits(longest), expected) < TOLERANCE
 
 
 def test_a_prompt_that_fails_changes_no_other(tmp_path, monkeypatch):
-    """Its neighbours in a packed prefill and in decode steps get the tokens they get alone, and so do later prompts."""
+    """Its neighbours in packed prefills, chunks and decode steps get the tokens they get alone, as do later prompts."""
     damaged, config = 7, KERNELS_FOR_ALL | CHOOSING | {"num_experts": 6}  # no power of two
     model = make_model(5, **config)
     with torch.no_grad():
         model.model.embed_tokens.weight[damaged] = float("nan")
         model.lm_head.weight[damaged] = 0
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr("executor.llm.load_ops", lambda device_type: CudaOps())
+    monkeypatch.setattr("executor.loading.assembly.load_ops", lambda device_type: CudaOps())
     settings = {"dtype": "float16", "input_max_len": 64, "max_new_tokens": NEW_TOKENS, "batch_size": 3}
     llm = LLM(tmp_path, "cuda" if ON_GPU else "cpu", cache_tokens=384, **settings)
-    llm.engine.runs_ahead = True
     params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     torch.manual_seed(5)
     prompts = [torch.randint(8, llm.config.vocab_size, (length,)).tolist() for length in (3, 9, 5)]
     alone = [llm.generate([prompt], params)[0].token_ids for prompt in prompts]
+    reset(llm, batch_size=3, max_step_tokens=12, runs_ahead=True)  # the second prompt is not computed at once
     found = llm.generate([prompts[0], [20, damaged, 30, 40], *prompts[1:]], params)
     assert [output.finish_reason for output in found] == ["length", "error", "length", "length"]
     assert [output.token_ids for output in found] == [alone[0], [], *alone[1:]]

@@ -12,6 +12,7 @@ from executor.engine.model_runner import ModelRunner
 from executor.llm import LLM
 from executor.sampling_params import SamplingParams
 from tests.checkpoints import reference_logits
+from tests.engine.engines import reset
 from tests.logits import decode_logits, relative_error
 from tests.parallel.ranks import run_ranks, settings_of
 
@@ -45,19 +46,30 @@ def exact_logits(sequences: list[list[int]]) -> tuple[list[torch.Tensor], float]
 
 @pytest.mark.parametrize("exe_mode", MODES)
 def test_logits_of_the_demo(exe_mode):
-    """Prefill and decode, each text alone and all at once."""
+    """Prefill, decode and chunks, each text alone and all at once."""
     new_tokens = 24
-    llm = LLM(DEMO, "cuda", exe_mode=exe_mode, input_max_len=512, max_new_tokens=new_tokens, batch_size=4)
+    llm = LLM(
+        DEMO,
+        "cuda",
+        exe_mode=exe_mode,
+        input_max_len=512,
+        max_new_tokens=new_tokens,
+        batch_size=4,
+        prefix_cache=False,
+    )
     prompts = texts(llm)
     assert [len(prompt) for prompt in prompts] == TEXT_LENGTHS
     alone = [decode_logits(llm, [prompt], new_tokens) for prompt in prompts]
     together = decode_logits(llm, prompts, new_tokens)
     sequences = [sequence for [sequence], _ in alone] + together[0]
     decoded = torch.cat([logits for _, [logits] in alone] + together[1])
-    prefilled = torch.cat([llm.logits(sequence) for sequence in sequences])
     exact, their_error = exact_logits(sequences)
     in_decode = torch.cat([logits[-new_tokens:-1] for logits in exact])
-    errors = {"prefill": relative_error(prefilled, torch.cat(exact)), "decode": relative_error(decoded, in_decode)}
+    errors = {"decode": relative_error(decoded, in_decode)}
+    for name, max_step_tokens in (("prefill", 8192), ("chunks", 50)):
+        reset(llm, max_step_tokens=max_step_tokens)
+        found = torch.cat([llm.logits(sequence) for sequence in sequences])
+        errors[name] = relative_error(found, torch.cat(exact))
     print(f"\n{exe_mode}: relative errors {errors}, transformers {their_error}")
     assert max(errors.values()) <= MORE_THAN_TRANSFORMERS * their_error
 
@@ -68,7 +80,7 @@ def results_of_layouts(new_tokens: int) -> dict[tuple, tuple[list[list[int]], li
     for layout, sizes in LAYOUTS.items():
         for exe_mode in MODES:
             settings = {"exe_mode": exe_mode, "input_max_len": 512, "batch_size": 4, "cache_tokens": 4096}
-            llm = LLM(DEMO, "cuda", **settings, **settings_of(sizes, world_size=2))
+            llm = LLM(DEMO, "cuda", prefix_cache=False, **settings, **settings_of(sizes, world_size=2))
             prompts = texts(llm)
             for batch in (prompts[:1], prompts):
                 results[layout, len(batch), exe_mode] = decode_logits(llm, batch, new_tokens)
@@ -112,9 +124,10 @@ def test_eager_and_graph_choose_the_same_tokens(model_path, prompt_tokens):
         input_max_len=max(prompt_tokens),
         max_new_tokens=new_tokens,
         batch_size=16,
+        prefix_cache=False,
     )
     assert 12 not in llm.runner.graphs
-    eager = ModelRunner(llm.model, llm.kv_caches, llm.parallel, False, llm.device)
+    eager = ModelRunner(llm.model, llm.kv_caches, llm.parallel, False, llm.device, 16, llm.max_len)
     generator = torch.Generator().manual_seed(0)
     for length in prompt_tokens:
         for batch_size in (1, 2, 3, 4, 5, 8, 12) if length == prompt_tokens[0] else (1, 4):
@@ -126,3 +139,22 @@ def test_eager_and_graph_choose_the_same_tokens(model_path, prompt_tokens):
                 tokens.append([output.token_ids for output in outputs])
             assert tokens[0] == tokens[1], (length, batch_size)
             assert len({tuple(row) for row in tokens[0]}) == batch_size  # distinct prompts, so distinct outputs
+
+
+@pytest.mark.parametrize("exe_mode", MODES)
+def test_requests_beside_each_other(exe_mode):
+    """Chunks beside decode tokens, prefixes, a step ahead: each chosen token is the most likely one, or nearly so."""
+    llm = LLM(DEMO, "cuda", exe_mode=exe_mode, input_max_len=512, max_new_tokens=32, batch_size=4, cache_tokens=4096)
+    assert llm.engine.runs_ahead
+    reset(llm, batch_size=3, max_step_tokens=100, chunk_tokens=40, runs_ahead=True)
+    prompts = texts(llm) * 2
+    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=32, ignore_eos=True))
+    assert sum(output.num_cached_tokens for output in outputs) > sum(TEXT_LENGTHS) - 20 * len(TEXT_LENGTHS)
+    assert not any(llm.engine.schedulers[0].pool.references)
+    sequences = [prompt + output.token_ids for prompt, output in zip(prompts, outputs, strict=True)]
+    exact, theirs = (transformers_logits(dtype, sequences) for dtype in (torch.float32, torch.bfloat16))
+    their_error = max((one - other).abs().max() for one, other in zip(exact, theirs, strict=True))
+    for prompt, output, logits in zip(prompts, outputs, exact, strict=True):
+        rows = logits[len(prompt) - 1 : -1]
+        chosen = rows.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
+        assert (rows.amax(-1) - chosen).max() <= 2 * MORE_THAN_TRANSFORMERS * their_error
