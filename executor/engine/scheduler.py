@@ -110,11 +110,16 @@ class Scheduler:
             self.release(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """Frees the blocks of a sequence that no step in flight uses."""
-        is_unverified = sequence.num_computed > sequence.num_verified
-        if self.prefix_cache and not (sequence.is_suspect or is_unverified):
+        """Frees the blocks of a sequence that no step in flight uses; those not verified may hold NaN."""
+        num_sound = len(sequence.blocks)
+        if sequence.is_suspect:
+            num_sound = 0
+        elif sequence.num_computed > sequence.num_verified:
+            num_sound = sequence.num_verified // BLOCK_SIZE
+        elif self.prefix_cache:
             self._register_last(sequence)
-        self.pool.release(sequence.blocks, suspect=sequence.is_suspect or is_unverified)
+        self.pool.release(sequence.blocks[num_sound:], suspect=True)
+        self.pool.release(sequence.blocks[:num_sound])
         sequence.blocks = []
         sequence.num_computed = sequence.num_verified = sequence.num_registered = 0
 
@@ -150,13 +155,17 @@ class Scheduler:
         once.
         """
         cached, source, num_copied = self._find_cached(sequence)
-        held = cached if source is None else [*cached, source]
-        self.pool.share(held)
+        self.pool.share(cached)
         reserve = sum(len(other.blocks) < blocks_for(other.max_len) for other in self.running)
         needed = blocks_for(sequence.length) - len(cached)
         if needed + reserve > self.pool.num_free:
-            self.pool.release(held)
+            self.pool.release(cached)
             return False
+        if source is not None:
+            self.pool.share([source])
+            if needed > self.pool.num_free:  # it is one of those that are needed
+                self.pool.release([source])
+                source, num_copied = None, 0
         taken = self.pool.allocate(needed) or []
         if source is not None:
             self.pool.copies.append((source, taken[0]))

@@ -9,9 +9,8 @@ import torch
 
 from executor import LLM, SamplingParams
 from executor.engine.block_table import BlockTable
-from executor.engine.decode_inputs import DecodeInputs
+from executor.engine.decode_inputs import DecodeInputs, Unread
 from executor.engine.graph_runner import graph_sizes
-from executor.engine.model_runner import Unread
 from executor.engine.scheduler import Scheduled
 from executor.engine.sequence import Sequence
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout, block_table_of, blocks_for, step_inputs
