@@ -305,7 +305,10 @@ def random_run(num_groups: int, runs_ahead: bool) -> tuple[Simulated, list[Seque
     for _ in range(20):
         prompt = random.choice([[], *prefixes]) + random_tokens(random.choice([1, 2, 40, 127, 128, 129]))
         special = {random.randrange(30): random.choice([END, NOT_FINITE])} if random.random() < 0.4 else None
-        samples = run.add(prompt, random.choice([1, 2, 30, 200]), special, n=random.choice([1, 1, 1, 3]))
+        new_tokens = random.choice([1, 2, 30, 200])
+        if random.random() < 0.1:  # all blocks are needed for the prompt
+            prompt, new_tokens = prompt + random_tokens(run.num_blocks * BLOCK_SIZE - len(prompt)), 1
+        samples = run.add(prompt, new_tokens, special, n=random.choice([1, 1, 1, 3]))
         added += samples if isinstance(samples, list) else [samples]
         for _ in range(random.choice([0, 0, 1, 5, 30])):
             run.engine.step()
