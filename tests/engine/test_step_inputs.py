@@ -59,6 +59,8 @@ def test_kinds_of_steps() -> None:
         kinds[name] = step.is_decode, step.starts_fresh
     assert kinds["d"] == (True, False) and kinds["p"] == kinds["pp"] == (False, True)
     assert kinds["c"] == kinds["dp"] == (False, False)
+    for one_of_a_prompt in (Span(5, 1, [1], 9), Span(0, 1, [1], 9)):
+        assert not step_inputs([decode, one_of_a_prompt], [[1], [2]], CPU)[1].is_decode
     single = step_inputs([Span(0, 1, [1], 1)], [[3]], CPU)[1]
     assert (single.is_decode, single.starts_fresh) == (False, True)
     stated = step_inputs([decode], [[1]], CPU, is_decode=False, dp_num_tokens=[1, 7], sequence_parallel=True)[1]
