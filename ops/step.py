@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 BLOCK_SIZE = 128  # tokens per cache block; suits the paged attention of every backend
-NULL_BLOCK = 0  # reserved padding block: padding rows write to it, unused block table entries point to it
+NULL_BLOCK = 0  # reserved padding block, to which padding rows write
 
 
 def blocks_for(num_tokens: int) -> int:
@@ -35,7 +35,7 @@ class StepMetadata:
     starts_fresh: bool  # no sequence of this rank has cached tokens: attention needs no cache read
     positions: torch.Tensor  # [T] int64, position of each token in its sequence
     slot_mapping: torch.Tensor  # [T] int64, cache slot of each token: block * S + offset
-    block_table: torch.Tensor  # [B, max_blocks] int32, contiguous in a row; unused entries are NULL_BLOCK
+    block_table: torch.Tensor  # [B, max_blocks] int32, contiguous in a row; unused entries are any block's
     query_starts: torch.Tensor  # [B + 1] int64, first row of each sequence along T; the last is T
     seq_lens: torch.Tensor  # [B] int64, tokens of each sequence including those of this step
     query_lens_list: list[int]  # [B], new tokens of each sequence

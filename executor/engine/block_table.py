@@ -3,6 +3,7 @@
 
 import torch
 
+from executor.engine.transfer import to_device
 from ops.step import NULL_BLOCK, Span, blocks_for
 
 
@@ -36,6 +37,6 @@ class BlockTable:
                 entries.extend(span.blocks[count:needed])
                 self.written[row] = span.blocks, needed
         if indices:
-            changes = torch.tensor([indices, entries]).to(self.table.device)
+            changes = to_device(torch.tensor([indices, entries]), self.table.device)
             self.table.view(-1)[changes[0]] = changes[1].int()
         return self.table[: len(spans), :width]

@@ -7,6 +7,7 @@ import torch
 
 from executor.engine.block_table import BlockTable
 from executor.engine.scheduler import Batch
+from executor.engine.transfer import to_device
 from ops import StepMetadata
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout
 
@@ -81,7 +82,7 @@ class DecodeInputs:
         if rows == sources == list(range(len(batch))):
             self.token_ids[: len(batch)] = unread.token_ids[: len(batch)]
         elif rows:
-            index = torch.tensor([rows, sources]).to(self.token_ids.device)
+            index = to_device(torch.tensor([rows, sources]), self.token_ids.device)
             self.token_ids[index[0]] = unread.token_ids[index[1]].long()
         if rows and rows[0] == 0 and self.num_rows > len(batch):
             self.token_ids[len(batch) :] = self.token_ids[:1]

@@ -187,8 +187,7 @@ class Engine:
                     token_id = result.token_id if result.is_finite else None
                     position = len(sequence.token_ids) - (token_id is not None)
                     events.append(TokenEvent(sequence, token_id, position, sequence.finish_reason is not None))
-                    for sibling in self.siblings.pop(id(sequence), []):
-                        scheduler.add(sibling)
+                    scheduler.add_first(self.siblings.pop(id(sequence), []))
         self._retire(self.in_flight.popleft())
         return events
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from executor.engine.transfer import to_device
 from executor.sampling_params import Mask, SamplingParams
 from executor.utils.text import one_line
 from models.layers.lm_head import ShardedLogits
@@ -76,7 +77,7 @@ class Shard:
 
     def tensor(self, values: list[int]) -> torch.Tensor:
         """int64 on the device."""
-        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
 class LogitsProcessors:
@@ -154,7 +155,7 @@ class LogitsProcessors:
         part = slice(self.shard.first_id, self.shard.first_id + self.shard.size)
         everything = torch.ones(self.shard.vocab_size, dtype=torch.bool)
         parts = [(everything if mask is None else mask)[part] for mask in masks]
-        return torch.stack(parts).to(self.shard.device, non_blocking=True)
+        return to_device(torch.stack(parts), self.shard.device)
 
 
 class Penalties:

@@ -15,6 +15,7 @@ from random import Random
 import torch
 
 from executor.engine.logits_processors import LogitsProcessors, SamplingRow
+from executor.engine.transfer import to_device
 from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
 
@@ -159,7 +160,7 @@ class Filters:
         for index, row in self.rows:
             assert row.random is not None, "a sampled row has random numbers"
             numbers[index] = int(row.random.random() * 2**RANDOM_BITS)
-        return torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+        return to_device(torch.tensor(numbers, dtype=torch.int64), self.device)
 
 
 def token_logprobs(

@@ -80,6 +80,10 @@ class Scheduler:
         assert blocks_for(sequence.max_len) <= self.pool.num_blocks, "it would wait for ever"
         self.waiting.append(sequence)
 
+    def add_first(self, sequences: list[Sequence]) -> None:
+        """Queues sequences of a request that came before those that wait."""
+        self.waiting.extendleft(reversed(sequences))
+
     def schedule(self, others_decode: bool, may_preempt: bool) -> Batch | None:
         """Selects the tokens of the next step and allocates their blocks.
 
