@@ -3,8 +3,8 @@
 
 import asyncio
 import contextlib
+import json
 import logging
-import pickle
 import queue
 import threading
 from collections.abc import AsyncIterator
@@ -133,10 +133,7 @@ class AsyncLLM:
         if not isinstance(sampling, SamplingParams):
             raise TypeError(f"sampling_params: expected a SamplingParams, got a {type(sampling).__name__}")
         if self.channel is not None and sampling.mask is not None:
-            try:
-                pickle.dumps(sampling.mask)
-            except Exception as error:  # whatever the object's own pickling raises
-                raise ValueError(f"mask: cannot be sent to the other ranks: {error}") from None
+            raise ValueError("mask: only possible on one rank, a function cannot be sent to the others")
         return self.llm.request(text, token_ids, sampling, request_id=request_id)
 
     def _submit(self, client: Client) -> None:
@@ -173,9 +170,20 @@ class AsyncLLM:
             commands = self._drain(wait=not self.llm.engine.has_work)
         if self.channel is None:
             return commands
-        is_empty = commands == Commands([], [])
-        data = self.channel.broadcast(b"" if is_empty else pickle.dumps(commands))
-        return pickle.loads(data) if data and not self.is_serving else commands
+        data = self.channel.broadcast(b"" if commands == Commands([], []) else to_json(commands))
+        return commands if self.is_serving or not data else self._from_json(data)
+
+    def _from_json(self, data: bytes) -> Commands:
+        """Commands of rank 0."""
+        sent = json.loads(data)
+        requests = []
+        for one in sent["requests"]:
+            sampling = one["sampling"]
+            if sampling["logit_bias"] is not None:
+                sampling["logit_bias"] = {int(token_id): bias for token_id, bias in sampling["logit_bias"].items()}
+            params = SamplingParams(**sampling)
+            requests.append(self.llm.request("", one["token_ids"], params, request_id=one["request_id"]))
+        return Commands(requests, sent["cancelled"], sent["is_closed"])
 
     def _drain(self, wait: bool) -> Commands:
         """Empties the inbox. wait: blocks until something is in it."""
@@ -213,3 +221,13 @@ class AsyncLLM:
             with self.lock:
                 del self.clients[event.sequence.request_id]
         client.put(event)
+
+
+def to_json(commands: Commands) -> bytes:
+    """Commands for the other ranks, which tokenise bad words and draw random numbers themselves."""
+    requests = []
+    for request in commands.requests:
+        sampling = vars(request.samples[0].sampling) | {"mask": None}
+        requests.append({"request_id": request.request_id, "token_ids": request.prompt_token_ids, "sampling": sampling})
+    sent = {"requests": requests, "cancelled": commands.cancelled, "is_closed": commands.is_closed}
+    return json.dumps(sent).encode()

@@ -21,9 +21,10 @@ ruff_status=0
 if "$PYTHON" -c 'import ruff' 2>/dev/null; then
     "$PYTHON" -m ruff check --quiet . || ruff_status=$?
 fi
-mypy_status=0
+findings='' mypy_status=0
 if (($# == 0)) && "$PYTHON" -c 'import mypy' 2>/dev/null; then
-    "$PYTHON" -m mypy --no-error-summary || mypy_status=$?
+    findings="$(mktemp)"
+    "$PYTHON" -m mypy --no-error-summary >"$findings" 2>&1 & # a minute, beside the tests
 fi
 
 workers=()
@@ -32,10 +33,15 @@ if [[ "$*" != *no:xdist* ]] && "$PYTHON" -c 'import xdist' 2>/dev/null; then
 fi
 pytest_status=0
 "$PYTHON" -m pytest ${workers[@]+"${workers[@]}"} "$@" || pytest_status=$?
+if [[ -n "$findings" ]]; then
+    wait $! || mypy_status=$?
+    cat "$findings" >&2
+    rm "$findings"
+fi
 if ((ruff_status != 0)); then
     echo "ruff check failed: its findings are above the tests" >&2
 fi
 if ((mypy_status != 0)); then
-    echo "mypy failed: its findings are above the tests" >&2
+    echo "mypy failed: its findings are above" >&2
 fi
 exit $((pytest_status != 0 ? pytest_status : ruff_status != 0 ? ruff_status : mypy_status))

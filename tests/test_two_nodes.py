@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import ENDS_WITHIN_S, LONG, STARTS_WITHIN_S, Job, wait_for
+from tests.jobs import ENDS_WITHIN_S, LONG, STARTS_WITHIN_S, TWO_RANKS, Job, wait_for
 
+pytestmark = pytest.mark.xdist_group("jobs")
 FOUR_RANKS = ("world_size=4", "model_config.dtype=float32", "parallel_config.attn_tp_size=4")
-TENSOR_PARALLEL = (*FOUR_RANKS, "parallel_config.moe_tp_size=4")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -98,7 +98,8 @@ def assert_ends(jobs: tuple[Job, Job], code: int, lines: tuple[str, str], timeou
 
 
 def test_tokens_equal_one_process(node, tmp_path: Path) -> None:
-    jobs = node(0, *TENSOR_PARALLEL), node(1, *TENSOR_PARALLEL)
+    settings = (*FOUR_RANKS, "parallel_config.moe_tp_size=4")
+    jobs = node(0, *settings), node(1, *settings)
     assert [job.end(STARTS_WITHIN_S) for job in jobs] == [0, 0], jobs[0].text + jobs[1].text
     with Job(tmp_path / "one", "model_config.dtype=float32", options=("--output", str(tmp_path / "one.jsonl"))) as one:
         assert one.end(STARTS_WITHIN_S) == 0, one.text
@@ -116,7 +117,7 @@ def test_tokens_equal_one_process(node, tmp_path: Path) -> None:
 
 
 def test_cut_cable(cable: Cable, node) -> None:
-    jobs = node(0, *FOUR_RANKS, *LONG), node(1, *FOUR_RANKS, *LONG)
+    jobs = node(0, *TWO_RANKS, *LONG), node(1, *TWO_RANKS, *LONG)
     jobs[0].wait_until_decoding()
     for job, address in zip(jobs, ADDRESSES, strict=True):
         assert set(job.listening_at()) == {address}  # no other interface, and not 0.0.0.0
@@ -127,16 +128,15 @@ def test_cut_cable(cable: Cable, node) -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_killed_rank_is_named_on_both_nodes(node, index: int) -> None:
-    jobs = node(0, *TENSOR_PARALLEL, *LONG), node(1, *TENSOR_PARALLEL, *LONG)
+    jobs = node(0, *TWO_RANKS, *LONG), node(1, *TWO_RANKS, *LONG)
     jobs[0].wait_until_decoding()
-    rank = 3 if index else 1
-    os.kill(jobs[index].ranks()[rank], signal.SIGKILL)
-    line = f"rank {rank} on node {index} ({ADDRESSES[index]}): killed by SIGKILL (out of memory?)"
+    os.kill(jobs[index].ranks()[index], signal.SIGKILL)
+    line = f"rank {index} on node {index} ({ADDRESSES[index]}): killed by SIGKILL (out of memory?)"
     assert_ends(jobs, 1, (line, line))
 
 
 def test_killed_launcher_of_node_0(node) -> None:
-    jobs = node(0, *TENSOR_PARALLEL, *LONG), node(1, *TENSOR_PARALLEL, *LONG)
+    jobs = node(0, *TWO_RANKS, *LONG), node(1, *TWO_RANKS, *LONG)
     jobs[0].wait_until_decoding()
     jobs[0].process.send_signal(signal.SIGKILL)
     assert jobs[1].end(ENDS_WITHIN_S) == 1

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import json
 import os
-import pickle
 import resource
 import signal
 import subprocess
@@ -43,10 +42,10 @@ class TemplateProcess:
     def render(self, timeout_s: float, template: str, variables: dict[str, Any], max_len: int) -> tuple[str, float]:
         """Renders `template` with `variables`; returns the text and the seconds that it took.
 
-        Raises TimeoutError, MemoryError, RecursionError, and ValueError for any other error of the template or more
-        than `max_len` characters.
+        Raises TypeError for variables that JSON cannot hold, TimeoutError, MemoryError, RecursionError, and ValueError
+        for any other error of the template or more than `max_len` characters.
         """
-        request = pickle.dumps((timeout_s, template, variables, max_len))
+        request = json.dumps([timeout_s, template, variables, max_len]).encode()
         with self.lock:
             process = self._running()
             line = b""
@@ -96,7 +95,7 @@ def serve() -> None:
         request = sys.stdin.buffer.read(int.from_bytes(length, "big"))
         started_s = time.monotonic()
         try:
-            timeout_s, *arguments = pickle.loads(request)
+            timeout_s, *arguments = json.loads(request)
             signal.setitimer(signal.ITIMER_REAL, timeout_s)  # SIGALRM ends the process, even within one operation
             answer = {"text": rendered(*arguments)}
         except Exception as error:

@@ -36,7 +36,7 @@ def setup_logging(level: str, rank: int, file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(formatter)
     logging.basicConfig(level=level, handlers=handlers, force=True)
-    for chatty in ("transformers", "datasets", "urllib3", "filelock", "fsspec", "httpx", "torch_npu"):
+    for chatty in ("transformers", "datasets", "urllib3", "filelock", "fsspec", "httpx", "torch", "torch_npu"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
 
 

@@ -248,6 +248,7 @@ def serve(folder: str, settings: dict[str, Any], samplings: list[SamplingParams]
 @pytest.mark.parametrize("layout", [(2, 1, 1, 1), (1, 1, 1, 1)], ids=["tp", "dp"])
 def test_rank_0_serves_and_the_others_follow(layout: tuple[int, int, int, int], folder: Path, tmp_path: Path) -> None:
     samplings = [params(number, max_new_tokens=12 + 5 * number) for number in range(len(PROMPTS))]
+    samplings[1] = params(1, logit_bias={7: 5.0, 900: -100.0}, stop_token_ids=(3,), bad_words=("the",), min_tokens=2)
     ranks = run_ranks(2, serve, tmp_path, str(folder), settings_of(layout, 2), samplings)
     assert ranks[0][0] == expected(folder, samplings)
     assert ranks[0][1] < 0.5  # of the second in which nothing came

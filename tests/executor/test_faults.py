@@ -3,13 +3,13 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.jobs import LONG, STARTS_WITHIN_S, TWO_RANKS, Job, wait_for
 
+pytestmark = pytest.mark.xdist_group("jobs")
 NO_MEMORY = r"""
 import os
 if os.environ.get("RANK") == "1":
@@ -94,18 +94,6 @@ def test_rejection_by_a_rank_leaves_no_files(tmp_path: Path) -> None:
         assert job.end(STARTS_WITHIN_S) == 2
         assert job.last_line.startswith("error: rank 0 on node 0 (127.0.0.1): --output: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["terminal"]
-
-
-def test_ranks_import_nothing_from_the_current_folder(tmp_path: Path) -> None:
-    python = tmp_path / "python"  # like Python 3.10, which ignores the variable
-    python.write_text(f'#!/bin/sh\nunset PYTHONSAFEPATH\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    for name in ("random", "re", "runpy", "executor"):
-        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r})\n")
-    settings = (*TWO_RANKS, f"output_dir={tmp_path / 'results'}", "data_config.max_new_tokens=1")
-    with Job(tmp_path / "terminal", *settings, folder=tmp_path, PYTHON=str(python)) as job:
-        assert job.end(STARTS_WITHIN_S) == 0, job.text
-    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize(

@@ -183,18 +183,18 @@ def longbench(rng: Random, base: Path) -> Case:
 
 
 FAMILIES: dict[str, tuple[int, Callable[[Random, Path], Case]]] = {
-    "YAML values": (200, yaml_values),
-    "YAML structure": (120, yaml_structure),
-    "--set": (180, override),
-    "config.json": (160, config),
-    "safetensors": (100, safetensors),
-    "index": (60, json_of("model.safetensors.index.json")),
+    "YAML values": (160, yaml_values),
+    "YAML structure": (100, yaml_structure),
+    "--set": (140, override),
+    "config.json": (140, config),
+    "safetensors": (90, safetensors),
+    "index": (50, json_of("model.safetensors.index.json")),
     "tokenizer.json": (50, json_of("tokenizer.json")),
     "tokenizer_config.json": (50, json_of("tokenizer_config.json")),
-    "generation_config.json": (60, json_of("generation_config.json")),
+    "generation_config.json": (50, json_of("generation_config.json")),
     "chat template": (40, chat_template),
-    "prompts": (80, prompts),
-    "LongBench": (80, longbench),
+    "prompts": (70, prompts),
+    "LongBench": (60, longbench),
 }
 
 

@@ -152,12 +152,13 @@ def test_user_folders_stay_in_pythonpath(repo: Path, tmp_path: Path) -> None:
     assert "LD_LIBRARY_PATH" not in started(infer(repo)) or os.environ.get("LD_LIBRARY_PATH")
 
 
-def test_multi_rank_job_in_a_folder_of_traps(tmp_path: Path) -> None:
-    """The real launcher and ranks, with all their imports."""
+def test_multi_rank_job_in_a_folder_of_traps(tmp_path: Path, old_python: Path) -> None:
+    """The real launcher and ranks, with all their imports, without PYTHONSAFEPATH."""
     traps = set_traps(tmp_path / "shared")
     sizes = ("world_size=2", "parallel_config.attn_tp_size=2", "parallel_config.moe_tp_size=2")
     settings = [part for value in ("device=cpu", "data_config.max_new_tokens=2", *sizes) for part in ("--set", value)]
-    result = infer(ROOT, *settings, "--output", str(tmp_path / "out.jsonl"), cwd=traps, OMP_NUM_THREADS="1")
+    result = infer(ROOT, *settings, "--output", str(tmp_path / "out.jsonl"), cwd=traps, OMP_NUM_THREADS="1",
+                   PYTHON=str(old_python))  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "summary" in json.loads((tmp_path / "out.jsonl").read_text().splitlines()[-1])
     assert sprung(traps) == []
