@@ -126,7 +126,7 @@ class ReferenceOps(Ops):
         table, block_size = step.block_table, key_cache.shape[1]
         cached = torch.arange(table.shape[1] * block_size, device=table.device) < step.seq_lens[:, None]
         # unused entries point to the padding block, where NaN would propagate in spite of a weight of 0
-        table = torch.where(cached[:, ::block_size], table, table[:, :1])
+        table = torch.where(cached[:, ::block_size], table, table[:, :1]).long()  # int32 indexing is slower
         key = key_cache[table].flatten(1, 2).transpose(1, 2)  # [B, G, max_blocks * S, C]
         value = value_cache[table].flatten(1, 2).transpose(1, 2)
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=cached[:, None, None])
