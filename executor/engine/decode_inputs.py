@@ -21,6 +21,26 @@ class Unread:
     token_ids: torch.Tensor
     rows: dict[int, int]  # id of a sequence -> row
 
+    def copy_to(
+        self,
+        token_ids: torch.Tensor,
+        batch: Batch,
+        known: list[list[int]],
+        query_starts: torch.Tensor | None = None,
+    ) -> None:
+        """Copies the tokens of the sequences that have none in `known` to their rows of `token_ids` [T].
+
+        query_starts [B + 1]: first rows of the sequences; None for one row each. Device to device.
+        """
+        rows = [row for row, ids in enumerate(known) if not ids]
+        sources = [self.rows[id(batch[row].sequence)] for row in rows]
+        if query_starts is None and rows == sources == list(range(len(batch))):
+            token_ids[: len(batch)] = self.token_ids[: len(batch)]
+        elif rows:
+            targets, index = to_device(torch.tensor([rows, sources]), token_ids.device)
+            targets = targets if query_starts is None else query_starts[targets]
+            token_ids[targets] = self.token_ids[index].long()
+
 
 class DecodeInputs:
     """Token ids and metadata of decode steps of `num_rows` rows, written by one host-to-device copy a step.
@@ -68,21 +88,11 @@ class DecodeInputs:
         # CUDA copies a small pageable tensor before the call returns, so nothing has to wait for the device
         self.data.copy_(packed, non_blocking=self.data.is_cuda)
         if unread is not None:
-            self.take_unread(batch, known, unread)
+            unread.copy_to(self.token_ids, batch, known)
+            if num_padding and known and not known[0]:
+                self.token_ids[len(batch) :] = self.token_ids[:1]
         self.step.seq_lens_list[:] = [span.end for span in spans]
         table = block_table.update(spans, width)
         if table.shape != self.step.block_table.shape or table.data_ptr() != self.step.block_table.data_ptr():
             self.step = replace(self.step, block_table=table)
         return self.token_ids, self.step
-
-    def take_unread(self, batch: Batch, known: list[list[int]], unread: Unread) -> None:
-        """Copies unread tokens, device to device, from the step that sampled them. known: token ids that are read."""
-        rows = [row for row, ids in enumerate(known) if not ids]
-        sources = [unread.rows[id(batch[row].sequence)] for row in rows]
-        if rows == sources == list(range(len(batch))):
-            self.token_ids[: len(batch)] = unread.token_ids[: len(batch)]
-        elif rows:
-            index = to_device(torch.tensor([rows, sources]), self.token_ids.device)
-            self.token_ids[index[0]] = unread.token_ids[index[1]].long()
-        if rows and rows[0] == 0 and self.num_rows > len(batch):
-            self.token_ids[len(batch) :] = self.token_ids[:1]

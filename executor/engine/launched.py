@@ -59,7 +59,6 @@ class Launched:
         self.is_decode = is_decode(batches)
         self.token_ids = token_ids
         self.num_extras = sum(part is not None for part in (logprobs, top_ids))
-        self.has_prompt = prompt is not None
         parts = [token_ids, largest, *(part for part in (logprobs, top_ids) if part is not None), *(prompt or ())]
         self.copy = HostCopy(parts)
 

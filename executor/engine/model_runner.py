@@ -111,11 +111,7 @@ class ModelRunner:
             sequence_parallel=self.sequence_parallel,
         )
         if unread is not None:
-            rows = [row for row, ids in enumerate(known) if not ids]  # decoding sequences
-            if rows:
-                sources = [unread.rows[id(batch[row].sequence)] for row in rows]
-                index = torch.tensor([rows, sources], device=self.device)
-                token_ids[step.query_starts[index[0]]] = unread.token_ids[index[1]].long()
+            unread.copy_to(token_ids, batch, known, step.query_starts)
         return token_ids, step
 
     def decode(self, batches: Batches, unread: Unread | None) -> ShardedLogits:

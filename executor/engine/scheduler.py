@@ -73,7 +73,7 @@ class Scheduler:
     @property
     def has_decodes(self) -> bool:
         """Whether a running sequence decodes."""
-        return any(sequence.num_pending == 1 and not is_complete(sequence) for sequence in self.running)
+        return any(map(is_decoding, self.running))
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, which the whole cache must be able to hold."""
@@ -92,8 +92,7 @@ class Scheduler:
         """
         if not self._grow(may_preempt):
             return None
-        decoding = [sequence for sequence in self.running if sequence.num_pending == 1 and not is_complete(sequence)]
-        batch = [Scheduled(sequence, sequence.num_computed, 1, True) for sequence in decoding]
+        batch = [Scheduled(sequence, sequence.num_computed, 1, True) for sequence in filter(is_decoding, self.running)]
         budget = self.max_step_tokens
         if others_decode or batch:
             budget = min(self.chunk_tokens, max(1, budget - len(batch)))
@@ -130,13 +129,13 @@ class Scheduler:
     def register(self, sequence: Sequence, num_tokens: int) -> None:
         """Adds the full blocks of a sequence's first `num_tokens` tokens, which are verified, to the prefix cache."""
         sequence.num_verified = num_tokens
-        if self.prefix_cache:
-            count = num_tokens // BLOCK_SIZE
+        count = num_tokens // BLOCK_SIZE
+        if self.prefix_cache and count > sequence.num_registered:
             digests = sequence.block_digests(count)
             for index in range(sequence.num_registered, count):
                 tokens = sequence.tokens(index * BLOCK_SIZE, (index + 1) * BLOCK_SIZE)
                 self.pool.register(sequence.blocks[index], digests[index - 1] if index else b"", tokens, digests[index])
-            sequence.num_registered = max(sequence.num_registered, count)
+            sequence.num_registered = count
 
     def _register_last(self, sequence: Sequence) -> None:
         """Adds the last block of a verified sequence, which is not full, to the prefix cache."""
@@ -221,3 +220,8 @@ class Scheduler:
 def is_complete(sequence: Sequence) -> bool:
     """Whether all tokens that a sequence may generate are sampled, though some may be unread."""
     return sequence.num_generated >= sequence.sampling.max_new_tokens
+
+
+def is_decoding(sequence: Sequence) -> bool:
+    """Whether a running sequence needs one token computed to sample its next one."""
+    return sequence.num_pending == 1 and not is_complete(sequence)
