@@ -13,6 +13,8 @@ from itertools import accumulate
 
 import torch
 
+from ops.transfer import to_device
+
 BLOCK_SIZE = 128  # tokens per cache block; suits the paged attention of every backend
 NULL_BLOCK = 0  # reserved padding block, to which padding rows write
 
@@ -90,7 +92,7 @@ def step_inputs(
     if is_decode is None:
         is_decode = all(span.num_new == 1 and span.num_computed > 0 and span.end >= span.prompt_len for span in spans)
     layout = StepLayout(num_tokens, num_rows)
-    tensors = layout.split(layout.pack(spans, token_ids).to(device))
+    tensors = layout.split(to_device(layout.pack(spans, token_ids), device))
     return tensors.token_ids, StepMetadata(
         is_decode=is_decode,
         starts_fresh=not any(span.num_computed for span in spans),
@@ -174,4 +176,4 @@ def block_table_of(spans: Sequence[Span], device: torch.device | str) -> torch.T
     width = max((blocks_for(span.end) for span in spans), default=0)
     rows = [span.blocks[: blocks_for(span.end)] for span in spans]
     table = [row + [NULL_BLOCK] * (width - len(row)) for row in rows]
-    return torch.tensor(table, dtype=torch.int32).reshape(len(spans), width).to(device)
+    return to_device(torch.tensor(table, dtype=torch.int32).reshape(len(spans), width), device)

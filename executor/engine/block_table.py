@@ -3,8 +3,8 @@
 
 import torch
 
-from executor.engine.transfer import to_device
 from ops.step import NULL_BLOCK, Span, blocks_for
+from ops.transfer import to_device
 
 
 class BlockTable:

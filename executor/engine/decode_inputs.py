@@ -7,9 +7,9 @@ import torch
 
 from executor.engine.block_table import BlockTable
 from executor.engine.scheduler import Batch
-from executor.engine.transfer import to_device
 from ops import StepMetadata
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout
+from ops.transfer import to_device
 
 EMPTY_BATCH_PADDING = [Span(0, 1, [NULL_BLOCK], 1)]  # where there is no first sequence to repeat
 

@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 
 from ops.step import BLOCK_SIZE, NULL_BLOCK
+from ops.transfer import to_device
 
 
 def cache_tensors(
@@ -23,14 +24,14 @@ def cache_tensors(
 
 def zero_blocks(kv_caches: list[tuple[torch.Tensor, torch.Tensor]], blocks: Iterable[int]) -> None:
     """Zeroes these blocks and the null block in every layer."""
-    index = torch.tensor(sorted({NULL_BLOCK, *blocks}), device=kv_caches[0][0].device)
+    index = to_device(torch.tensor(sorted({NULL_BLOCK, *blocks})), kv_caches[0][0].device)
     for cache in chain.from_iterable(kv_caches):
         cache.index_fill_(0, index, 0)
 
 
 def copy_blocks(kv_caches: list[tuple[torch.Tensor, torch.Tensor]], copies: list[tuple[int, int]]) -> None:
     """Copies blocks (from, to) in every layer."""
-    sources, targets = torch.tensor(copies).T.contiguous().to(kv_caches[0][0].device)
+    sources, targets = to_device(torch.tensor(copies).T.contiguous(), kv_caches[0][0].device)
     for cache in chain.from_iterable(kv_caches):
         cache.index_copy_(0, targets, cache[sources])
 

@@ -15,6 +15,7 @@ from executor.engine.sequence import Sequence
 from models.layers.lm_head import ShardedLogits
 from models.layers.padding import pad_rows
 from ops.comm import ParallelContext
+from ops.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def prompt_results(
             if own is not None and num_prompt_rows(own.work):
                 following = own.work.sequence.prompt_token_ids[own.position + 1 :][: logits.num_rows]
             ids = torch.tensor(following + [0] * (logits.num_rows - len(following)), dtype=torch.int64)
-            values, top_ids = token_logprobs(logits, ids.to(runner.device), top_k)
+            values, top_ids = token_logprobs(logits, to_device(ids, runner.device), top_k)
             parts.append(extra_columns(values, top_ids, len(ids), top_k or 0, runner.device)[: len(following)])
     if top_k is None:
         return None

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import torch
 
-from executor.engine.transfer import to_device
 from executor.sampling_params import Mask, SamplingParams
 from executor.utils.text import one_line
 from models.layers.lm_head import ShardedLogits
+from ops.transfer import to_device
 
 
 class SamplingRow(Protocol):
@@ -115,7 +115,7 @@ class LogitsProcessors:
             for position in self.shard.positions([(index, [token_id])])
         }
         self.bias_positions = self.shard.tensor(list(added))
-        self.bias_values = torch.tensor(list(added.values()), dtype=torch.float32).to(self.shard.device)
+        self.bias_values = to_device(torch.tensor(list(added.values()), dtype=torch.float32), self.shard.device)
         self.masked_rows = self.shard.tensor([index for index, _, _ in self.masks])
         self.forbidden: list[int] = []  # positions in the flattened logits
         self.forbidden_positions = self.shard.tensor([])
@@ -167,7 +167,7 @@ class Penalties:
         self.indices = shard.tensor([index for index, _ in placed])
         samplings = [row.sampling for row in self.rows]
         values = [[s.repetition_penalty, s.presence_penalty, s.frequency_penalty] for s in samplings]
-        settings = torch.tensor(values, dtype=torch.float32).T.contiguous().to(shard.device)
+        settings = to_device(torch.tensor(values, dtype=torch.float32).T.contiguous(), shard.device)
         self.repetition, self.presence, self.frequency = settings.unsqueeze(-1)  # [B, 1] each
         shape = (len(placed), shard.size)
         self.counts = torch.zeros(shape, dtype=torch.int32, device=shard.device)  # of generated tokens

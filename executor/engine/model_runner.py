@@ -20,6 +20,7 @@ from models.qwen3_moe.model import Qwen3Moe
 from ops import StepMetadata
 from ops.comm import ParallelContext
 from ops.step import blocks_for, step_inputs
+from ops.transfer import to_device
 
 Batches = list[Batch]
 PROMPT_ROWS = 256  # prompt positions whose logits are computed at a time: bounds their memory
@@ -91,7 +92,7 @@ class ModelRunner:
         else:
             ends = accumulate(step.query_lens_list)
             rows = [end - 1 for end, work in zip(ends, batch, strict=True) if work.samples]
-            last = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            last = to_device(torch.tensor(rows, dtype=torch.int64), self.device)
         most = max(sum(work.samples for work in other) for other in batches)
         logits = self.model.logits(hidden_states[last], residual[last], most)
         return Output(logits, hidden_states, residual)

@@ -15,9 +15,9 @@ from random import Random
 import torch
 
 from executor.engine.logits_processors import LogitsProcessors, SamplingRow
-from executor.engine.transfer import to_device
 from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
+from ops.transfer import to_device
 
 RANDOM_BITS = 30  # of a random number, and of a probability as an integer: an int32 holds their sum
 TIED = 32  # further candidates: logits from bfloat16 often tie at the last of top_k, and ties are kept
@@ -116,9 +116,9 @@ class Filters:
                 last[index] = min(sampling.top_k, num_candidates) - 1
             if sampling.top_p < 1:
                 top_p[index] = sampling.top_p
-        floats = torch.tensor([temperature, top_p, min_logit], dtype=torch.float32).to(device)
+        floats = to_device(torch.tensor([temperature, top_p, min_logit], dtype=torch.float32), device)
         self.temperature, self.top_p, self.min_logit = floats.unsqueeze(-1)  # [B, 1] each
-        self.last = torch.tensor(last, dtype=torch.int64).to(device)[:, None]
+        self.last = to_device(torch.tensor(last, dtype=torch.int64), device)[:, None]
         self.has_top_k = any(row.sampling.top_k for _, row in self.rows)
         self.has_top_p = any(row.sampling.top_p < 1 for _, row in self.rows)
 
