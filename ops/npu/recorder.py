@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Graph capture and replay of decode steps on NPUs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.13)."""
+"""Graph capture and replay of decode steps on NPUs (torch_npu/npu/graphs.py, torch_npu 2.8 to 2.14)."""
 
 import os
 from collections.abc import Callable
