@@ -150,8 +150,8 @@ class ReferenceOps(Ops):
     ) -> torch.Tensor:
         if isinstance(routing, GroupedRows):
             return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
-        routing = routing.chosen()
         num_experts = gate_up.data.shape[0]
+        routing = routing.chosen().local(num_experts)
         num_groups = num_experts + routing.has_elsewhere  # the last group: experts on other ranks, not computed
         rows, row_index, counts = self.sort_by_expert(hidden_states, routing.topk_ids, num_groups)
         if routing.has_elsewhere:

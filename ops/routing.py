@@ -15,16 +15,22 @@ class Routing(NamedTuple):
 
     topk_weights: torch.Tensor  # [T, K] float32, or the model's dtype where a backend's kernels want that
     topk_ids: torch.Tensor  # [T, K] int64, or int32 where a backend's kernels want that
-    has_elsewhere: bool = False  # whether ids may be E (the number of local experts): expert on another rank, skipped
+    has_elsewhere: bool = False  # whether ids may name experts on other ranks, which are skipped
+    first: int = 0  # id of the first local expert
 
     def chosen(self) -> "Routing":
         return self
 
     def of_rank(self, first: int, count: int) -> "Routing":
-        """Maps global to local expert ids: from `first` on, 0 to `count` - 1; experts on other ranks get id `count`."""
-        ids = self.topk_ids - first
-        ids = ids.masked_fill((ids < 0) | (ids >= count), count)
-        return Routing(self.topk_weights, ids, has_elsewhere=True)
+        """The same ids, of which `first` to `first` + `count` - 1 are local experts."""
+        return self._replace(has_elsewhere=True, first=first)
+
+    def local(self, count: int) -> "Routing":
+        """Maps the ids to 0 to `count` - 1, the number of local experts, and to `count` for experts on other ranks."""
+        if not self.has_elsewhere:
+            return self
+        ids = self.topk_ids - self.first
+        return Routing(self.topk_weights, ids.masked_fill((ids < 0) | (ids >= count), count), has_elsewhere=True)
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class RouterLogits:
         return routing if self.count is None else routing.of_rank(self.first, self.count)
 
     def of_rank(self, first: int, count: int) -> "RouterLogits":
-        """Maps global to local expert ids as `Routing.of_rank`, once `chosen()` is called."""
+        """As `Routing.of_rank`, once `chosen()` is called."""
         return replace(self, first=first, count=count)
 
 

@@ -53,7 +53,7 @@ def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> in
     """Number of this rank's experts with at least one token."""
     if isinstance(routing, GroupedRows):
         return int((routing.tokens_per_expert > 0).sum())
-    ids = routing.chosen().topk_ids.cpu()
+    ids = routing.chosen().local(held).topk_ids.cpu()
     return ids[ids < held].unique().numel()  # larger ids are experts of other ranks
 
 

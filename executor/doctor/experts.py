@@ -20,7 +20,9 @@ def experts(context: Context, variant: str) -> Iterator[Finding]:
             hidden = random(tokens, shapes.hidden_size)
             ids = context.inputs.topk_ids(tokens)
             weights = random(tokens, shapes.top_k).softmax(dim=-1).to(DTYPE).float()
-            routing = Routing(weights, ids.clamp(max=local), has_elsewhere=local < shapes.num_experts)
+            routing = Routing(weights, ids)
+            if local < shapes.num_experts:  # on a rank in the middle
+                routing = routing.of_rank((shapes.num_experts - local) // 2, local)
 
             def run(
                 hidden: torch.Tensor = hidden,
@@ -28,9 +30,8 @@ def experts(context: Context, variant: str) -> Iterator[Finding]:
                 gate_up: WeightPair = gate_up,
                 down: WeightPair = down,
             ) -> Pair:
-                moved = Routing(
-                    to_device(routing.topk_weights), to_device(routing.topk_ids), has_elsewhere=routing.has_elsewhere
-                )
+                on_device = to_device(routing.topk_weights), to_device(routing.topk_ids)
+                moved = routing._replace(topk_weights=on_device[0], topk_ids=on_device[1])
                 actual = context.ops.experts(to_device(hidden), moved, gate_up[1], down[1])
                 return actual, context.reference.experts(hidden, routing, gate_up[0], down[0])
 

@@ -3,7 +3,7 @@
 
 `dispatch` maps a rank's tokens and routing to the input rows of its local experts and a routing over these; `combine`
 maps the experts' output back to the rank's tokens. Shape letters as in ops/__init__.py; EL local experts, R rows on
-this rank. Expert id EL marks an expert on another rank.
+this rank.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from models.layers.padding import pad_rows, share_of
 from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
 from ops.comm import Group, ParallelContext
 
-NO_EXPERT = -(2**31)  # expert id of padding rows: out of range on every rank
+NO_EXPERT = 10239  # expert id of padding rows, on no rank: the largest that the operations of every backend take
 
 
 @dataclass(frozen=True)

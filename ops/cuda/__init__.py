@@ -279,7 +279,7 @@ class CudaOps(ReferenceOps):
     ) -> torch.Tensor:
         """`experts` for any number of tokens: sort by expert, then grouped GEMMs."""
         if not isinstance(routing, GroupedRows):
-            routing = routing.chosen()
+            routing = routing.chosen().local(gate_up.data.shape[0])
         if hidden_states.shape[0] == 0 or not takes(hidden_states):
             return super().experts(hidden_states, routing, gate_up, down)
         top_k = None if isinstance(routing, GroupedRows) else routing.topk_ids.shape[1]

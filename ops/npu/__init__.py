@@ -9,6 +9,7 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an install
 import dataclasses
 import logging
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch_npu
@@ -28,10 +29,10 @@ from ops.npu.variants import (
     GATING,
     HEAD_DIM,
     LENGTHS_ARGUMENT,
+    LOCAL_EXPERTS,
     PROBES,
     REGROUP,
     ROTARY,
-    Variant,
 )
 from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, TransposedWeight, Weight
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 FRACTAL_NZ = 29  # ACL format id of the tiled layout that the cube units read directly
 STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
 MAX_INNER_SIZE = 65535  # maximum of K and N in a matmul with a FRACTAL_NZ weight
+MAX_EXPERTS = 10240  # of npu_moe_init_routing_v2
 MAX_EXPERT_TOKENS = 8192  # per chunk, to limit memory: the top-k rows take K times that of the tokens
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
 REQUIRED = (
@@ -90,10 +92,11 @@ class NpuOps(ReferenceOps):
         self.attend = self.select_variant("attention", ATTENTION, device)
         self.gating = self.select_variant("gating", GATING, device)
         self.combine = self.select_variant("combine", COMBINE, device)
+        self.combine_local = self.select_variant("local experts", LOCAL_EXPERTS, device)
         self.regroup_rows = self.select_variant("regroup", REGROUP, device)
         logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
 
-    def select_variant(self, what: str, variants: dict[str, Variant], device: str) -> Variant:
+    def select_variant(self, what: str, variants: dict[str, Any], device: str) -> Any:
         """Returns the first variant that is installed and passes its probe call; RuntimeError if there is none."""
         errors = []
         for name, variant in variants.items():
@@ -240,35 +243,50 @@ class NpuOps(ReferenceOps):
         self, hidden_states: Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> Tensor:
         tokens = hidden_states.shape[0]
-        if tokens <= MAX_EXPERT_TOKENS or isinstance(routing, GroupedRows):
+        if tokens < 1 or isinstance(routing, GroupedRows):
             return super().experts(hidden_states, routing, gate_up, down) if tokens else hidden_states
         routing = routing.chosen()
+        if tokens <= MAX_EXPERT_TOKENS:
+            return self.experts_of_few(hidden_states, routing, gate_up, down)
         output = torch.empty_like(hidden_states)
         for start in range(0, tokens, MAX_EXPERT_TOKENS):
             part = slice(start, start + MAX_EXPERT_TOKENS)
-            share = Routing(routing.topk_weights[part], routing.topk_ids[part], routing.has_elsewhere)
-            output[part] = super().experts(hidden_states[part], share, gate_up, down)
+            share = routing._replace(topk_weights=routing.topk_weights[part], topk_ids=routing.topk_ids[part])
+            output[part] = self.experts_of_few(hidden_states[part], share, gate_up, down)
         return output
+
+    def experts_of_few(self, hidden_states: Tensor, routing: Routing, gate_up: Weight, down: Weight) -> Tensor:
+        """`experts` of at most MAX_EXPERT_TOKENS tokens."""
+        if self.combine_local is None or not routing.has_elsewhere:
+            return super().experts(hidden_states, routing, gate_up, down)
+        count = gate_up.data.shape[0]
+        local = [routing.first, routing.first + count]
+        rows, row_index, counts = self.sort_experts(hidden_states, routing.topk_ids, local, MAX_EXPERTS)
+        output = self.grouped_experts(rows, counts, gate_up, down)
+        return self.combine_local(output, row_index, routing.topk_weights.to(output.dtype))
 
     def sort_by_expert(
         self, hidden_states: Tensor, topk_ids: Tensor, num_experts: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Permutes tokens into expert order; experts on other ranks count as one more expert, as active_expert_range
-        would give their rows index -1, which the combine operations reject."""
-        num_rows = topk_ids.numel()
-        if num_rows == 0:
+        if topk_ids.numel() == 0:
             none = topk_ids.new_empty(0, dtype=torch.int32)
             return hidden_states, none, topk_ids.new_zeros(num_experts, dtype=torch.int64)
+        return self.sort_experts(hidden_states, topk_ids, [0, num_experts], num_experts)
+
+    def sort_experts(
+        self, hidden_states: Tensor, topk_ids: Tensor, experts: list[int], num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`sort_by_expert` of the ids in the range `experts`; rows of other ids are undefined and have index -1."""
         rows, row_index, counts, _ = npu.npu_moe_init_routing_v2(
             hidden_states,
             topk_ids.int(),
-            active_num=num_rows,
+            active_num=topk_ids.numel(),
             expert_num=num_experts,
             drop_pad_mode=0,
             expert_tokens_num_type=1,  # counts
             expert_tokens_num_flag=True,
             quant_mode=-1,
-            active_expert_range=[0, num_experts],  # the default is fixed by the first call of a process
+            active_expert_range=experts,  # the default is fixed by the first call of a process
             row_idx_type=0,  # row_index[t * K + k] is the row of choice k of token t
         )
         return rows, row_index, counts

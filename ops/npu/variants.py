@@ -124,6 +124,15 @@ def combine_finalize(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor
     return npu.npu_moe_finalize_routing(rows, None, None, None, weights, row_index, None, drop_pad_mode=2)
 
 
+def combine_local(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor:
+    """`combine_finalize` for a row_index that is -1 for experts on other ranks, whose rows are not read.
+
+    That takes drop_pad_mode 3 and rows in three dimensions, of which the first, in name the number of experts, is K.
+    """
+    rows = rows.view(weights.shape[1], *weights.shape[:1], -1)
+    return npu.npu_moe_finalize_routing(rows, None, None, None, weights, row_index, None, drop_pad_mode=3)
+
+
 def combine_unpermute(rows: Tensor, row_index: Tensor, weights: Tensor) -> Tensor:
     return npu.npu_moe_token_unpermute(rows, row_index, weights)
 
@@ -149,6 +158,8 @@ LENGTHS_ARGUMENT = {attend_v2: "actual_seq_kvlen", attend_v1: "actual_seq_length
 GATING = {"npu_moe_gating_top_k_softmax_v2": gating_v2, "npu_moe_gating_top_k_softmax": gating_v1}
 REGROUP = {"npu_moe_re_routing": regroup_re_routing, "sort": regroup_sorted}
 COMBINE = {"npu_moe_finalize_routing": combine_finalize, "npu_moe_token_unpermute": combine_unpermute}
+# None: experts on other ranks are sorted last, as one more expert, and their rows are zeroed
+LOCAL_EXPERTS = {"npu_moe_finalize_routing, index -1": combine_local, "one more expert": None}
 
 
 def zeros(device: str, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -180,6 +191,12 @@ def probe_combine(variant: Variant, device: str) -> None:
     variant(zeros(device, 4, 128), torch.arange(4, dtype=torch.int32, device=device), zeros(device, 2, 2))
 
 
+def probe_local_experts(variant: Variant | None, device: str) -> None:
+    if variant is not None:
+        row_index = torch.tensor([-1, 1, 0, -1], dtype=torch.int32, device=device)
+        variant(zeros(device, 4, 128), row_index, zeros(device, 2, 2))
+
+
 def probe_regroup(variant: Variant, device: str) -> None:
     variant(zeros(device, 4, 128), torch.tensor([[1, 0], [0, 3]], device=device))
 
@@ -190,5 +207,6 @@ PROBES = {
     "attention": probe_attention,
     "gating": probe_gating,
     "combine": probe_combine,
+    "local experts": probe_local_experts,
     "regroup": probe_regroup,
 }

@@ -7,5 +7,6 @@ BEST = {
     "attention": "npu_fused_infer_attention_score_v2",
     "gating": "npu_moe_gating_top_k_softmax_v2",
     "combine": "npu_moe_finalize_routing",
+    "local experts": "npu_moe_finalize_routing, index -1",
     "regroup": "npu_moe_re_routing",
 }

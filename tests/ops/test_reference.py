@@ -337,6 +337,18 @@ def test_experts_elsewhere_add_nothing(share, grouped_mm, dtype):
     assert_near(found, expected, dtype)
 
 
+@pytest.mark.parametrize("grouped_mm", [False, True])
+def test_experts_of_a_rank_in_the_middle(grouped_mm):
+    case = Experts(12, 6, 3, 6, torch.float32)
+    case.topk_ids[torch.rand(case.topk_ids.shape) < 0.5] = 6
+    expected = case.expected()
+    others = torch.where(torch.rand(case.topk_ids.shape) < 0.5, 3, 11)
+    ids = torch.where(case.topk_ids == 6, others, case.topk_ids + 4)  # experts 4 to 9 are local
+    routing = Routing(case.topk_weights, ids).of_rank(4, 6)
+    weights = DenseWeight(case.gate_up), DenseWeight(case.down)
+    assert_near(ReferenceOps(grouped_mm).experts(case.hidden_states, routing, *weights), expected, torch.float32)
+
+
 @DTYPES
 def test_experts_leave_their_inputs_alone(dtype):
     case = Experts(5, 6, 2, 6, dtype)

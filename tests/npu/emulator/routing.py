@@ -179,6 +179,7 @@ def npu_moe_finalize_routing(
     require_dtype("expanded_src_to_dst_row", index, (torch.int32,))
     require(drop_pad_mode in (0, 1, 2, 3), f"drop_pad_mode {drop_pad_mode}: 0 to 3")
     drops = drop_pad_mode in (1, 3)
+    require(not drops or scales is None or rows.shape[0] >= scales.shape[1], f"rows {list(rows.shape)}: E under K")
     require(rows.dim() == (3 if drops else 2), f"rows {list(rows.shape)} for drop_pad_mode {drop_pad_mode}")
     require(index.dim() == 1, f"expanded_src_to_dst_row {list(index.shape)}: one dimension")
     if scales is not None:
