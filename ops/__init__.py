@@ -75,8 +75,8 @@ class Ops:
         """Plans expert-parallel dispatch and combine by a pair of fused operations; None if the backend has none.
 
         A plan has `set_environment()`, to be called before the process groups are initialised (raises ValueError for a
-        wrong user setting), and `make(group)`, which returns a `FusedPair` (models/layers/expert_exchange.py) that uses
-        a process group of its own.
+        wrong user setting), and `make(group)`, which returns `FusedPair`s (models/layers/expert_exchange.py), the
+        preferred first, that use a process group of their own.
         """
         return None
 

@@ -69,10 +69,11 @@ def select_exchanges(
     cheaper = all_to_all if sent["all_to_all"] < sent["gather"] else gather
     decode: ExpertExchange = gather if settings.exe_mode == "graph" or ops.decode_without_host_sync else cheaper
     detail = ""
-    if plan is not None:
-        pair = plan.make(parallel.dispatch)
-        if all(parallel.control.all_gather(torch.tensor([int(pair.works(dtype, device))], device=device)).tolist()):
+    for pair in plan.make(parallel.dispatch) if plan is not None else ():
+        works = torch.tensor([int(pair.works(dtype, device))], device=device)
+        if all(parallel.control.all_gather(works).tolist()):
             decode, detail = FusedExchange(parallel, pair), f" by {pair.name}"
+            break
     if parallel.world.size > 1:
         logger.info("expert exchange: prefill %s, decode %s%s", type(cheaper).__name__, type(decode).__name__, detail)
     return {True: cheaper, False: decode}

@@ -14,6 +14,7 @@ import torch
 from models.layers.padding import pad_rows, share_of
 from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
 from ops.comm import Group, ParallelContext
+from ops.step import BLOCK_SIZE, NULL_BLOCK
 
 NO_EXPERT = 10239  # expert id of padding rows, on no rank: the largest that the operations of every backend take
 
@@ -28,6 +29,9 @@ class Dispatched:
 
 
 class ExpertExchange(Protocol):
+    def begin(self, step: StepMetadata) -> None:
+        """Prepares what all layers of a step share; called once in a forward pass, before the layers."""
+
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         """Sends tokens to their experts; [T, D]: all tokens of the attn_tp group, or its shard if sequence-parallel."""
 
@@ -46,6 +50,9 @@ class GatherExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
         self.has_all = parallel.attn_dp.size == parallel.moe_ep.size == 1  # all tokens and all experts
+
+    def begin(self, step: StepMetadata) -> None:
+        pass
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         if self.has_all and not step.sequence_parallel:
@@ -83,6 +90,9 @@ class AllToAllExchange:
         self.parallel = parallel
         self.num_local_experts = num_local_experts
         self.ops = ops
+
+    def begin(self, step: StepMetadata) -> None:
+        pass
 
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         world, moe_tp = self.parallel.world, self.parallel.moe_tp
@@ -125,11 +135,11 @@ class FusedPair(Protocol):
     name: str
 
     def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, is_token: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Sends tokens: [T, D], [T, K], [T, K] -> rows [R, D] in expert order, tokens_per_expert [EL] int64, a handle.
 
-        max_tokens: the largest T of any rank.
+        is_token: [N] bool, N at least the T of every rank: which rows are tokens. The others reach no expert.
         """
 
     def combine(self, output: torch.Tensor, handle: Any) -> torch.Tensor:
@@ -139,20 +149,27 @@ class FusedPair(Protocol):
 class FusedExchange:
     """Low-latency exchange for decode steps: dispatch and combine are fused operations of the backend.
 
-    Each rank of an attn_tp group sends its shard of the tokens. Without a host sync the row counts are not known on the
-    host, so the recorded traffic is its expected value under uniform routing.
+    Each rank of an attn_tp group sends its shard of the tokens, but no padding rows of a graph: they would make other
+    ranks read the weights of more experts. Without a host sync the row counts are not known on the host, so the
+    recorded traffic is its expected value under uniform routing.
     """
 
     def __init__(self, parallel: ParallelContext, pair: FusedPair):
         self.parallel = parallel
         self.pair = pair
 
+    def begin(self, step: StepMetadata) -> None:
+        """Sets which rows of this rank's shard are tokens: not those that write to the null block, or are missing."""
+        attn_tp = self.parallel.attn_tp
+        (slots,) = own_share((step.slot_mapping,), attn_tp, step)
+        padded = pad_rows(slots, share_of(step.max_dp_tokens, attn_tp.size), value=NULL_BLOCK * BLOCK_SIZE)
+        self.is_token = padded >= (NULL_BLOCK + 1) * BLOCK_SIZE
+
     def dispatch(self, hidden_states: torch.Tensor, routing: Routing | RouterLogits, step: StepMetadata) -> Dispatched:
         routing = routing.chosen()
         attn_tp, world = self.parallel.attn_tp, self.parallel.world
         hidden_states, ids, weights = own_share((hidden_states, routing.topk_ids, routing.topk_weights), attn_tp, step)
-        most = share_of(step.max_dp_tokens, attn_tp.size)
-        rows, tokens_per_expert, handle = self.pair.dispatch(hidden_states, ids, weights, most)
+        rows, tokens_per_expert, handle = self.pair.dispatch(hidden_states, ids, weights, self.is_token)
         elsewhere = ids.shape[1] * (world.size - 1) / world.size
         world.traffic.add("dispatch", 2 * hidden_states.nbytes * elsewhere)
         return Dispatched(rows, GroupedRows(tokens_per_expert), handle)

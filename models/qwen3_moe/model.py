@@ -88,6 +88,7 @@ class Qwen3Moe:
             parameters["norm.weight"], config.rms_norm_eps, head, parallel.lmhead_tp, same_tokens, ops
         )
         self.attn_tp = parallel.attn_tp
+        self.decode_exchange = build.decode_exchange
         self.ops = ops
 
     def forward(
@@ -96,6 +97,8 @@ class Qwen3Moe:
         """Runs all layers: token_ids [T] int64 -> hidden_states and residual [T, D], not yet added and normalised."""
         hidden_states, residual = self.embed_tokens(token_ids, step), None
         cos_sin, step = self.ops.prepare_attention(self.rotary(step), step, hidden_states.dtype)
+        if step.is_decode:
+            self.decode_exchange.begin(step)
         if step.sequence_parallel:
             share = share_of(step.num_tokens, self.attn_tp.size)
             hidden_states = pad_rows(hidden_states, share * self.attn_tp.size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ops import GroupedRows, RouterLogits, Routing, StepMetadata
-from ops.ascend import ExchangeSizes, choose_algorithm, product_of
+from ops.ascend import ExchangeSizes, choose_algorithms, product_of
 from ops.npu.calls import npu
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
@@ -119,11 +119,11 @@ class NpuOps(ReferenceOps):
 
     def plan_dispatch(self, sizes: ExchangeSizes) -> DispatchPlan | None:
         missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
-        algorithm, why = choose_algorithm(self.product, sizes)
-        if missing or algorithm is None:
+        algorithms, why = choose_algorithms(self.product, sizes)
+        if missing or not algorithms:
             logger.info("no dispatch and combine: %s", f"torch_npu lacks {missing[0]}" if missing else why)
             return None
-        return DispatchPlan(algorithm, sizes)
+        return DispatchPlan(algorithms, sizes)
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         if dtype not in (torch.bfloat16, torch.float16):

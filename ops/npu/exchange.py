@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused MoE dispatch and combine for decode steps: npu_moe_distribute_dispatch_v2 and _combine_v2.
 
-BS tokens of this rank, D hidden size, K experts per token, EL experts per rank, A receive capacity in rows.
+BS rows of every rank, T of them tokens, D hidden size, K experts per token, EL experts per rank, A receive capacity in
+rows: BS * ranks * min(EL, K).
 """
 
 import logging
@@ -19,13 +20,14 @@ logger = logging.getLogger(__name__)
 
 DISPATCH_AND_COMBINE = ("npu_moe_distribute_dispatch_v2", "npu_moe_distribute_combine_v2")
 BUFFER_VARIABLE = "HCCL_BUFFSIZE"
+TRIAL_ERROR = 2**-6  # relative; bfloat16 rounds by up to 2**-9, twice
 
 
 @dataclass(frozen=True)
 class DispatchPlan:
-    """Selected dispatch algorithm and its sizes; call `set_environment` before process groups are created."""
+    """Dispatch algorithms, the preferred first, and their sizes; `set_environment` comes before process groups."""
 
-    algorithm: Algorithm
+    algorithms: tuple[Algorithm, ...]
     sizes: ExchangeSizes
 
     def set_environment(self) -> None:
@@ -34,21 +36,21 @@ class DispatchPlan:
         Every communicator allocates a buffer of that size. A size per process group, set in its options, exists on A3
         only and would override the user's variable.
         """
-        setting = buffer_setting(self.algorithm, self.sizes, os.environ.get(BUFFER_VARIABLE))
-        need = self.algorithm.buffer_mib(self.sizes)
+        setting = buffer_setting(self.algorithms, self.sizes, os.environ.get(BUFFER_VARIABLE))
+        need = max(algorithm.buffer_mib(self.sizes) for algorithm in self.algorithms)
         logger.info("%s: %s MB, of which dispatch and combine need %d", BUFFER_VARIABLE, setting, need)
         os.environ[BUFFER_VARIABLE] = setting
 
-    def make(self, group: Group) -> "DispatchCombine":
-        """Creates dispatch and combine on `group`, which must be reserved for them."""
-        return DispatchCombine(self.algorithm, self.sizes, group)
+    def make(self, group: Group) -> "list[DispatchCombine]":
+        """Creates dispatch and combine by each of the algorithms on `group`, which must be reserved for them."""
+        return [DispatchCombine(algorithm, self.sizes, group) for algorithm in self.algorithms]
 
 
 class Sent(NamedTuple):
     """Handle of a dispatch: the outputs and arguments that its combine needs."""
 
-    tokens: int  # of this rank; 0 if it sent only the padding token
-    max_tokens: int
+    tokens: int  # of this rank
+    is_token: torch.Tensor  # [BS] bool
     expert_ids: torch.Tensor  # [BS, K] int32
     expert_weights: torch.Tensor  # [BS, K] float32
     assist_info: torch.Tensor
@@ -59,7 +61,8 @@ class Sent(NamedTuple):
 class DispatchCombine:
     """Fused dispatch and combine over one communicator, without host syncs.
 
-    Ranks may have different numbers of tokens, but at least one: an idle rank sends one padding token of zeros.
+    All ranks send equally many rows, as not every algorithm and version of CANN takes unequal ones. Rows that are no
+    tokens are masked: they reach no expert. global_bs stays 0, which means BS * ranks.
     """
 
     def __init__(self, algorithm: Algorithm, sizes: ExchangeSizes, group: Group):
@@ -69,19 +72,29 @@ class DispatchCombine:
         self.communicator = group.hccl_name
         self.rank = group.index
 
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates padding rows: hidden states [BS, D], expert ids [BS, K] int32, weights [BS, K] float32."""
+        count, top_k = self.sizes.tokens, self.sizes.top_k
+        self.padding = (
+            torch.zeros(count, self.sizes.hidden_size, dtype=dtype, device=device),
+            torch.arange(top_k, dtype=torch.int32, device=device).repeat(count, 1),  # an expert twice is not allowed
+            torch.zeros(count, top_k, device=device),
+        )
+
     def dispatch(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, max_tokens: int
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, is_token: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Sent]:
         """Sends tokens to their experts: [T, D], [T, K], [T, K] -> rows [A, D], tokens_per_expert [EL] int64, handle.
 
-        max_tokens: the largest T of any rank. A is a capacity: rows past the sum of the counts are undefined.
+        is_token: [BS] bool; BS is at least T and the same on all ranks. The rows that are tokens come first. A is a
+        capacity: rows past the sum of the counts are undefined.
         """
-        tokens, max_tokens = hidden_states.shape[0], max(1, max_tokens)
-        ids, weights = topk_ids.int(), topk_weights.float()
-        if tokens == 0:
-            hidden_states = hidden_states.new_zeros(1, hidden_states.shape[1])
-            ids = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[None]
-            weights = weights.new_zeros(1, weights.shape[1])
+        tokens, missing = hidden_states.shape[0], is_token.shape[0] - hidden_states.shape[0]
+        parts = [hidden_states, topk_ids.int(), topk_weights.float()]
+        if missing:
+            padding = [rows[:missing] for rows in self.padding]
+            parts = [torch.cat(pair) for pair in zip(parts, padding, strict=True)] if tokens else padding
+        hidden_states, ids, weights = parts
         rows, _, assist_info, counts, receive_counts, _, expand_scales = npu.npu_moe_distribute_dispatch_v2(
             hidden_states,
             ids,
@@ -89,14 +102,15 @@ class DispatchCombine:
             self.sizes.ranks,
             self.rank,
             self.sizes.experts,
+            x_active_mask=is_token,
             expert_scales=weights if self.algorithm.takes_scales else None,
+            tp_world_size=self.algorithm.tp_world_size,
             shared_expert_num=self.algorithm.shared_expert_num,
             quant_mode=0,
-            global_bs=max_tokens * self.sizes.ranks,  # token counts may differ between ranks
             expert_token_nums_type=1,  # counts
             comm_alg=self.algorithm.name,
         )
-        return rows, counts, Sent(tokens, max_tokens, ids, weights, assist_info, receive_counts, expand_scales)
+        return rows, counts, Sent(tokens, is_token, ids, weights, assist_info, receive_counts, expand_scales)
 
     def combine(self, output: torch.Tensor, sent: Sent) -> torch.Tensor:
         """Returns expert outputs to the tokens: [A, D] -> weighted sums [T, D], accumulated in float32."""
@@ -110,23 +124,36 @@ class DispatchCombine:
             self.sizes.ranks,
             self.rank,
             self.sizes.experts,
+            x_active_mask=sent.is_token,
             expand_scales=sent.expand_scales if self.algorithm.takes_scales else None,
+            tp_world_size=self.algorithm.tp_world_size,
             shared_expert_num=self.algorithm.shared_expert_num,
-            global_bs=sent.max_tokens * self.sizes.ranks,
             comm_alg=self.algorithm.combine_name,
         )
-        return sums if sent.tokens else sums[:0]
+        return sums[: sent.tokens]
 
     def works(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Probes dispatch and combine with an empty step. Collective: all ranks must call it."""
-        nothing = torch.empty(0, self.sizes.hidden_size, dtype=dtype, device=device)
-        choices = torch.empty(0, self.sizes.top_k, device=device)
+        """Whether tokens of all ranks, unequally many, come back as they were sent. Collective: all ranks call it."""
+        self.prepare(dtype, device)
         try:
-            rows, _, sent = self.dispatch(nothing, choices, choices, 0)
-            self.combine(torch.zeros_like(rows), sent)
-            if device.type == "npu":
-                torch.npu.synchronize()  # launch errors are asynchronous
+            returned, expected = self.round_trip(dtype, device)
+            is_right = torch.allclose(returned, expected, rtol=TRIAL_ERROR)  # waits for the device
         except (RuntimeError, AttributeError) as error:
             logger.info("ops: npu lacks %s: %s", self.name, str(error).splitlines()[0])
             return False
-        return True
+        if not is_right:
+            logger.info("ops: npu lacks %s: tokens come back changed", self.name)
+        return is_right
+
+    def round_trip(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dispatches up to BS tokens, the most of a step, and combines them; returns what came back and was sent."""
+        count, top_k, experts = self.sizes.tokens, self.sizes.top_k, self.sizes.experts
+        mine = count - self.rank % (count + 1)
+        numbers = torch.arange(count, device=device)[:, None] + self.rank
+        hidden_states = (numbers + torch.arange(self.sizes.hidden_size, device=device)) % 16 + 1
+        hidden_states = hidden_states[:mine].to(dtype)
+        ids = (numbers + torch.arange(top_k, device=device) * (experts // top_k)) % experts
+        weights = torch.full((count, top_k), 1 / top_k, device=device)
+        is_token = torch.arange(count, device=device) < mine
+        rows, _, sent = self.dispatch(hidden_states, ids[:mine], weights[:mine], is_token)
+        return self.combine(rows, sent), hidden_states

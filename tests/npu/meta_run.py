@@ -141,8 +141,8 @@ def expert_exchanges(parallel: ParallelContext, config: Any, ops: Any) -> dict[s
     plan = ops.plan_dispatch(sizes)
     if plan is None:
         return {"prefill_exchange": gather, "decode_exchange": gather}
-    pair = plan.make(parallel.dispatch)
-    assert pair.works(torch.bfloat16, META)
+    pair = plan.make(parallel.dispatch)[0]
+    pair.prepare(torch.bfloat16, META)
     return {
         "prefill_exchange": MetaAllToAll(parallel, num_local_experts, ops),
         "decode_exchange": FusedExchange(parallel, pair),
@@ -207,6 +207,7 @@ class Case:
         step = make_step(name, self.parallel)
         hidden_states = torch.empty(step.num_tokens, self.config.hidden_size, dtype=torch.bfloat16, device=META)
         cos_sin, step = self.ops.prepare_attention(self.model.rotary(step), step, hidden_states.dtype)
+        self.model.decode_exchange.begin(step)
         with Recorder() as recorder:
             self.model.layers[1](hidden_states, hidden_states.clone(), cos_sin, self.caches[1], step)
         return recorder.calls[1:]  # without the clone

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from models.layers.padding import share_of
 from tests.npu.bindings import BEST
 from tests.npu.meta_run import run_all
 from tests.npu.wheels import VERSIONS, wheel
@@ -20,6 +21,7 @@ from tests.parallel.ranks import run_ranks
 MODELS = {"30b": 2048, "235b": 4096}  # hidden sizes
 TP, EP = (1, 2, 4, 8, 16), (8, 16, 128)
 LAYOUTS = [*(f"{size}tp" for size in TP), *(f"{size}ep" for size in EP)]
+DECODE_TOKENS = {"decode1": 1, "decode8": 8, "idle": 3}  # of the attention DP group with the most
 FUSED = [f"{size}ep{product}" for size in EP for product in ("", "_a2")]  # layouts with fused dispatch in decode
 MORE_LAYOUTS = [*(f"{size}ep_a2" for size in EP), "8ep_gather", "4tp_4dp_16ep"]
 QUERY_LENS = {"prefill": [5, 300], "extend": [1, 200, 40, 1, 3], "decode1": [1], "decode8": [1] * 8}
@@ -206,11 +208,14 @@ def check_exchange(given, run, hidden, tokens):
     )
     assert 0 <= given["ep_rank_id"] < ranks and experts % ranks == 0 and given["group_ep"] == "communicator of dispatch"
     assert ids["dtype"] == "int32" and ids["shape"][0] == tokens >= 1 and ids["shape"][1] == 8
-    assert given["global_bs"] == ranks * (3 if run == "idle" else tokens)  # of the rank with the most tokens
-    assert given["x_active_mask"] is None  # it requires equal token counts on all ranks
-    assert given["tp_world_size"] in (0, 1) and given["shared_expert_rank_num"] == 0
-    if given["comm_alg"] in ("fullmesh", "hierarchy"):  # A2
-        assert ranks in ((16, 32, 64) if given["comm_alg"] == "hierarchy" else (*range(2, 9), 16, 32, 64, 128, 256))
+    # those of the rank with the most, as all ranks send equally many rows; 4 ranks of attn_tp share their tokens
+    assert tokens in [share_of(DECODE_TOKENS[run], attn_tp) for attn_tp in (1, 4)]
+    assert given["global_bs"] == 0  # equal in all layers and steps
+    assert given["x_active_mask"]["shape"] == [tokens] and given["x_active_mask"]["dtype"] == "bool"
+    assert given["shared_expert_rank_num"] == 0 and given["group_tp"] == ""
+    assert given["tp_world_size"] == (0 if given["shared_expert_num"] else 1)  # fullmesh_v2 takes only 1, A2 only 0
+    if given["shared_expert_num"]:  # A2
+        assert given["comm_alg"] == "fullmesh" and ranks in (*range(2, 9), 16, 32, 64, 128, 256)
         assert weights is not None
         assert weights["shape"] == ids["shape"] and weights["dtype"] == "float32" and given["shared_expert_num"] == 1
         assert hidden % 32 == 0 and hidden <= 7168
@@ -232,7 +237,8 @@ def check_dispatch(given, run):
 def check_combine(given, run):
     rows, ids, scales = given["expand_x"], given["expert_ids"], given["expand_scales"]
     per_rank = given["moe_expert_num"] // given["ep_world_size"]
-    assert rows["shape"][0] == given["global_bs"] * min(per_rank, ids["shape"][1])  # all of the capacity
+    capacity = ids["shape"][0] * given["ep_world_size"] * min(per_rank, ids["shape"][1])
+    assert rows["shape"][0] == capacity
     assert rows["dtype"] in ("bfloat16", "float16") and rows["contiguous"]
     assert given["expert_scales"]["dtype"] == "float32" and given["expert_scales"]["shape"] == ids["shape"]
     assert given["ep_send_counts"]["dtype"] == given["assist_info_for_combine"]["dtype"] == "int32"
@@ -341,8 +347,8 @@ def test_launches_of_a_decode_layer_with_fused_dispatch(results, layout, model):
 
 @pytest.mark.parametrize("layout", FUSED)
 def test_dispatch_algorithm(results, layout):
-    """Between nodes A2 uses the hierarchy algorithm, for the numbers of ranks that it supports."""
-    expected = {"8ep_a2": "fullmesh", "16ep_a2": "hierarchy", "128ep_a2": "fullmesh"}.get(layout, "fullmesh_v2")
+    """A2 does not use the hierarchy algorithm, which takes no mask."""
+    expected = "fullmesh" if "a2" in layout else "fullmesh_v2"
     for name, algorithm in (("dispatch", expected), ("combine", expected if "a2" in layout else "")):
         calls = calls_of(results, f"30b-{layout}-decode8")
         found = [call["given"] for call in calls if call["name"] == f"npu::npu_moe_distribute_{name}_v2"]

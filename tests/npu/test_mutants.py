@@ -44,13 +44,15 @@ MUTANTS = [
     ("            sent.expert_weights,", "            sent.expert_weights.bfloat16(),"),
     ("topk_ids.int(), topk_weights.float()", "topk_ids.long(), topk_weights.float()"),
     ("topk_ids.int(), topk_weights.float()", "topk_ids.int(), topk_weights"),
-    ("global_bs=max_tokens * self.sizes.ranks,", ""),
-    ("global_bs=sent.max_tokens * self.sizes.ranks,", "global_bs=sent.tokens * self.sizes.ranks,"),
+    ("x_active_mask=is_token,", ""),
+    ("x_active_mask=sent.is_token,", ""),
+    ("tp_world_size=self.algorithm.tp_world_size,\n            shared_expert_num", "shared_expert_num"),
+    ("quant_mode=0,", "quant_mode=0, global_bs=hidden_states.shape[0] * self.sizes.ranks,"),
+    ("if missing:\n            padding", "if False:\n            padding"),
     ("expert_token_nums_type=1,", "expert_token_nums_type=0,"),
     ("comm_alg=self.algorithm.name,", ""),
     ("comm_alg=self.algorithm.combine_name,", "comm_alg=self.algorithm.name,"),
     ("quant_mode=0,", "quant_mode=2,"),
-    ("if tokens == 0:", "if False:"),
     ("if num_tokens == 0:", "if False:"),
 ]
 

@@ -56,6 +56,7 @@ BUFFERS = {
     ),
     "10 the buffer is doubled": ("return 2 * (received", "return (received"),
     "10 A2 reserves another 2 MB": (" + 2 * MIB)", ")"),
+    "10 A3 between super-nodes reserves another 404 MB": (" + 404 * MIB", ""),
 }
 
 
@@ -113,18 +114,24 @@ def disagreements(rules: types.ModuleType) -> int:
                             algorithm=algorithm.name,
                             quant_mode=0,
                             shared=(algorithm.shared_expert_num, 0),
+                            tp_world_size=algorithm.tp_world_size,
                         )
                         exchange_rules.check(exchange._replace(tokens=1), combine=False)
                         count += algorithm.buffer_bytes(sizes) != exchange_rules.buffer_bytes(exchange)
     return count
 
 
-def test_buffer_sizes_equal_the_emulators():
+@pytest.fixture
+def large_buffer(monkeypatch):
+    monkeypatch.setenv("HCCL_BUFFSIZE", "1000")
+
+
+def test_buffer_sizes_equal_the_emulators(large_buffer):
     assert disagreements(ascend) == 0
 
 
 @pytest.mark.parametrize("trap", BUFFERS)
-def test_a_wrong_buffer_formula_is_detected(trap):
+def test_a_wrong_buffer_formula_is_detected(trap, large_buffer):
     old, new = BUFFERS[trap]
     source = (BACKEND.parent / "ascend.py").read_text(encoding="utf-8")
     assert source.count(old) == 1

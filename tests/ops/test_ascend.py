@@ -3,7 +3,7 @@
 
 import pytest
 
-from ops.ascend import ALGORITHMS, MIB, ExchangeSizes, buffer_setting, choose_algorithm, product_of
+from ops.ascend import ALGORITHMS, MIB, ExchangeSizes, buffer_setting, choose_algorithms, product_of
 
 SHAPES = {"30b": {"hidden_size": 2048}, "235b": {"hidden_size": 4096}}
 BY_NAME = {algorithm.name: algorithm for algorithms in ALGORITHMS.values() for algorithm in algorithms}
@@ -36,18 +36,20 @@ def test_buffer(name, shape, ranks, megabytes, most):
 
 
 def test_buffer_of_the_hierarchy():
-    """(experts + ranks / 4) rows of tokens * (2 * hidden + 16 * 8 bytes), and 8 MB."""
-    assert BY_NAME["hierarchy"].buffer_bytes(sizes_of("235b", 16, 512)) == 132 * 512 * (8192 + 128) + 8 * MIB
+    """experts * tokens * (2 * hidden + 16 * 8 bytes), and 404 MB."""
+    assert BY_NAME["hierarchy"].buffer_bytes(sizes_of("235b", 16, 256)) == 128 * 256 * (8192 + 128) + 404 * MIB
 
 
 def test_buffer_setting():
-    algorithm, sizes = BY_NAME["fullmesh_v2"], sizes_of("235b", 16, 128)
-    assert buffer_setting(algorithm, sizes, None) == "304"
-    assert buffer_setting(algorithm, sizes_of(), None) == "200"
-    assert buffer_setting(algorithm, sizes, "304") == "304" and buffer_setting(algorithm, sizes, "512") == "512"
+    fullmesh_v2, fullmesh_v1 = BY_NAME["fullmesh_v2"], BY_NAME["fullmesh_v1"]
+    both, sizes = (fullmesh_v2, fullmesh_v1), sizes_of("235b", 16, 128)
+    assert buffer_setting(both, sizes, None) == "315"  # 304 and a margin of 11
+    assert buffer_setting(both, sizes_of(), None) == "200"
+    assert buffer_setting(both, sizes, "304") == "304" and buffer_setting(both, sizes, "512") == "512"
+    assert buffer_setting((fullmesh_v1,), sizes, "288") == "288"
     for given in ("303", "much", "-1"):
         with pytest.raises(ValueError, match=f"^HCCL_BUFFSIZE: {given} MB given, .* need 304 MB") as raised:
-            buffer_setting(algorithm, sizes, given)
+            buffer_setting(both, sizes, given)
         assert "\n" not in str(raised.value)
 
 
@@ -59,23 +61,24 @@ def test_product():
 @pytest.mark.parametrize(
     ("product", "changed", "expected"),
     [
-        ("A3", {}, "fullmesh_v2"),
-        ("A3", {"tokens": 256}, "fullmesh_v2"),
-        ("A3", {"tokens": 257}, "fullmesh_v1"),
-        ("A3", {"top_k": 13}, "fullmesh_v1"),
-        ("A3", {"hidden_size": 1024}, "fullmesh_v2"),
-        ("A3", {"ranks": 24, "experts": 120}, "fullmesh_v2"),
-        ("A2", {}, "fullmesh"),
-        ("A2", {"ranks": 16}, "hierarchy"),
-        ("A2", {"ranks": 16, "tokens": 512}, "hierarchy"),
-        ("A2", {"ranks": 128}, "fullmesh"),
-        ("A2", {"hidden_size": 128}, "fullmesh"),
-        ("A2", {"hidden_size": 7200, "ranks": 16}, "hierarchy"),
+        ("A3", {}, ["fullmesh_v2", "fullmesh_v1"]),
+        ("A3", {"tokens": 256}, ["fullmesh_v2", "fullmesh_v1"]),
+        ("A3", {"tokens": 257}, ["fullmesh_v1"]),
+        ("A3", {"top_k": 13}, ["fullmesh_v1"]),
+        ("A3", {"hidden_size": 1024}, ["fullmesh_v2", "fullmesh_v1"]),
+        ("A3", {"ranks": 24, "experts": 120}, ["fullmesh_v2", "fullmesh_v1"]),
+        ("A3", {"ranks": 32, "spans_super_nodes": True}, ["hierarchy"]),
+        ("A3", {"ranks": 32, "top_k": 16, "tokens": 256, "spans_super_nodes": True}, ["hierarchy"]),
+        ("A2", {}, ["fullmesh"]),
+        ("A2", {"ranks": 16}, ["fullmesh"]),
+        ("A2", {"ranks": 16, "tokens": 256}, ["fullmesh"]),
+        ("A2", {"ranks": 128}, ["fullmesh"]),
+        ("A2", {"hidden_size": 128}, ["fullmesh"]),
     ],
 )
-def test_algorithm(product, changed, expected):
-    algorithm, why = choose_algorithm(product, sizes_of(**changed))
-    assert algorithm.name == expected and why == f"{product} {expected}"
+def test_algorithms(product, changed, expected):
+    algorithms, why = choose_algorithms(product, sizes_of(**changed))
+    assert [algorithm.name for algorithm in algorithms] == expected and why == f"{product} {', '.join(expected)}"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,17 @@ def test_algorithm(product, changed, expected):
         ("A3", {"hidden_size": 8193}, "not 8193"),
         ("A3", {"ranks": 24}, "cannot share 128 experts among 24 ranks"),
         ("A3", {"experts": 1024}, "takes at most 512 experts, not 1024"),
-        ("A2", {"ranks": 16, "tokens": 513}, "hierarchy takes at most 512 tokens a rank"),
+        ("A3", {"spans_super_nodes": True}, "fullmesh_v2 does not span super-nodes"),
+        ("A3", {"spans_super_nodes": True}, "hierarchy does not take 8 ranks"),
+        ("A3", {"ranks": 24, "experts": 120, "spans_super_nodes": True}, "hierarchy does not take 24 ranks"),
+        ("A3", {"ranks": 16, "tokens": 257, "spans_super_nodes": True}, "hierarchy takes at most 256 tokens a rank"),
+        (
+            "A3",
+            {"ranks": 16, "hidden_size": 7200, "spans_super_nodes": True},
+            "hierarchy takes hidden sizes of 1024 to",
+        ),
+        ("A3", {"ranks": 16, "experts": 512, "spans_super_nodes": True}, "hierarchy takes at most 24 experts a rank"),
+        ("A3", {"tokens": 513}, "hierarchy is for several super-nodes"),
         ("A2", {"tokens": 257}, "fullmesh takes at most 256 tokens a rank, not 257"),
         ("A2", {"ranks": 10, "experts": 120}, "fullmesh does not take 10 ranks"),
         ("A2", {"hidden_size": 2056}, "in steps of 32, not 2056"),
@@ -96,5 +109,5 @@ def test_algorithm(product, changed, expected):
     ],
 )
 def test_no_algorithm(product, changed, named):
-    algorithm, why = choose_algorithm(product, sizes_of(**changed))
-    assert algorithm is None and named in why and "\n" not in why
+    algorithms, why = choose_algorithms(product, sizes_of(**changed))
+    assert not algorithms and named in why and "\n" not in why

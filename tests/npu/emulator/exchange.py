@@ -4,13 +4,14 @@
 BS tokens of this rank, H hidden, K experts per token, EL experts of a rank, A rows of receive capacity.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from tests.npu.emulator.communicators import gather, group_of
-from tests.npu.emulator.exchange_rules import Exchange, check
+from tests.npu.emulator.exchange_rules import Exchange, check, check_ranks
 from tests.npu.emulator.registry import (
     HALVES,
     kernel,
@@ -22,7 +23,6 @@ from tests.npu.emulator.registry import (
 )
 
 ROW_INTS = 128  # int32 numbers of routing data a received row has room for
-_dispatched: dict[str, Exchange] = {}  # each communicator's last dispatch
 
 
 class Sent(NamedTuple):
@@ -33,28 +33,31 @@ class Sent(NamedTuple):
     expert_ids: torch.Tensor
     expert_scales: torch.Tensor | None
     active: int  # tokens that are not padding
+    super_node: str
 
 
-def _active(mask: torch.Tensor | None, tokens: int) -> int:
+_dispatched: dict[str, Sent] = {}  # each communicator's last dispatch
+
+
+def _active(mask: torch.Tensor | None, exchange: Exchange) -> int:
     if mask is None:
-        return tokens
+        return exchange.tokens
+    hierarchy_of_a2 = product() == "A2" and exchange.algorithm == "hierarchy"
+    require(not hierarchy_of_a2, "x_active_mask: not with comm_alg hierarchy on A2")
     require_dtype("x_active_mask", mask, (torch.bool,))
-    require_shape("x_active_mask", mask, tokens)
+    require_shape("x_active_mask", mask, exchange.tokens)
     count = int(mask.sum())
     require(bool(mask[:count].all()), "x_active_mask: the active tokens come first")
     return count
 
 
-def _agree(shares: list[Sent], masked: bool) -> None:
-    first = shares[0].exchange
-    for rank, share in enumerate(shares):
-        differing = [name for name in first._fields if getattr(first, name) != getattr(share.exchange, name)]
-        differing = [name for name in differing if name not in ("rank", "tokens")]
-        require(not differing, f"ranks 0 and {rank} differ in {differing}")
-    tokens = [share.exchange.tokens for share in shares]
-    if len(set(tokens)) > 1:
-        require(first.global_bs > 0, f"ranks have {tokens} tokens: global_bs must be given")
-        require(not masked, f"ranks have {tokens} tokens: x_active_mask needs equal ones")
+def _require_scales(scales: torch.Tensor | None, exchange: Exchange, name: str, *shape: int) -> None:
+    if product() == "A2" or exchange.algorithm == "hierarchy":
+        require(scales is not None, f"{product()} {exchange.algorithm}: {name} must be given")
+        require_dtype(name, scales, (torch.float32,))
+        require_shape(name, scales, *shape)
+    else:
+        require(scales is None, f"A3: {name} only with comm_alg hierarchy")
 
 
 def _receive(shares: list[Sent], rank: int, per_rank: int) -> list[list[tuple[int, int, int, int]]]:
@@ -97,7 +100,7 @@ def npu_moe_distribute_dispatch_v2(
     require(x.dim() == 2 and expert_ids.dim() == 2, f"x {list(x.shape)}, expert_ids {list(expert_ids.shape)}: 2-D")
     require_dtype("expert_ids", expert_ids, (torch.int32,))
     require(len(expert_ids) == len(x), f"{len(x)} tokens, {len(expert_ids)} rows of expert_ids")
-    require(tp_world_size in (0, 1) and tp_rank_id == 0, f"tp_world_size {tp_world_size}: 0 or 1")
+    require(tp_rank_id == 0 and group_tp == "", "no tensor parallelism: tp_rank_id 0, group_tp ''")
     require(expert_token_nums_type in (0, 1), f"expert_token_nums_type {expert_token_nums_type}: 0 or 1")
     tokens, k = expert_ids.shape
     exchange = Exchange(
@@ -111,22 +114,24 @@ def npu_moe_distribute_dispatch_v2(
         algorithm=comm_alg,
         quant_mode=quant_mode,
         shared=(shared_expert_num, shared_expert_rank_num),
+        tp_world_size=tp_world_size,
     )
     check(exchange, combine=False)
     ordered = expert_ids.sort(-1).values
     require(bool((ordered[:, 1:] != ordered[:, :-1]).all()), "expert_ids has an expert twice in a row")
     in_range = bool(((expert_ids >= 0) & (expert_ids < moe_expert_num)).all())
     require(in_range, f"expert_ids leaves [0, {moe_expert_num})")
-    if expert_scales is not None:
-        require(product() == "A2" or comm_alg == "hierarchy", "A3: expert_scales only with comm_alg hierarchy")
-        require_dtype("expert_scales", expert_scales, (torch.float32,))
-        require_shape("expert_scales", expert_scales, tokens, k)
-    active = _active(x_active_mask, tokens)
+    _require_scales(expert_scales, exchange, "expert_scales", tokens, k)
+    active = _active(x_active_mask, exchange)
     group = group_of(group_ep)
     _require_member(group, exchange)
-    shares = gather(group, Sent(exchange, x, expert_ids, expert_scales, active))
-    _agree(shares, x_active_mask is not None)
-    _dispatched[group_ep] = exchange
+    mine = Sent(exchange, x, expert_ids, expert_scales, active, os.environ.get("HCCL_LOGIC_SUPERPOD_ID", ""))
+    shares = gather(group, mine)
+    super_nodes = {share.super_node for share in shares}
+    check_ranks([share.exchange for share in shares], x_active_mask is not None, super_nodes)
+    before = _dispatched.get(group_ep, mine).exchange.global_bs
+    require(before == global_bs, f"global_bs {global_bs} after {before}: it is the same in all calls on a communicator")
+    _dispatched[group_ep] = mine
 
     cells = _receive(shares, ep_rank_id, exchange.experts_per_rank)
     rows = [row for cell in cells for row in cell]
@@ -188,7 +193,7 @@ def npu_moe_distribute_combine_v2(
     require_dtype("expert_scales", expert_scales, (torch.float32,))
     require(expert_ids.dim() == 2 and expand_x.dim() == 2, "expand_x and expert_ids have two dimensions")
     require_shape("expert_scales", expert_scales, *expert_ids.shape)
-    require(tp_world_size in (0, 1) and tp_rank_id == 0, f"tp_world_size {tp_world_size}: 0 or 1")
+    require(tp_rank_id == 0 and group_tp == "", "no tensor parallelism: tp_rank_id 0, group_tp ''")
     tokens, k = expert_ids.shape
     exchange = Exchange(
         ranks=ep_world_size,
@@ -201,18 +206,17 @@ def npu_moe_distribute_combine_v2(
         algorithm=comm_alg,
         quant_mode=0,
         shared=(shared_expert_num, shared_expert_rank_num),
+        tp_world_size=tp_world_size,
     )
     check(exchange, combine=True)
     sent = _dispatched.get(group_ep)
     require(sent is not None, f"no dispatch came before this combine on '{group_ep}'")
-    same = sent._replace(algorithm=comm_alg, quant_mode=0)
+    same = sent.exchange._replace(algorithm=comm_alg, quant_mode=0)
     require(same == exchange, f"combine {exchange} does not match dispatch {same}")
     require_shape("expand_x", expand_x, exchange.capacity, exchange.hidden)
-    if product() == "A2":
-        require(expand_scales is not None, "A2: combine needs expand_scales")
-        require_shape("expand_scales", expand_scales, exchange.capacity)
-    else:
-        require(expand_scales is None or comm_alg == "hierarchy", "A3: expand_scales only with comm_alg hierarchy")
+    is_hierarchy = "hierarchy" in (comm_alg, sent.exchange.algorithm)
+    require(not is_hierarchy or comm_alg == sent.exchange.algorithm, f"combine '{comm_alg}', dispatch {sent.exchange}")
+    _require_scales(expand_scales, exchange, "expand_scales", exchange.capacity)
     group = group_of(group_ep)
     _require_member(group, exchange)
 
@@ -222,7 +226,8 @@ def npu_moe_distribute_combine_v2(
     valid = int(ep_send_counts[cells - 1])
     require(0 <= valid <= exchange.capacity, f"ep_send_counts ends at {valid}: not what dispatch returned")
     assist = assist_info_for_combine[: valid * 3].view(-1, 3)
-    active = _active(x_active_mask, tokens)
+    active = _active(x_active_mask, exchange)
+    require(active == sent.active, f"x_active_mask has {active} tokens, that of dispatch {sent.active}")
     total = torch.zeros(tokens, exchange.hidden)
     seen = torch.zeros(tokens, k, dtype=torch.int64)
     for source, (values, routes) in enumerate(gather(group, (expand_x[:valid], assist))):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints of A2 and A3 on dispatch and combine, and the HCCL buffer size they need (op-plugin docs)."""
+"""Constraints of A2 and A3 on dispatch and combine, and the HCCL buffer size they need.
+
+Sources: the pages of the two operations in op-plugin, and of aclnnMoeDistributeDispatchV4 and CombineV4 in CANN.
+"""
 
 import os
 from typing import NamedTuple
@@ -25,6 +28,7 @@ class Exchange(NamedTuple):
     algorithm: str
     quant_mode: int
     shared: tuple[int, int]
+    tp_world_size: int
 
     @property
     def experts_per_rank(self) -> int:
@@ -48,6 +52,8 @@ def buffer_bytes(exchange: Exchange) -> int:
     """The least HCCL buffer of the group, by the formulas of the operation's page."""
     tokens = exchange.batch // exchange.ranks
     row = 2 * exchange.hidden
+    if product() == "A3" and exchange.algorithm == "hierarchy":
+        return exchange.experts * tokens * (row + 16 * _round_up(exchange.k, 8)) + 404 * MIB
     if product() == "A3":
         token = _round_up(row, 32) + 64
         token = -(-token // 480) * 512 if exchange.algorithm == "fullmesh_v2" else _round_up(token, 512)
@@ -66,6 +72,7 @@ def _check_a2(exchange: Exchange, hierarchy: bool) -> None:
     fits = 0 < exchange.hidden <= limit and exchange.hidden % 32 == 0
     require(fits, f"A2: hidden size {exchange.hidden}: a multiple of 32, at most {limit}")
     require(exchange.k <= 16, f"A2: K {exchange.k}: at most 16")
+    require(exchange.tp_world_size == 0, f"A2: tp_world_size {exchange.tp_world_size}: 0")
     require(exchange.shared == (1, 0), f"A2: shared experts {exchange.shared}: the default (1, 0)")
     limit = 512 if hierarchy else 256
     require(exchange.batch // exchange.ranks <= limit, f"A2: more than {limit} tokens on a rank")
@@ -75,8 +82,12 @@ def _check_a3(exchange: Exchange, hierarchy: bool) -> None:
     ranks_fit = 2 <= exchange.ranks <= 768
     if hierarchy:
         ranks_fit = 16 <= exchange.ranks <= 256 and exchange.ranks % 16 == 0
+        require(exchange.experts_per_rank <= 24, f"A3: {exchange.experts_per_rank} experts a rank, at most 24")
+        require(exchange.hidden <= 7168 and exchange.hidden % 32 == 0, f"A3: hidden size {exchange.hidden}")
     require(ranks_fit, f"A3: ep_world_size {exchange.ranks} with comm_alg '{exchange.algorithm}'")
     require(1024 <= exchange.hidden <= 8192, f"A3: hidden size {exchange.hidden}: 1024 to 8192")
+    of_tp = (1,) if exchange.algorithm in ("fullmesh_v2", "hierarchy") else (0, 1)
+    require(exchange.tp_world_size in of_tp, f"A3: tp_world_size {exchange.tp_world_size}: {of_tp}")
     limit = 12 if exchange.algorithm == "fullmesh_v2" else 16
     require(exchange.k <= limit, f"A3: K {exchange.k}: at most {limit}")
     require(exchange.shared in ((0, 0), (1, 0)), f"A3: shared experts {exchange.shared}: the emulator has none")
@@ -102,3 +113,20 @@ def check(exchange: Exchange, combine: bool) -> None:
     (_check_a2 if product() == "A2" else _check_a3)(exchange, hierarchy)
     have, need = int(os.environ.get("HCCL_BUFFSIZE", DEFAULT_BUFFER_MIB)) * MIB, buffer_bytes(exchange)
     require(have >= need, f"the HCCL buffer has {have // MIB} MiB, this exchange needs {need / MIB:.1f}")
+
+
+def check_ranks(exchanges: list[Exchange], masked: bool, super_nodes: set[str]) -> None:
+    """ValueError where the ranks' calls of a dispatch do not fit each other. super_nodes: those of the ranks."""
+    first = exchanges[0]
+    for rank, exchange in enumerate(exchanges):
+        differing = [name for name in first._fields if getattr(first, name) != getattr(exchange, name)]
+        differing = [name for name in differing if name not in ("rank", "tokens")]
+        require(not differing, f"ranks 0 and {rank} differ in {differing}")
+    spans = product() == "A3" and first.algorithm == "hierarchy"
+    require(spans or len(super_nodes) == 1, f"comm_alg '{first.algorithm}': the ranks are in several super-nodes")
+    tokens = [exchange.tokens for exchange in exchanges]
+    if len(set(tokens)) > 1:
+        require(first.global_bs > 0, f"ranks have {tokens} tokens: global_bs must be given")
+        require(not masked, f"ranks have {tokens} tokens: x_active_mask needs equal ones")
+        varies = product() == "A2" or first.algorithm in ("", "fullmesh_v1")
+        require(varies, f"ranks have {tokens} tokens: A3 {first.algorithm} needs equal ones")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.npu.emulator import comm_name, set_product
+from tests.npu.emulator import comm_name, exchange, exchange_rules, set_product
 
 BF16 = torch.bfloat16
 E, K = 8, 3
@@ -50,6 +50,7 @@ def round_trip(rank, group, tokens, hidden, product="A3", active=None, **setting
     x, ids, weights = inputs(tokens, hidden)
     mask = None if active is None else torch.arange(tokens) < active
     common = {"x_active_mask": mask, "global_bs": settings.pop("global_bs", 0), "shared_expert_num": int(is_a2)}
+    common |= {"tp_world_size": int(not is_a2)}
     name = comm_name(group, rank)
     to_a2 = {"expert_scales": weights} if is_a2 else {}
     out = torch.ops.npu.npu_moe_distribute_dispatch_v2(x, ids, name, 2, rank, E, **common, **to_a2, **settings)
@@ -89,6 +90,13 @@ def round_trip(rank, group, tokens, hidden, product="A3", active=None, **setting
     with pytest.raises(ValueError, match="match dispatch"):
         changed = dict(common, global_bs=40)
         torch.ops.npu.npu_moe_distribute_combine_v2(*arguments, **changed, **extra)
+    with pytest.raises(ValueError, match="x_active_mask has"):
+        other = ((tokens if active is None else active) + 1) % (tokens + 1)
+        changed = dict(common, x_active_mask=torch.arange(tokens) < other)
+        torch.ops.npu.npu_moe_distribute_combine_v2(*arguments, **changed, **extra)
+    with pytest.raises(ValueError, match="global_bs 40 after"):
+        settings |= dict(common, global_bs=40, x_active_mask=None) | to_a2
+        torch.ops.npu.npu_moe_distribute_dispatch_v2(x, ids, name, 2, rank, E, **settings)
 
 
 def refusals(rank, group):
@@ -109,8 +117,10 @@ def refusals(rank, group):
     refused("hidden", x=x[:, :512])
     refused("hidden", x=x.repeat(1, 9))
     refused("more than 512", x=x.repeat(257, 1), ids=ids.repeat(257, 1))
-    refused("more than 256", x=x.repeat(129, 1), ids=ids.repeat(129, 1), comm_alg="fullmesh_v2")
-    refused("K 13", ids=torch.arange(13, dtype=torch.int32).repeat(2, 1), experts=16, comm_alg="fullmesh_v2")
+    v2 = {"comm_alg": "fullmesh_v2", "tp_world_size": 1}
+    refused("more than 256", x=x.repeat(129, 1), ids=ids.repeat(129, 1), **v2)
+    refused("K 13", ids=torch.arange(13, dtype=torch.int32).repeat(2, 1), experts=16, **v2)
+    refused("tp_world_size 0", comm_alg="fullmesh_v2")
     refused("comm_alg", comm_alg="fullmesh")
     refused("ep_world_size", comm_alg="hierarchy")
     refused("ep_world_size 4", ranks=4)
@@ -129,6 +139,12 @@ def refusals(rank, group):
     refused("differ in", experts=E * (rank + 1))
     more = slice(0, 1 + rank)
     refused("global_bs must be given", x=x[more], ids=ids[more])
+    refused("needs equal ones", x=x[more], ids=ids[more], global_bs=4, **v2)
+    everyone = torch.ones(1 + rank, dtype=torch.bool)
+    refused("x_active_mask needs equal", x=x[more], ids=ids[more], global_bs=4, x_active_mask=everyone)
+    os.environ["HCCL_LOGIC_SUPERPOD_ID"] = str(rank)
+    refused("several super-nodes")
+    del os.environ["HCCL_LOGIC_SUPERPOD_ID"]
     set_product("A2")
     refused("hidden", x=x[:, :100])
     refused("hidden", x=x.repeat(1, 8))
@@ -136,6 +152,9 @@ def refusals(rank, group):
     refused("shared", shared_expert_num=0)
     refused("comm_alg", comm_alg="fullmesh_v2")
     refused("ep_world_size 9", ranks=9, experts=9)
+    a2 = {"expert_scales": weights, "shared_expert_num": 1}
+    refused("tp_world_size 1", tp_world_size=1, **a2)
+    refused("expert_scales must be given", shared_expert_num=1)
     tensors = torch.zeros(8, 1024).to(BF16), ids, torch.zeros(1024).int(), torch.zeros(9).int()
     with pytest.raises(ValueError, match="no dispatch"):
         torch.ops.npu.npu_moe_distribute_combine_v2(*tensors, weights, "never", 2, rank, E)
@@ -143,12 +162,52 @@ def refusals(rank, group):
 
 CASES = {
     "A3": lambda rank, group: round_trip(rank, group, 5, 1024),
+    "A3 idle": lambda rank, group: round_trip(rank, group, 3, 1024, active=3 * rank, comm_alg="fullmesh_v2"),
+    "A2 padded": lambda rank, group: round_trip(rank, group, 4, 128, "A2", active=3 - 2 * rank),
     "A3 padded": lambda rank, group: round_trip(rank, group, 4, 1024, active=3 - rank),
     "A3 int8": lambda rank, group: round_trip(rank, group, 4, 1024, quant_mode=2, comm_alg="fullmesh_v2"),
     "A2": lambda rank, group: round_trip(rank, group, 5, 128, "A2"),
     "unequal ranks": lambda rank, group: round_trip(rank, group, 2 + rank, 1024, global_bs=6),
     "refusals": refusals,
 }
+
+
+def exchange_of(**changed):
+    """The sizes of a call with comm_alg hierarchy on 32 ranks, more than the checks can start."""
+    sizes = {"ranks": 32, "rank": 0, "experts": 128, "tokens": 4, "hidden": 2048, "k": 8, "global_bs": 0}
+    sizes |= {"algorithm": "hierarchy", "quant_mode": 0, "shared": (0, 0), "tp_world_size": 1}
+    return exchange_rules.Exchange(**(sizes | changed))
+
+
+@pytest.mark.parametrize(
+    ("message", "changed"),
+    [
+        ("ep_world_size 24", {"ranks": 24, "experts": 120}),
+        ("at most 24", {"ranks": 16, "experts": 512}),
+        ("hidden size 2056", {"hidden": 2056}),
+        ("hidden size 7200", {"hidden": 7200}),
+        ("more than 256", {"tokens": 257}),
+        ("tp_world_size 0", {"tp_world_size": 0}),
+        ("HCCL buffer", {}),
+    ],
+)
+def test_hierarchy_of_a3(message, changed, monkeypatch):
+    set_product("A3")
+    monkeypatch.setenv("HCCL_BUFFSIZE", "600" if changed else "403")
+    with pytest.raises(ValueError, match=message):
+        exchange_rules.check(exchange_of(**changed), combine=False)
+    monkeypatch.setenv("HCCL_BUFFSIZE", "407")
+    exchange_rules.check(exchange_of(), combine=False)
+    exchange_rules.check_ranks([exchange_of(rank=rank) for rank in range(32)], True, {"first", "second"})
+    with pytest.raises(ValueError, match="needs equal ones"):
+        unequal = [exchange_of(rank=rank, tokens=1 + rank % 2, global_bs=64) for rank in range(32)]
+        exchange_rules.check_ranks(unequal, False, {"first"})
+
+
+def test_hierarchy_of_a2_takes_no_mask():
+    set_product("A2")
+    with pytest.raises(ValueError, match="x_active_mask: not with"):
+        exchange._active(torch.ones(4, dtype=torch.bool), exchange_of())
 
 
 def test_two_ranks(tmp_path):
