@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks this machine's NPU: `python -m executor.doctor npu [--json FILE]`.
+"""Checks this machine's NPUs: `python -m executor.doctor npu [--ranks N] [--json FILE]`.
 
 Prints versions and settings, then compares each operation of the backend with the reference at the shapes of
-Qwen3-30B-A3B and of its tensor-parallel slices. Exit code 0: all agree; 1: something differs or fails; 2: invalid
-arguments, or no NPU.
+Qwen3-30B-A3B and of its tensor-parallel slices. With `--ranks N` every one of N NPUs does so, and what they exchange is
+compared and timed; NODE_IPS names the nodes, on each of which the command is run. Exit code 0: all agree; 1: something
+differs or fails; 2: invalid arguments, or no NPU.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from executor.config import Settings
 from executor.launch.command import run_command
+from executor.launch.rank import forget_rank, set_up_rank
 from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, replace
 
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from executor.doctor.inputs import Shapes
 
 SLICES = (2, 4, 8)
+EXPERTS = 128  # of Qwen3-30B-A3B
+MODEL = "models/qwen3_moe/shapes/qwen3_30b_a3b"
 
 
 def main(
@@ -35,22 +42,46 @@ def main(
 
     def body() -> int:
         parsed = parse_arguments(arguments)
-        if parsed.json:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            forget_rank()
+        rank = set_up_rank()
+        if parsed.json and rank == 0:
             check_output("--json", Path(parsed.json))
-        report = examine(device or find_npu(), shapes)
-        if parsed.json:
+        if parsed.ranks > 1 and "WORLD_SIZE" not in os.environ:
+            start(parsed.ranks)
+        report = examine(device or find_npu(), shapes, parsed.ranks)
+        if parsed.json and rank == 0:
             replace(Path(parsed.json), json.dumps(report, indent=1, allow_nan=False) + "\n")
         return int(not report["fine"])
 
     return run_command(body)
 
 
-def find_npu() -> "torch.device":
-    try:
-        from executor.loading.device import select_device
+def start(ranks: int) -> None:
+    """Runs this command in `ranks` ranks, on the nodes of NODE_IPS, and exits."""
+    from executor.launch.launcher import launch
 
-        return select_device("npu")
-    except (ImportError, RuntimeError, OSError) as error:  # torch autoloads torch_npu, which loads CANN
+    with naming_torch_npu():
+        import torch  # noqa: F401
+
+    settings = Settings(model_name="doctor", model_path=MODEL, device="npu", world_size=ranks)
+    launch(settings, ["executor.doctor", *sys.argv[1:]])
+
+
+def find_npu() -> "torch.device":
+    with naming_torch_npu():
+        from executor.loading.device import select_device
+        from ops.comm import local_rank
+
+        return select_device("npu", local_rank())
+
+
+@contextlib.contextmanager
+def naming_torch_npu() -> Iterator[None]:
+    """Raises ValueError where torch cannot be imported: it autoloads torch_npu, which loads CANN."""
+    try:
+        yield
+    except (ImportError, RuntimeError, OSError) as error:
         problem = str(error).splitlines()[0]
         raise ValueError(f"device: torch_npu does not load: {problem} (is CANN's set_env.sh sourced?)") from None
 
@@ -58,36 +89,56 @@ def find_npu() -> "torch.device":
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m executor.doctor", description=__doc__)
     parser.add_argument("backend", choices=["npu"])
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="NPUs of all nodes, which exchange data too")
     parser.add_argument("--json", metavar="FILE", help="also write the full report there, one entry per comparison")
-    return parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
+    if parsed.ranks < 1 or EXPERTS % parsed.ranks:
+        raise ValueError(
+            f"--ranks: {parsed.ranks} does not divide {EXPERTS} experts; take 1, 2, 4, 8, 16, 32, 64 or 128"
+        )
+    return parsed
 
 
-def examine(device: "torch.device", shapes: "Sequence[Shapes]") -> dict[str, Any]:
-    """Runs all comparisons, prints the results, and returns them as a JSON-serialisable report."""
+def examine(device: "torch.device", shapes: "Sequence[Shapes]", size: int) -> dict[str, Any]:
+    """Runs all comparisons on this rank; rank 0 prints those of all ranks. Returns a JSON-serialisable report."""
     from executor.doctor.comparisons import compare_all, compare_undocumented
+    from executor.doctor.findings import Context
+    from executor.doctor.host import compare_ports, compare_versions
     from executor.doctor.inputs import Shapes
     from executor.doctor.machine import facts
+    from executor.doctor.ranks import Ranks, compare_ranks
     from ops.npu import NpuOps
 
-    machine = facts(device)
-    for name, value in machine.items():
-        print(f"{name}: {value}")
-    ops = NpuOps(device.type)
-    print("in use:", ", ".join(f"{what}: {name}" for what, name in ops.bindings.items()), flush=True)
-    findings: list[Finding] = []
     shapes = shapes or (Shapes(), *map(Shapes().slice, SLICES))
+    machine, ops = facts(device), NpuOps(device.type)
+    ranks = Ranks(ops, device, shapes[0], size) if size > 1 else None
+    speaks = ranks is None or ranks.world.index == 0
+    if speaks:
+        for name, value in machine.items():
+            print(f"{name}: {value}")
+        print("in use:", ", ".join(f"{what}: {name}" for what, name in ops.bindings.items()), flush=True)
+    findings = list(compare_versions(machine))
+    if ranks is not None:
+        findings += compare_ports()
+        findings += ranks.compare_machines(machine)
+        findings += compare_ranks(ranks, Context(ops, device, shapes[0]))
     for part in shapes:
-        print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
+        if speaks:
+            print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
         findings += compare_all(ops, device, part)
-    findings += compare_undocumented(ops, device, shapes[0])
-    print(f"\n{verdicts(findings)}")
+    if ranks is None:
+        findings += compare_undocumented(ops, device, shapes[0])
+    else:
+        findings = ranks.worst(findings)
     fine = all(finding.fine for finding in findings)
-    print("\nall agree" if fine else "\nsomething differs or fails")
+    if speaks:
+        print(f"\n{verdicts(findings)}")
+        print("\nall agree" if fine else "\nsomething differs or fails")
     listed = [dataclasses.asdict(finding) | {"verdict": finding.verdict} for finding in findings]
     for finding in listed:
         if finding["error"] is not None and not math.isfinite(finding["error"]):
             finding["error"] = None  # JSON has no NaN; the verdict says that it is not fine
-    return {"fine": fine, "machine": machine, "bindings": ops.bindings, "findings": listed}
+    return {"fine": fine, "ranks": size, "machine": machine, "bindings": ops.bindings, "findings": listed}
 
 
 def verdicts(findings: "list[Finding]") -> str:
@@ -99,13 +150,14 @@ def verdicts(findings: "list[Finding]") -> str:
         groups.setdefault((finding.operation, finding.variant), []).append(finding)
     rows, remarks = [], []
     for (operation, variant), members in groups.items():
-        worst = max(members, key=lambda member: math.inf if member.error is None else member.error)
+        worst = max(members, key=lambda member: member.severity)
         error = None if worst.error is None else f"{worst.error:.4f}"
-        rows.append([operation, variant, len(members), error, worst.limit, worst.verdict])
+        times = " ".join(f"{member.time_ms:.3f}" for member in members if member.time_ms is not None) or None
+        rows.append([operation, variant, len(members), error, worst.limit, times, worst.verdict])
         if worst.verdict != "ok":
             problem = worst.problem or f"relative error {worst.error:.4f}"
             remarks.append(f"{worst.verdict}: {operation}, {variant}, {worst.case}: {problem}")
-    header = ["operation", "variant", "cases", "max relative error", "limit", "verdict"]
+    header = ["operation", "variant", "cases", "max relative error", "limit", "ms", "verdict"]
     return "\n".join([table(header, rows), *remarks])
 
 

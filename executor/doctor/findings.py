@@ -2,6 +2,7 @@
 """Results of comparing operations with the reference, their error metric, and the context of the comparisons."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,7 @@ class Finding:
     limit: float
     problem: str = ""
     relied_on: bool = True
+    time_ms: float | None = None  # of one call, where it was measured
 
     @property
     def verdict(self) -> str:
@@ -41,6 +43,11 @@ class Finding:
     def fine(self) -> bool:
         return self.verdict == "ok" or not self.relied_on
 
+    @property
+    def severity(self) -> float:
+        """Sort key of the worst finding: the error, infinite where the comparison failed."""
+        return math.inf if self.error is None else self.error
+
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest relative L2 error of any row, so that one wrong row of many shows. ValueError if the shapes differ.
@@ -49,6 +56,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """
     if actual.shape != expected.shape:
         raise ValueError(f"the result is {list(actual.shape)}, not {list(expected.shape)}")
+    if not expected.numel():
+        return 0.0
     lengths = expected.norm(dim=-1)
     differences = (actual.to("cpu", torch.float32) - expected).norm(dim=-1)
     errors = differences / lengths.clamp(min=max(0.01 * float(lengths.mean()), 1e-20))

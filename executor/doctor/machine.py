@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from executor.doctor.host import driver_version, installed_cann_version
 from executor.loading.device import device_name, free_memory_bytes
 from executor.utils.report import commit, versions
 
@@ -13,13 +14,13 @@ PREFIXES = ("ASCEND_", "HCCL_", "PYTORCH_NPU_", "TASK_QUEUE_", "CPU_AFFINITY_", 
 HOST_FILES = {
     "CPU governor": "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
     "NUMA balancing": "/proc/sys/kernel/numa_balancing",
-    "driver": "/usr/local/Ascend/driver/version.info",
 }
 
 
 def facts(device: torch.device) -> dict[str, str]:
     """Versions, device and settings to report with the results; "unknown" for what cannot be read."""
     found = {"commit": commit(), **versions(), "CANN": cann_version(), "product": device_name(device)}
+    found["driver"] = driver_version()
     found["free memory"] = f"{free_memory_bytes(device) / 1e9:.1f} GB"
     for name, path in HOST_FILES.items():
         found[name] = " ".join(Path(path).read_text(encoding="utf-8").split()) if Path(path).is_file() else "unknown"
@@ -28,6 +29,7 @@ def facts(device: torch.device) -> dict[str, str]:
 
 
 def cann_version() -> str:
-    """CANN version as torch_npu reports it; "unknown" under CANN before 8.1, which does not report it."""
+    """CANN version as torch_npu reports it, else as its installed files do; "unknown" if neither does."""
     get_cann_version = getattr(getattr(getattr(torch, "npu", None), "utils", None), "get_cann_version", None)
-    return (get_cann_version() if get_cann_version is not None else "") or "unknown"
+    reported = get_cann_version() if get_cann_version is not None else ""
+    return reported or installed_cann_version(os.environ.get("ASCEND_HOME_PATH", ""))

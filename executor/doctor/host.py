@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Versions that do not fit each other, and HCCL ports that the host's kernel may give to other programs.
+
+Sources: torch_npu's COMPATIBILITY.md and the release notes of CANN 9.1.0 (compatibility with Ascend HDK).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from executor.doctor.findings import Finding
+
+DRIVER_FILE = Path("/usr/local/Ascend/driver/version.info")
+KERNEL = Path("/proc/sys/net/ipv4")
+CANN_OF = {  # torch_npu -> the CANN that it is paired with; docs/npu.md has the same table
+    "2.8.0.post5": "9.0",
+    "2.9.0.post2": "9.0",
+    "2.10.0": "9.0",
+    "2.9.0.post6": "9.1",
+    "2.10.0.post4": "9.1",
+    "2.11.0": "9.1",
+    "2.12.0": "9.1",
+    "2.13.0": "9.1",
+    "2.14.0": "9.1",
+}
+HDK_OF = {"9.0": "25.0", "9.1": "25.2"}  # CANN -> oldest compatible driver (Ascend HDK)
+GRAPH_HDK = "25.5.1"  # older ones have streams for few graphs
+HCCL_PORTS = 32  # from HCCL_IF_BASE_PORT on: two for each NPU of a node
+FIRST_PORT = 60000
+
+
+def driver_version(file: Path = DRIVER_FILE) -> str:
+    """Version of the NPU driver (Ascend HDK); "unknown" where it is not installed."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    found = re.search(r"^Version=(\S+)", text, flags=re.MULTILINE)
+    return found[1] if found else "unknown"
+
+
+def installed_cann_version(home: str) -> str:
+    """CANN version in the files under ASCEND_HOME_PATH, for CANN that does not report it; "unknown" without any."""
+    files = (
+        [file for pattern in ("", "*/") for file in Path(home).glob(f"{pattern}ascend_*_install.info")] if home else []
+    )
+    for file in sorted(files):
+        found = re.search(r"^version=(\S+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        if found:
+            return found[1]
+    return "unknown"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparison: 25.5.1 -> (25, 5, 1); none for "unknown"."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def compare_versions(machine: dict[str, str]) -> Iterator[Finding]:
+    """Yields a finding for each pair of driver, CANN, torch_npu and torch that the vendor's pages have."""
+    torch, torch_npu = (machine.get(name, "unknown") for name in ("torch", "torch_npu"))
+    cann, driver = machine["CANN"], machine["driver"]
+    if numbers(torch_npu):
+        yield pair("torch and torch_npu", torch, torch_npu, numbers(torch)[:3] == numbers(torch_npu)[:3], "the same")
+    if torch_npu in CANN_OF and numbers(cann):
+        need = CANN_OF[torch_npu]
+        yield pair("torch_npu and CANN", torch_npu, cann, numbers(cann) >= numbers(need), f"CANN {need} or later")
+    need = HDK_OF.get(".".join(map(str, numbers(cann)[:2])), "")
+    if need and numbers(driver):
+        yield pair("CANN and driver", cann, driver, numbers(driver) >= numbers(need), f"Ascend HDK {need} or later")
+    if numbers(driver):
+        enough = numbers(driver) >= numbers(GRAPH_HDK)
+        yield pair("graph mode and driver", "graph", driver, enough, f"Ascend HDK {GRAPH_HDK}", relied_on=False)
+
+
+def pair(what: str, one: str, other: str, fits: bool, need: str, relied_on: bool = True) -> Finding:
+    problem = "" if fits else f"{one} needs {need}, this is {other}"
+    return Finding("versions", what, f"{one} with {other}", 0.0 if fits else None, 0.0, problem, relied_on)
+
+
+def compare_ports(kernel: Path = KERNEL) -> Iterator[Finding]:
+    """Yields a finding on whether the kernel may give HCCL's ports to outgoing connections of other programs."""
+    base = os.environ.get("HCCL_IF_BASE_PORT", str(FIRST_PORT))
+    files = [kernel / name for name in ("ip_local_port_range", "ip_local_reserved_ports")]
+    if not base.isdecimal() or not all(file.is_file() for file in files):
+        return
+    first, last = map(int, files[0].read_text(encoding="utf-8").split())
+    reserved = port_ranges(files[1].read_text(encoding="utf-8"))
+    ports = range(int(base), int(base) + HCCL_PORTS)
+    free = [port for port in ports if first <= port <= last and not any(port in taken for taken in reserved)]
+    needed = f"{ports[0]}-{ports[-1]}"
+    problem = f"not reserved: sysctl -w net.ipv4.ip_local_reserved_ports={needed}" if free else ""
+    yield Finding("ports", "HCCL", needed, None if free else 0.0, 0.0, problem, relied_on=False)
+
+
+def port_ranges(text: str) -> list[range]:
+    """Parses the kernel's list of ports, such as 8080,60000-60031."""
+    ends = [part.partition("-") for part in text.strip().split(",") if part.strip()]
+    return [range(int(low), int(high or low) + 1) for low, _, high in ends]
