@@ -9,7 +9,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-VERSIONS = ("2.13.0", "2.8.0.post5")
+# the newest that this torch pairs with, the oldest, the newest of all, and what docker/Dockerfile.npu installs
+VERSIONS = ("2.13.0", "2.8.0.post5", "2.14.0", "2.12.0")
 PLATFORM = ("--python-version", "3.11", "--platform", "manylinux_2_28_x86_64", "--only-binary=:all:")
 PATIENCE = ("--retries", "1", "--timeout", "20")  # per connection, for machines without a network
 TIMEOUT_S = 600
