@@ -211,7 +211,8 @@ def check_exchange(given, run, hidden, tokens):
     # those of the rank with the most, as all ranks send equally many rows; 4 ranks of attn_tp share their tokens
     assert tokens in [share_of(DECODE_TOKENS[run], attn_tp) for attn_tp in (1, 4)]
     assert given["global_bs"] == 0  # equal in all layers and steps
-    assert given["x_active_mask"]["shape"] == [tokens] and given["x_active_mask"]["dtype"] == "bool"
+    mask = given["x_active_mask"]
+    assert mask is not None and mask["shape"] == [tokens] and mask["dtype"] == "bool"
     assert given["shared_expert_rank_num"] == 0 and given["group_tp"] == ""
     assert given["tp_world_size"] == (0 if given["shared_expert_num"] else 1)  # fullmesh_v2 takes only 1, A2 only 0
     if given["shared_expert_num"]:  # A2
