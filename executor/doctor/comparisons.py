@@ -11,17 +11,18 @@ from executor.doctor.findings import ROUNDED_OFTEN, Context, Finding, first_line
 from executor.doctor.inputs import Shapes
 from executor.loading.device import synchronize
 from ops.npu import NpuOps
-from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, PROBES, REGROUP, ROTARY
+from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, LOCAL_EXPERTS, PROBES, REGROUP, ROTARY
 
 Comparison = Callable[[Context, str], Iterator[Finding]]  # with one variant of a family
 
 # family -> (attribute of NpuOps, variants, operation that uses them, comparisons of that operation)
-FAMILIES: dict[str, tuple[str, dict[str, Callable[..., Any]], str, tuple[Comparison, ...]]] = {
+FAMILIES: dict[str, tuple[str, dict[str, Any], str, tuple[Comparison, ...]]] = {
     "rotary": ("rotate", ROTARY, "attention", (layers.attention,)),
     "cache write": ("write_cache", CACHE_WRITE, "attention", (layers.attention,)),
     "attention": ("attend", ATTENTION, "attention", (layers.attention, layers.graph)),
     "gating": ("gating", GATING, "route", (layers.route,)),
     "combine": ("combine", COMBINE, "experts", (experts.experts,)),
+    "local experts": ("combine_local", LOCAL_EXPERTS, "experts", (experts.experts,)),
     "regroup": ("regroup_rows", REGROUP, "regroup", (experts.regroup,)),
 }
 

@@ -152,7 +152,8 @@ def exchange(ranks: Ranks, context: Context) -> Iterator[Comparison | Finding]:
     shapes, me, device = context.shapes, ranks.world.index, ranks.device
     scales = 0.5 + 2 * torch.rand(shapes.num_experts, generator=torch.Generator().manual_seed(0))
     scales = scales.to(DTYPE).float()
-    for pair in ranks.plan.make(ranks.parallel.dispatch) if ranks.plan is not None else ():
+    group = ranks.parallel.dispatch
+    for pair in ranks.plan.make(group) if ranks.plan is not None and group is not None else ():
         refusing = [rank for rank, works in enumerate(ranks.gather(pair.works(DTYPE, device))) if not works]
         if refusing:
             problem = f"the start-up call fails on rank {refusing[0]}"
