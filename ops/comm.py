@@ -9,9 +9,10 @@ import dataclasses
 import datetime
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Protocol
+from functools import cache, cached_property
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -179,6 +180,27 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+@cache
+def rendezvous_store() -> dist.Store:
+    """The ranks' key-value store, which they share before they have process groups."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=rendezvous_timeout()))
+    return store
+
+
+def rendezvous_timeout() -> datetime.timedelta:
+    return datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120")))
+
+
+def gather_texts(name: str, text: str) -> list[str]:
+    """Gathers a text of every rank, in their order, without a process group. Collective, once for a `name`."""
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [text]
+    store = dist.PrefixStore(name, rendezvous_store())
+    store.set(str(rank), text)
+    return [store.get(str(other)).decode() for other in range(world_size)]
+
+
 def group_members(
     world_size: int, attn_tp: int, moe_tp: int, embed_tp: int, lmhead_tp: int
 ) -> dict[str, list[tuple[int, ...]]]:
@@ -215,32 +237,51 @@ def init_parallel(
             device_id=device if device.type == "cuda" else None,
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=int(os.environ.get("RENDEZVOUS_TIMEOUT_S", "120"))),  # rendezvous only
+            timeout=rendezvous_timeout(),
         )
         atexit.register(dist.destroy_process_group)
     traffic = Traffic()
-    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-    small: dict[tuple[int, ...], SmallCollectives | None] = {}
+    made: dict[tuple[tuple[int, ...], bool], dist.ProcessGroup] = {}
+    small: dict[dist.ProcessGroup, SmallCollectives | None] = {}
     groups = {}
-    for name, members in group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp).items():
+    options = group_options(device)
+    layout = group_members(world_size, attn_tp, moe_tp, embed_tp, lmhead_tp)
+    for name, members in layout.items():
         for ranks in members:
-            if len(ranks) > 1 and ranks not in made:
-                made[ranks] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)  # collective over all ranks
+            # the all-to-all of prefill is on `world`
+            has_small_messages = options is not None and name != "world" and ranks in layout["attn_tp"]
+            key = ranks, has_small_messages
+            if len(ranks) > 1 and key not in made:
+                own_options = None if options is None else options(*key)
+                made[key] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, pg_options=own_options)  # collective
                 if rank in ranks:
-                    small[ranks] = connect_small(made[ranks], device)
+                    small[made[key]] = connect_small(made[key], device)
             if rank in ranks:
+                group = made.get(key)
                 groups[name] = Group(
                     name=name,
                     ranks=ranks,
                     index=ranks.index(rank),
-                    process_group=made.get(ranks),
-                    small=small.get(ranks),
+                    process_group=group,
+                    small=None if group is None else small[group],
                     traffic=traffic,
                 )
     if with_dispatch:
         own = dist.new_group(groups["world"].ranks, timeout=COLLECTIVE_TIMEOUT)
         groups["dispatch"] = dataclasses.replace(groups["world"], name="dispatch", process_group=own, small=None)
     return ParallelContext(**groups)
+
+
+def group_options(device: torch.device) -> Callable[[tuple[int, ...], bool], Any] | None:
+    """Makes a function of a group's ranks and whether it has small messages only, which returns the backend's options.
+
+    None: the backend has none. Collective.
+    """
+    if device.type != "npu":
+        return None
+    from ops.npu.communicators import group_options
+
+    return group_options()
 
 
 def connect_small(group: dist.ProcessGroup, device: torch.device) -> SmallCollectives | None:

@@ -218,11 +218,10 @@ export_npu_settings() {
     local setting name found=() devices line
     mapfile -t devices < <(compgen -G "${NPU_DEVICE_GLOB:-/dev/davinci[0-9]*}")
     line="NPU environment: device_files=${#devices[@]}"
-    for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES HCCL_BUFFSIZE; do
+    for name in ASCEND_HOME_PATH ASCEND_RT_VISIBLE_DEVICES HCCL_BUFFSIZE HCCL_EXEC_TIMEOUT HCCL_OP_EXPANSION_MODE; do
         [[ -z "${!name+set}" ]] || line+=" $name=${!name}"
     done
-    for setting in HCCL_CONNECT_TIMEOUT=1200 HCCL_EXEC_TIMEOUT=3604 HCCL_OP_EXPANSION_MODE=AIV \
-        PYTORCH_NPU_ALLOC_CONF=expandable_segments:True TASK_QUEUE_ENABLE=1; do
+    for setting in HCCL_CONNECT_TIMEOUT=1200 PYTORCH_NPU_ALLOC_CONF=expandable_segments:True TASK_QUEUE_ENABLE=1; do
         name="${setting%%=*}"
         [[ -n "${!name+set}" ]] || export "${setting?}"
         line+=" $name=${!name}"

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ops import GroupedRows, RouterLogits, Routing, StepMetadata
 from ops.ascend import ExchangeSizes, choose_algorithms, product_of
 from ops.npu.calls import npu
+from ops.npu.communicators import super_nodes
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
 from ops.npu.profiler import NpuProfiler
 from ops.npu.recorder import NpuGraphRecorder
@@ -119,6 +120,8 @@ class NpuOps(ReferenceOps):
 
     def plan_dispatch(self, sizes: ExchangeSizes) -> DispatchPlan | None:
         missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
+        if self.product == "A3":
+            sizes = dataclasses.replace(sizes, spans_super_nodes=len(set(super_nodes())) > 1)
         algorithms, why = choose_algorithms(self.product, sizes)
         if missing or not algorithms:
             logger.info("no dispatch and combine: %s", f"torch_npu lacks {missing[0]}" if missing else why)

@@ -182,9 +182,8 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     expected = {
         "ASCEND_RT_VISIBLE_DEVICES": "1",
         "HCCL_BUFFSIZE": "512",
-        "HCCL_CONNECT_TIMEOUT": "1200",
-        "HCCL_EXEC_TIMEOUT": "3604",
         "HCCL_OP_EXPANSION_MODE": "HOST",
+        "HCCL_CONNECT_TIMEOUT": "1200",
         "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True",
         "TASK_QUEUE_ENABLE": "",
     }
@@ -192,6 +191,14 @@ def test_npu_machine_gets_settings_that_the_user_can_override(repo: Path, tmp_pa
     line = " ".join(f"{name}={value}" for name, value in expected.items())
     assert result.stderr == f"NPU environment: device_files=2 {line}\n"
     assert not started(infer(repo)).keys() & expected.keys() and not infer(repo).stderr
+
+
+def test_npu_machine_gets_no_setting_that_depends_on_the_product(repo: Path, tmp_path: Path) -> None:
+    """The mode of collectives is set for each process group, and its largest timeout depends on the mode."""
+    (tmp_path / "davinci0").touch()
+    (repo / "executor/launch/__main__.py").write_text("import json, os\nprint(json.dumps(dict(os.environ)))\n")
+    names = started(infer(repo, NPU_DEVICE_GLOB=str(tmp_path / "davinci*"), JEMALLOC="")).keys()
+    assert not {"HCCL_OP_EXPANSION_MODE", "HCCL_EXEC_TIMEOUT"} & names and "HCCL_CONNECT_TIMEOUT" in names
 
 
 def test_npu_machine_preloads_jemalloc(repo: Path, tmp_path: Path) -> None:
