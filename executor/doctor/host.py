@@ -4,15 +4,14 @@
 Sources: torch_npu's COMPATIBILITY.md and the release notes of CANN 9.1.0 (compatibility with Ascend HDK).
 """
 
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from executor.doctor.findings import Finding
+from executor.utils.hccl_ports import KERNEL, hccl_ports
 
 DRIVER_FILE = Path("/usr/local/Ascend/driver/version.info")
-KERNEL = Path("/proc/sys/net/ipv4")
 CANN_OF = {  # torch_npu -> the CANN that it is paired with; docs/npu.md has the same table
     "2.8.0.post5": "9.0",
     "2.9.0.post2": "9.0",
@@ -26,8 +25,6 @@ CANN_OF = {  # torch_npu -> the CANN that it is paired with; docs/npu.md has the
 }
 HDK_OF = {"9.0": "25.0", "9.1": "25.2"}  # CANN -> oldest compatible driver (Ascend HDK)
 GRAPH_HDK = "25.5.1"  # older ones have streams for few graphs
-HCCL_PORTS = 32  # from HCCL_IF_BASE_PORT on: two for each NPU of a node
-FIRST_PORT = 60000
 
 
 def driver_version(file: Path = DRIVER_FILE) -> str:
@@ -79,20 +76,6 @@ def pair(what: str, one: str, other: str, fits: bool, need: str, relied_on: bool
 
 def compare_ports(kernel: Path = KERNEL) -> Iterator[Finding]:
     """Yields a finding on whether the kernel may give HCCL's ports to outgoing connections of other programs."""
-    base = os.environ.get("HCCL_IF_BASE_PORT", str(FIRST_PORT))
-    files = [kernel / name for name in ("ip_local_port_range", "ip_local_reserved_ports")]
-    if not base.isdecimal() or not all(file.is_file() for file in files):
-        return
-    first, last = map(int, files[0].read_text(encoding="utf-8").split())
-    reserved = port_ranges(files[1].read_text(encoding="utf-8"))
-    ports = range(int(base), int(base) + HCCL_PORTS)
-    free = [port for port in ports if first <= port <= last and not any(port in taken for taken in reserved)]
-    needed = f"{ports[0]}-{ports[-1]}"
-    problem = f"not reserved: sysctl -w net.ipv4.ip_local_reserved_ports={needed}" if free else ""
-    yield Finding("ports", "HCCL", needed, None if free else 0.0, 0.0, problem, relied_on=False)
-
-
-def port_ranges(text: str) -> list[range]:
-    """Parses the kernel's list of ports, such as 8080,60000-60031."""
-    ends = [part.partition("-") for part in text.strip().split(",") if part.strip()]
-    return [range(int(low), int(high or low) + 1) for low, _, high in ends]
+    ports, command = hccl_ports(kernel)
+    problem = "" if command is None else f"not reserved: {command}"
+    yield Finding("ports", "HCCL", ports, 0.0 if command is None else None, 0.0, problem, relied_on=False)

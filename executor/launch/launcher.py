@@ -30,6 +30,7 @@ from executor.launch.rank import DRAIN_S, LAUNCHER_VARIABLE, forget_rank
 from executor.launch.results import RUN_NAME_VARIABLE, RunFolder, create_run_folder
 from executor.launch.terminal import drain, print_error
 from executor.utils.data_utils import load_prompts
+from executor.utils.hccl_ports import hccl_ports
 from executor.utils.text import quoted
 
 if TYPE_CHECKING:
@@ -255,13 +256,13 @@ def processes_per_node(world_size: int, addresses: tuple[str, ...]) -> int:
 
 
 def check_devices(settings: Settings, processes: int) -> None:
-    """Raises ValueError if this node has fewer accelerators than ranks, or the device has no graph mode."""
-    import torch
+    """Raises ValueError if this node has fewer accelerators than ranks, or the device has no graph mode.
 
-    from executor.loading.device import select_device
+    Uses no device: a context of this process would take memory from a rank's, and some drivers allow one per device.
+    """
+    from executor.loading.device import count_devices
 
-    kind = select_device(settings.device).type
-    count = torch.accelerator.device_count()
+    kind, count = count_devices(settings.device)
     if settings.exe_mode == "graph" and kind == "cpu":
         raise ValueError(f"exe_mode: graph is not possible on device {kind}, only eager")
     if kind != "cpu" and count < processes:
@@ -270,6 +271,11 @@ def check_devices(settings: Settings, processes: int) -> None:
         raise ValueError(
             f"world_size: {settings.world_size} needs {processes} {kind} devices on {socket.gethostname()}, "
             f"it has {count}{visible}"
+        )
+    ports, command = hccl_ports()
+    if kind == "npu" and command is not None:
+        print(
+            f"warning: HCCL needs the ports {ports}, which other programs may be given: run {command}", file=sys.stderr
         )
 
 

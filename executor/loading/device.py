@@ -14,25 +14,31 @@ from ops import npu_available
 
 
 def select_device(name: str, local_rank: int = 0) -> torch.device:
-    """Selects this rank's device for a `device` setting (auto, npu, cuda, cpu).
+    """Selects this rank's device for a `device` setting (auto, npu, cuda, cpu) and creates a context on it.
+
+    Raises ValueError as `count_devices`, or if there are fewer devices than ranks.
+    """
+    kind, count = count_devices(name)
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank >= count:
+        what = {"npu": "an NPU", "cuda": "a GPU"}[kind]
+        raise ValueError(f"device: rank {local_rank} of this node needs {what}, there are {count}")
+    torch.get_device_module(kind).set_device(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def count_devices(name: str) -> tuple[str, int]:
+    """Type of the device that a `device` setting means, and how many there are (0: CPU), without using any.
 
     Raises ValueError if it is not available, or if `auto` finds an accelerator that torch cannot use.
     """
     if name == "cpu":
-        return torch.device("cpu")
+        return "cpu", 0
     if name in ("auto", "npu") and npu_available():
-        count = torch.npu.device_count()
-        if local_rank >= count:
-            raise ValueError(f"device: rank {local_rank} of this node needs an NPU, there are {count}")
-        torch.npu.set_device(local_rank)
-        return torch.device("npu", local_rank)
+        return "npu", torch.npu.device_count()
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ValueError(
-                f"device: rank {local_rank} of this node needs a GPU, there are {torch.cuda.device_count()}"
-            )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        return "cuda", torch.cuda.device_count()
     if name != "auto":
         raise ValueError(f"device: {name} is not available to this Python's torch {torch.__version__}")
     for kind, pattern, need in (
@@ -44,7 +50,7 @@ def select_device(name: str, local_rank: int = 0) -> torch.device:
                 f"device: auto sees the {kind} {glob.glob(pattern)[0]}, which torch {torch.__version__} cannot use; "
                 f"install {need}, or set device: cpu"
             )
-    return torch.device("cpu")
+    return "cpu", 0
 
 
 def synchronize(device: torch.device) -> None:

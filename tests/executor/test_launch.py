@@ -16,6 +16,7 @@ from executor.config import load_settings
 from executor.launch import launcher
 from executor.launch.nodes import Nodes
 from executor.launch.rank import is_consequence, share_of_cores
+from executor.utils.hccl_ports import hccl_ports
 from tests.jobs import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,16 +70,47 @@ def test_processes_per_node() -> None:
 
 
 def test_fewer_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("executor.loading.device.select_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr("executor.loading.device.count_devices", lambda name: ("cuda", 2))
     settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=4"])
     launcher.check_devices(settings, 2)
     with pytest.raises(ValueError, match="world_size: 4 needs 4 cuda devices on .*, it has 2$"):
         launcher.check_devices(settings, 4)
-    monkeypatch.setattr("executor.loading.device.select_device", lambda name: SimpleNamespace(type="npu"))
+    monkeypatch.setattr("executor.loading.device.count_devices", lambda name: ("npu", 2))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5")
     with pytest.raises(ValueError, match=r"needs 4 npu devices on .*, it has 2 \(ASCEND_RT_VISIBLE_DEVICES=4,5\)$"):
         launcher.check_devices(settings, 4)
+
+
+def test_devices_are_counted_without_using_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context of the launcher would take memory of a rank's NPU."""
+    monkeypatch.setattr("executor.loading.device.npu_available", lambda: True)
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(device_count=lambda: 2), raising=False)  # has no set_device
+    settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=2", "device=npu"])
+    launcher.check_devices(settings, 2)
+    with pytest.raises(ValueError, match="needs 3 npu devices on .*, it has 2"):
+        launcher.check_devices(settings, 3)
+
+
+def test_unreserved_hccl_ports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job of several NPU ranks warns once; others do not."""
+    monkeypatch.delenv("HCCL_IF_BASE_PORT", raising=False)
+    monkeypatch.setattr(launcher, "hccl_ports", lambda: hccl_ports(tmp_path))
+    (tmp_path / "ip_local_port_range").write_text("32768\t60999\n", encoding="utf-8")
+    (tmp_path / "ip_local_reserved_ports").write_text("8080\n", encoding="utf-8")
+    settings = load_settings(ROOT / "models/qwen3_moe/config/demo.yaml", ["world_size=2"])
+    for kind in ("cpu", "cuda", "npu"):
+        monkeypatch.setattr("executor.loading.device.count_devices", lambda name, kind=kind: (kind, 2))
+        launcher.check_devices(settings, 2)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: HCCL needs the ports 60000-60031")
+    assert line.endswith("run sysctl -w net.ipv4.ip_local_reserved_ports=8080,60000-60031")
+    (tmp_path / "ip_local_reserved_ports").write_text("8080,60000-60031\n", encoding="utf-8")
+    launcher.check_devices(settings, 2)
+    (tmp_path / "ip_local_reserved_ports").unlink()  # as in some containers
+    launcher.check_devices(settings, 2)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("port", ["http", "0", "65536", "70000", "-1", "", "9" * 5000, "²"])
