@@ -43,12 +43,14 @@ def selected_files(arguments: Iterable[str]) -> set[Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Workers of `-n auto`: one per usable core, none where one process is as fast. None leaves it to xdist."""
+    """Workers of `-n auto`: one more than usable cores, as some wait for jobs that they started; none for one core or
+    few files, where one process is as fast. None leaves it to xdist."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None
     paths = [str(config.invocation_params.dir / argument) for argument in config.args]
-    workers = min(int(usable_cores()), MAX_WORKERS, len(selected_files(paths)) // FILES_OF_A_WORKER)
-    return workers if workers > 1 else 0
+    cores = int(usable_cores())
+    workers = min(cores + 1, MAX_WORKERS, len(selected_files(paths)) // FILES_OF_A_WORKER)
+    return workers if cores > 1 and workers > 1 else 0
 
 
 @cache

@@ -92,10 +92,10 @@ def test_some(index):
 
 
 @pytest.mark.parametrize(
-    ("cores", "files", "workers"), [(2, 10, 2), (1, 10, 0), (1.5, 10, 0), (64, 100, 8), (8, 6, 3), (2, 3, 0)]
+    ("cores", "files", "workers"), [(2, 10, 3), (1, 10, 0), (1.5, 10, 0), (64, 100, 8), (8, 6, 3), (2, 3, 0)]
 )
 def test_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: float, files: int, workers: int) -> None:
-    """One per usable core; none for few files, a folder, files or node ids."""
+    """One more than usable cores; none for few files or one core. For a folder, files or node ids."""
     monkeypatch.delenv("PYTEST_XDIST_AUTO_NUM_WORKERS", raising=False)
     monkeypatch.setattr(conftest, "usable_cores", lambda: cores)
     names = [f"test_{number}.py" for number in range(files)]

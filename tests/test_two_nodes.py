@@ -151,8 +151,7 @@ def test_different_settings(node, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("results_*"))
 
 
-@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(("index", "sent"), [(0, "SIGINT"), (1, "SIGTERM")])
 def test_signal_while_waiting_for_the_other_node(node, index: int, sent: str) -> None:
     job = node(index, *FOUR_RANKS)
     wait_for(lambda: f"ranks {2 * index} to" in job.text, STARTS_WITHIN_S)

@@ -21,7 +21,7 @@ def one_process(tmp_path_factory) -> list[list[int]]:
         return tokens(job, result)
 
 
-@pytest.mark.parametrize("name", ["demo_2tp", "demo_2ep", "demo_2dp_2ep"])
+@pytest.mark.parametrize("name", ["demo_2ep", "demo_2dp_2ep"])
 def test_two_ranks(name, one_process, tmp_path):
     result = tmp_path / "result.jsonl"
     options = ("--yaml", name, "--output", str(result))
