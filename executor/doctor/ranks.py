@@ -43,7 +43,7 @@ class Ranks:
         self.plan = ops.plan_dispatch(sizes)
         if self.plan is not None:
             self.plan.set_environment()  # before the communicators are made
-        self.parallel: ParallelContext = init_parallel(device, 1, 1, 1, 1, with_dispatch=self.plan is not None)
+        self.parallel: ParallelContext = init_parallel(device, size, 1, 1, 1, with_dispatch=self.plan is not None)
         self.device = device
         self.host = dist.new_group(backend="gloo")
 
@@ -93,7 +93,7 @@ class Comparison(NamedTuple):
 
 def compare_ranks(ranks: Ranks, context: Context) -> Iterator[Finding]:
     """Yields this rank's findings; ends after the first that fails on any rank, as the others would wait for it."""
-    for compared in itertools.chain(collectives(ranks.world, context), exchange(ranks, context)):
+    for compared in itertools.chain(collectives(ranks.parallel, context), exchange(ranks, context)):
         if isinstance(compared, Finding):
             yield compared
             continue
@@ -125,8 +125,9 @@ def rows_of(rank: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(DTYPE).float()
 
 
-def collectives(world: Group, context: Context) -> Iterator[Comparison]:
+def collectives(parallel: ParallelContext, context: Context) -> Iterator[Comparison]:
     """The collectives of a step, of which all-to-all has unequal parts, some of them empty."""
+    world = parallel.world
     size, me, hidden = world.size, world.index, context.shapes.hidden_size
     for tokens in TOKENS:
         parts = [[(source + 2 * target) % 3 * tokens for target in range(size)] for source in range(size)]
@@ -136,7 +137,7 @@ def collectives(world: Group, context: Context) -> Iterator[Comparison]:
         longer = [rows_of(rank, size * tokens, hidden) for rank in range(size)]
         sent = [rows_of(rank, sum(part), hidden).split(part) for rank, part in enumerate(parts)]
         for operation, call, given, expected in (
-            ("all_reduce", world.all_reduce, everywhere[me], torch.stack(everywhere).sum(0)),
+            ("all_reduce", parallel.attn_tp.all_reduce, everywhere[me], torch.stack(everywhere).sum(0)),
             ("all_gather", world.all_gather, everywhere[me], torch.cat(everywhere)),
             ("reduce_scatter", world.reduce_scatter, longer[me], torch.stack(longer).sum(0).chunk(size)[me]),
             ("all_to_all", exchange_rows, torch.cat(sent[me]), torch.cat([part[me] for part in sent])),
