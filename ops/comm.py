@@ -138,6 +138,18 @@ class CommandChannel:
         return payload.numpy().tobytes()
 
 
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Gathers every rank's value, in their order, over a group of CPU tensors such as `host_group` makes."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def host_group() -> dist.ProcessGroup:
+    """Makes a group of all ranks for CPU tensors. Collective."""
+    return dist.new_group(backend="gloo")
+
+
 GROUP_NAMES = ("world", "control", "attn_tp", "attn_dp", "moe_tp", "moe_ep", "embed_tp", "lmhead_tp")
 SINGLE = {name: Group(name=name) for name in GROUP_NAMES}
 

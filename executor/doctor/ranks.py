@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from executor.doctor.findings import ROUNDED_OFTEN, TOKENS, Context, Finding
 from executor.doctor.inputs import DTYPE, Shapes
 from executor.loading.device import synchronize
 from ops.ascend import ExchangeSizes
-from ops.comm import Group, ParallelContext, init_parallel
+from ops.comm import Group, ParallelContext, gather_objects, host_group, init_parallel
 from ops.npu import NpuOps
 
 UNEQUAL = (8, 0, 3, 5)  # tokens of ranks 0, 1, 2, 3, and again of those after them
@@ -45,7 +44,7 @@ class Ranks:
             self.plan.set_environment()  # before the communicators are made
         self.parallel: ParallelContext = init_parallel(device, size, 1, 1, 1, with_dispatch=self.plan is not None)
         self.device = device
-        self.host = dist.new_group(backend="gloo")
+        self.host = host_group()
 
     @property
     def world(self) -> Group:
@@ -53,9 +52,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        values = [None] * self.world.size
-        dist.all_gather_object(values, value, group=self.host)
-        return values
+        return gather_objects(value, self.host)
 
     def worst(self, findings: list[Finding]) -> list[Finding]:
         """For each comparison the worst finding of any rank, whose case names a rank other than 0; the longest time."""
