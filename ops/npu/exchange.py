@@ -136,8 +136,8 @@ class DispatchCombine:
         """Whether tokens of all ranks, unequally many, come back as they were sent. Collective: all ranks call it."""
         self.prepare(dtype, device)
         try:
-            returned, expected = self.round_trip(dtype, device)
-            is_right = torch.allclose(returned, expected, rtol=TRIAL_ERROR)  # waits for the device
+            returned, expected = (part.float().cpu() for part in self.round_trip(dtype, device))  # waits for the device
+            is_right = torch.allclose(returned, expected, rtol=TRIAL_ERROR)
         except (RuntimeError, AttributeError) as error:
             logger.info("ops: npu lacks %s: %s", self.name, str(error).splitlines()[0])
             return False
@@ -149,11 +149,10 @@ class DispatchCombine:
         """Dispatches up to BS tokens, the most of a step, and combines them; returns what came back and was sent."""
         count, top_k, experts = self.sizes.tokens, self.sizes.top_k, self.sizes.experts
         mine = count - self.rank % (count + 1)
-        numbers = torch.arange(count, device=device)[:, None] + self.rank
-        hidden_states = (numbers + torch.arange(self.sizes.hidden_size, device=device)) % 16 + 1
-        hidden_states = hidden_states[:mine].to(dtype)
-        ids = (numbers + torch.arange(top_k, device=device) * (experts // top_k)) % experts
-        weights = torch.full((count, top_k), 1 / top_k, device=device)
-        is_token = torch.arange(count, device=device) < mine
-        rows, _, sent = self.dispatch(hidden_states, ids[:mine], weights[:mine], is_token)
-        return self.combine(rows, sent), hidden_states
+        numbers = torch.arange(count)[:, None] + self.rank
+        hidden_states = ((numbers + torch.arange(self.sizes.hidden_size)) % 16 + 1).to(device, dtype)
+        ids = ((numbers + torch.arange(top_k) * (experts // top_k)) % experts).to(device)
+        weights = torch.full((count, top_k), 1 / top_k).to(device)
+        is_token = (torch.arange(count) < mine).to(device)
+        rows, _, sent = self.dispatch(hidden_states[:mine], ids[:mine], weights[:mine], is_token)
+        return self.combine(rows, sent), hidden_states[:mine]
