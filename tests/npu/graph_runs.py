@@ -49,7 +49,8 @@ def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, 
 
 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:
-    """Tokens of three prompts, so that a batch of four has a padding row."""
+    """Tokens of three prompts, so that a batch of four has a padding row; on several ranks also of one alone, which
+    leaves attention DP groups without a sequence."""
     with (
         patch.object(executor.loading.assembly, "load_ops", lambda device_type: ops),
         patch.object(executor.engine.graph_runner, "UNPADDED", 2),
@@ -58,7 +59,10 @@ def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: 
     if settings.get("exe_mode") == "graph":
         assert (3 in llm.runner.graphs) == (batch_size == 3)
     prompts = [llm.tokenizer.tokenizer.encode(LONG_PROMPT)[:250], *PROMPTS[:2]]
-    outputs = llm.generate(prompts, SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True))
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    outputs = llm.generate(prompts, sampling)
+    if settings.get("world_size", 1) > 1:
+        outputs += llm.generate(prompts[-1:], sampling)
     return [output.token_ids for output in outputs]
 
 
