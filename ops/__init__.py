@@ -56,6 +56,10 @@ class Ops:
         """Converts a loaded weight to the layout of the backend's matmuls; the memory of the original may be freed."""
         return weight
 
+    def cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        """Shape of the keys, and of the values, of a layer's cache; the first dimension is that of the blocks."""
+        return num_blocks, block_size, num_kv_heads, head_dim
+
     def prepare_attention(
         self, cos_sin: tuple[torch.Tensor, torch.Tensor], step: StepMetadata, dtype: torch.dtype
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], StepMetadata]:
@@ -125,8 +129,8 @@ class Ops:
 
         qkv [T, (H + 2G) * C] holds all query heads, then all key heads, then all value heads; the norm weights are [C];
         cos and sin (half-split rotary: the second half repeats the first) and the step come from `prepare_attention`;
-        the caches [L, S, G, C] are written in place. Each token attends to the cached tokens of its sequence, to the
-        new ones before it and to itself. Returns [T, H * C].
+        the caches (`cache_shape`; [L, S, G, C] by default) are written in place. Each token attends to the cached
+        tokens of its sequence, to the new ones before it and to itself. Returns [T, H * C].
         """
         raise NotImplementedError
 

@@ -12,6 +12,7 @@ from executor.llm import LLM
 from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
 from ops import GroupedRows, RouterLogits, Routing, Weight
+from ops.step import BLOCK_SIZE
 
 COUNTED_STEPS = 8
 
@@ -30,7 +31,7 @@ def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: f
     return {
         "weights": others,
         "experts": round(experts * distinct_experts / max(1, held_experts(llm))),
-        "cache": sequences * cached_tokens * 2 * len(llm.kv_caches) * key_cache[0, 0].nbytes,
+        "cache": sequences * cached_tokens * 2 * len(llm.kv_caches) * key_cache[0].nbytes // BLOCK_SIZE,
     }
 
 

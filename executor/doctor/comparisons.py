@@ -11,12 +11,14 @@ from executor.doctor.findings import ROUNDED_OFTEN, Context, Finding, first_line
 from executor.doctor.inputs import Shapes
 from executor.loading.device import synchronize
 from ops.npu import NpuOps
+from ops.npu.fused_qkv import QKV
 from ops.npu.variants import ATTENTION, CACHE_WRITE, COMBINE, GATING, LOCAL_EXPERTS, PROBES, REGROUP, ROTARY
 
 Comparison = Callable[[Context, str], Iterator[Finding]]  # with one variant of a family
 
 # family -> (attribute of NpuOps, variants, operation that uses them, comparisons of that operation)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, tuple[Comparison, ...]]] = {
+    "qkv": ("fused_qkv", QKV, "attention", (layers.attention, layers.graph)),
     "rotary": ("rotate", ROTARY, "attention", (layers.attention,)),
     "cache write": ("write_cache", CACHE_WRITE, "attention", (layers.attention,)),
     "attention": ("attend", ATTENTION, "attention", (layers.attention, layers.graph)),
@@ -25,6 +27,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, tuple[Comparison, ...]]] = {
     "local experts": ("combine_local", LOCAL_EXPERTS, "experts", (experts.experts,)),
     "regroup": ("regroup_rows", REGROUP, "regroup", (experts.regroup,)),
 }
+UNFUSED = ("rotary", "cache write")  # families that a fused operation replaces
 
 
 def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[Finding]:
@@ -32,11 +35,17 @@ def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[F
     context = Context(ops, device, shapes)
     for compare in (layers.elementwise, layers.linear, experts.sort_by_expert, experts.grouped_linear):
         yield from compare(context)
+    fused = ops.fused_qkv
     for what, (attribute, variants, operation, comparisons) in FAMILIES.items():
         bound = getattr(ops, attribute)
+        if what in UNFUSED:
+            ops.fused_qkv = None
         for name, variant in variants.items():
             try:
-                PROBES[what](variant, str(device))
+                if what == "qkv":
+                    ops.probe_qkv(variant, str(device))
+                else:
+                    PROBES[what](variant, str(device))
                 synchronize(device)  # launch errors are asynchronous
             except (RuntimeError, AttributeError) as error:
                 yield Finding(operation, name, shapes.name, None, ROUNDED_OFTEN, first_line(error), relied_on=False)
@@ -45,6 +54,7 @@ def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[F
             for comparison in comparisons:
                 yield from comparison(context, name)
         setattr(ops, attribute, bound)
+        ops.fused_qkv = fused
 
 
 def compare_undocumented(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[Finding]:

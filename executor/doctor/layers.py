@@ -10,6 +10,7 @@ import torch
 from executor.doctor.findings import EPS, ROUNDED_OFTEN, ROUNDED_ONCE, TOKENS, Context, Finding
 from executor.doctor.inputs import Pair
 from ops import DenseWeight, Ops, StepMetadata, Weight
+from ops.npu.fused_qkv import tile, untile
 from ops.npu.variants import CACHE_WRITE
 from ops.step import BLOCK_SIZE, Span, step_inputs
 
@@ -104,10 +105,16 @@ def attention_tensors(context: Context, step: StepMetadata) -> list[torch.Tensor
 
 def attend(context: Context, ops: Ops, cos_sin: Pair, step: StepMetadata, tensors: list[torch.Tensor]) -> torch.Tensor:
     """Runs attention; returns its output and the updated caches as rows [*, head_dim]."""
-    qkv, q_norm, k_norm, key_cache, value_cache = tensors
+    qkv, q_norm, k_norm, *caches = tensors
+    tiled = ops.cache_shape(*caches[0].shape) != caches[0].shape
+    if tiled:
+        caches = [tile(cache) for cache in caches]
+    key_cache, value_cache = caches
     cos_sin, step = ops.prepare_attention(cos_sin, step, qkv.dtype)
     output = ops.attention(qkv, q_norm, k_norm, EPS, cos_sin, key_cache, value_cache, step)
-    return torch.cat([part.reshape(-1, context.shapes.head_dim) for part in (output, key_cache, value_cache)])
+    if tiled:
+        caches = [untile(cache, context.shapes.head_dim) for cache in caches]
+    return torch.cat([part.reshape(-1, context.shapes.head_dim) for part in (output, *caches)])
 
 
 def graph(context: Context, variant: str) -> Iterator[Finding]:

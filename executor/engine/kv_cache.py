@@ -6,19 +6,26 @@ from itertools import chain
 
 import torch
 
+from ops import Ops
 from ops.step import BLOCK_SIZE, NULL_BLOCK
 from ops.transfer import to_device
 
 
 def cache_tensors(
-    num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Ops,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Allocates keys and values of each layer, [num_blocks + 1, BLOCK_SIZE, G, C]: the null block is one more.
+    """Allocates keys and values of each layer in the layout of `ops`. The null block is one more than `num_blocks`.
 
     They are zeros, because a masked position still takes part in attention with weight 0, and 0 times the NaN of stale
     memory is NaN.
     """
-    shape = (2, num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim)
+    shape = (2, *ops.cache_shape(num_blocks + 1, BLOCK_SIZE, num_kv_heads, head_dim))
     return [tuple(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
 
 

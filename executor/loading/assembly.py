@@ -187,7 +187,7 @@ def load(plan: Plan) -> Loaded:
     new_tokens = facts.default_sampling.max_new_tokens
     known_lens = [len(token_ids) + new_tokens - 1 for _, token_ids in facts.known_prompts]  # the last is not cached
     num_blocks, kv_caches = allocate_cache(
-        facts.settings, facts.config, facts.max_len, *where, known_lens, plan.fills_memory
+        facts.settings, facts.config, facts.max_len, *where, facts.ops, known_lens, plan.fills_memory
     )
     return Loaded(plan=plan, parallel=parallel, parameters=parameters, num_blocks=num_blocks, kv_caches=kv_caches)
 

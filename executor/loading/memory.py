@@ -17,6 +17,7 @@ from models.layers.attention import KVCache
 from models.layers.parameter import Parameters
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
+from ops import Ops
 from ops.comm import ParallelContext
 from ops.step import BLOCK_SIZE, blocks_for
 
@@ -53,6 +54,7 @@ def allocate_cache(
     parallel: ParallelContext,
     dtype: torch.dtype,
     device: torch.device,
+    ops: Ops,
     known_lens: Sequence[int] = (),
     fills_memory: bool = False,
 ) -> tuple[int, list[KVCache]]:
@@ -85,7 +87,8 @@ def allocate_cache(
         raise ValueError("model_config.cache_memory_fraction: no memory is left for even one cache block")
     why = ", the maximum that the known prompts can use" if known_lens and num_blocks == usable else ""
     logger.info("cache: %d tokens, %.2f GB%s", num_blocks * BLOCK_SIZE, num_blocks * bytes_per_block / 1e9, why)
-    return num_blocks, cache_tensors(config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim, dtype, device)
+    sizes = (config.num_hidden_layers, num_blocks, num_kv_heads, config.head_dim)
+    return num_blocks, cache_tensors(*sizes, dtype, device, ops)
 
 
 def blocks_in_use(lens: Sequence[int], batch_size: int) -> int:

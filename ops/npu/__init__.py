@@ -8,6 +8,7 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an install
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -21,6 +22,7 @@ from ops.ascend import ExchangeSizes, choose_algorithms, product_of
 from ops.npu.calls import npu
 from ops.npu.communicators import super_nodes
 from ops.npu.exchange import DISPATCH_AND_COMBINE, DispatchPlan
+from ops.npu.fused_qkv import QKV, TILE, FusedQkv, probe, tiled_shape
 from ops.npu.profiler import NpuProfiler
 from ops.npu.recorder import NpuGraphRecorder
 from ops.npu.variants import (
@@ -36,6 +38,7 @@ from ops.npu.variants import (
     ROTARY,
 )
 from ops.reference import ReferenceOps
+from ops.step import BLOCK_SIZE
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 logger = logging.getLogger(__name__)
@@ -95,14 +98,17 @@ class NpuOps(ReferenceOps):
         self.combine = self.select_variant("combine", COMBINE, device)
         self.combine_local = self.select_variant("local experts", LOCAL_EXPERTS, device)
         self.regroup_rows = self.select_variant("regroup", REGROUP, device)
+        self.fused_qkv: FusedQkv | None = self.select_variant("qkv", QKV, device, self.probe_qkv)
         logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
 
-    def select_variant(self, what: str, variants: dict[str, Any], device: str) -> Any:
+    def select_variant(
+        self, what: str, variants: dict[str, Any], device: str, probe_variant: Callable[[Any, str], None] | None = None
+    ) -> Any:
         """Returns the first variant that is installed and passes its probe call; RuntimeError if there is none."""
         errors = []
         for name, variant in variants.items():
             try:
-                PROBES[what](variant, device)
+                (probe_variant or PROBES[what])(variant, device)
                 if self.on_npu:
                     torch.npu.synchronize()  # launch errors are asynchronous
             except (RuntimeError, AttributeError) as error:
@@ -110,10 +116,17 @@ class NpuOps(ReferenceOps):
                 logger.info("ops: npu lacks %s", errors[-1])
                 continue
             self.bindings[what] = name
-            if errors:
+            if errors and what != "qkv":  # that of older CANN versions is no worse, only more launches
                 self.replaced.append(f"{what} ({name})")
             return variant
         raise RuntimeError(f"device: npu has no working operation for {what}: {'; '.join(errors)}")
+
+    def probe_qkv(self, variant: FusedQkv | None, device: str) -> None:
+        """Tries a variant of QKV, which stays bound; RuntimeError where attention then differs from the reference."""
+        self.fused_qkv = variant
+        if variant is not None:
+            probe(self, HEAD_DIM, device)
+            self.paged_views.clear()
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:
         return super().fallbacks(dtype) + self.replaced
@@ -152,7 +165,9 @@ class NpuOps(ReferenceOps):
     def prepare_attention(
         self, cos_sin: tuple[Tensor, Tensor], step: StepMetadata, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor], NpuStep]:
-        cos, sin = (part.to(dtype)[:, None] for part in cos_sin)  # [T, 1, C]
+        cos, sin = (part.to(dtype) for part in cos_sin)
+        if self.fused_qkv is None:
+            cos, sin = cos[:, None], sin[:, None]  # [T, 1, C]
         fields = {name: getattr(step, name) for name in STEP_FIELDS}
         fields["block_table"] = step.block_table.contiguous()
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
@@ -198,32 +213,44 @@ class NpuOps(ReferenceOps):
         value_cache: Tensor,
         step: NpuStep,
     ) -> Tensor:
-        _, block_size, num_kv_heads, head_dim = key_cache.shape
         num_tokens, width = qkv.shape
-        num_heads = width // head_dim - 2 * num_kv_heads
-        heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-        # torch.split has a Python wrapper that costs more than this whole call
-        query, key, value = torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), 1)
+        num_kv_heads = key_cache[0].numel() // (BLOCK_SIZE * HEAD_DIM)
+        num_heads = width // HEAD_DIM - 2 * num_kv_heads
         if num_tokens == 0:
-            return query.flatten(1)
-        query = npu.npu_rms_norm(query, q_norm_weight, eps)[0]
-        key = npu.npu_rms_norm(key, k_norm_weight, eps)[0]
-        value = value.contiguous()
-        query, key = self.rotate(query, key, *cos_sin)
-        self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
-        if step.starts_fresh and not step.is_decode:  # packed keys (TND): cumulative lengths, as for queries
+            return qkv[:, : num_heads * HEAD_DIM]
+        packed = self.fused_qkv is None and step.starts_fresh and not step.is_decode
+        if self.fused_qkv is not None:
+            norms = (q_norm_weight, k_norm_weight, eps)
+            query = self.fused_qkv.prepare(qkv, *norms, *cos_sin, key_cache, value_cache, step.slot_mapping)
+        else:
+            heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, HEAD_DIM)
+            # torch.split has a Python wrapper that costs more than this whole call
+            query, key, value = torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), 1)
+            query = npu.npu_rms_norm(query, q_norm_weight, eps)[0]
+            key = npu.npu_rms_norm(key, k_norm_weight, eps)[0]
+            value = value.contiguous()
+            query, key = self.rotate(query, key, *cos_sin)
+            self.write_cache(key, value, key_cache, value_cache, step.slot_mapping)
+        if packed:  # packed keys (TND): cumulative lengths, as for queries
             lengths, paged = step.query_ends, (None, 0)
         else:  # paged cache: the length of each sequence
             key, value = self.paged(key_cache), self.paged(value_cache)
-            lengths, paged = step.seq_lens_list, (step.block_table, block_size)
+            lengths, paged = step.seq_lens_list, (step.block_table, BLOCK_SIZE)
         output = self.attend(query, key, value, num_kv_heads, self.causal_mask, step.query_ends, lengths, *paged)
         return output.flatten(1)
 
     def paged(self, cache: Tensor) -> Tensor:
-        """Returns the view [L, S, G * C] of a cache [L, S, G, C] that paged attention takes, created once per cache."""
+        """Returns the view of a cache that paged attention takes, created once per cache: [L, S, G * C], or of a tiled
+        one [L, G, C / 16, S, 16]."""
         if id(cache) not in self.paged_views:
-            self.paged_views[id(cache)] = cache, cache.flatten(2)  # a live cache's id is unique
+            tiled = self.fused_qkv is not None and self.fused_qkv.tiled
+            view = cache.unflatten(1, (-1, HEAD_DIM // TILE)) if tiled else cache.flatten(2)
+            self.paged_views[id(cache)] = cache, view  # a live cache's id is unique
         return self.paged_views[id(cache)][1]
+
+    def cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        return tiled_shape(*shape) if self.fused_qkv is not None and self.fused_qkv.tiled else shape
 
     def route(
         self,

@@ -8,6 +8,7 @@ import torch
 
 from executor.engine.block_pool import MIN_COPIED, BlockPool, block_digest
 from executor.engine.kv_cache import cache_tensors, copy_blocks, zero_blocks
+from ops import Ops
 from ops.step import BLOCK_SIZE, NULL_BLOCK
 
 A, B, C, D = (block_digest(b"", [number] * BLOCK_SIZE) for number in range(4))
@@ -139,7 +140,7 @@ def test_a_block_that_begins_alike_is_copied() -> None:
 
 
 def test_copied_blocks_hold_what_their_sources_do() -> None:
-    caches = cache_tensors(2, 4, 2, 8, torch.float32, torch.device("cpu"))
+    caches = cache_tensors(2, 4, 2, 8, torch.float32, torch.device("cpu"), Ops())
     for tensor in (tensor for pair in caches for tensor in pair):
         tensor.normal_()
     before = [tuple(tensor.clone() for tensor in pair) for pair in caches]
@@ -158,7 +159,7 @@ def test_digests_depend_on_all_tokens_before() -> None:
 
 
 def test_cache_tensors() -> None:
-    layers = cache_tensors(2, 9, 1, 4, torch.float32, torch.device("cpu"))
+    layers = cache_tensors(2, 9, 1, 4, torch.float32, torch.device("cpu"), Ops())
     assert len(layers) == 2
     for layer in layers:
         for cache in layer:

@@ -18,6 +18,7 @@ from executor.loading import device
 from executor.loading.cgroup import memory_left_bytes
 from executor.loading.device import cpu_name, free_memory_bytes
 from executor.loading.memory import allocate_cache, blocks_in_use
+from ops import Ops
 from ops.comm import Group, ParallelContext
 from ops.step import BLOCK_SIZE, blocks_for
 
@@ -320,7 +321,7 @@ def test_a_group_of_ranks_has_a_cache_for_its_share_of_the_batch():
     parallel = ParallelContext(attn_dp=Group(name="attn_dp", ranks=(0, 1)))
     lens = [100, 1000, 300, 200, 400]
     for known, expected in ((lens, 8 + 4 + 3), ([], 3 * blocks_for(512))):
-        assert allocate_cache(settings, config, 512, parallel, torch.float32, CPU, known)[0] == expected
+        assert allocate_cache(settings, config, 512, parallel, torch.float32, CPU, Ops(), known)[0] == expected
 
 
 def test_known_prompt_is_rejected_before_loading_weights(tmp_path):

@@ -9,4 +9,6 @@ BEST = {
     "combine": "npu_moe_finalize_routing",
     "local experts": "npu_moe_finalize_routing, index -1",
     "regroup": "npu_moe_re_routing",
+    "qkv": "npu_qkv_rms_norm_rope_cache",
 }
+UNFUSED = BEST | {"qkv": "npu_rms_norm"}  # where attention reads no tiled cache, or nothing is computed

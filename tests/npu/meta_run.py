@@ -31,6 +31,7 @@ LAYOUTS = {f"{tp}tp": (tp, tp, tp, "A3") for tp in (1, 2, 4, 8, 16)}  # world si
 LAYOUTS |= {f"{ep}ep": (ep, 1, 1, "A3") for ep in (8, 16, 128)}
 LAYOUTS |= {f"{ep}ep_a2": (ep, 1, 1, "A2") for ep in (8, 16, 128)}
 LAYOUTS |= {"8ep_gather": (8, 1, 1, None), "4tp_4dp_16ep": (16, 4, 1, "A3")}
+UNFUSED = ("1tp", "16tp", "8ep", "8ep_gather")  # layouts that run with a call for each part of FusedQkv too
 STEPS = {  # (cached tokens, new tokens) of each sequence
     "prefill": [(0, 5), (0, 300)],
     "extend": [(300, 1), (256, 200), (0, 40), (127, 1), (130, 3)],
@@ -190,7 +191,7 @@ class Case:
         )
         self.model = Qwen3Moe(build, self.parameters, RotaryEmbedding(self.config, 512, META))
         num_kv_heads = max(1, self.config.num_key_value_heads // self.parallel.attn_tp.size)
-        self.caches = cache_tensors(2, NUM_BLOCKS, num_kv_heads, self.config.head_dim, torch.bfloat16, META)
+        self.caches = cache_tensors(2, NUM_BLOCKS, num_kv_heads, self.config.head_dim, torch.bfloat16, META, ops)
 
     def run(self, name: str) -> list[dict[str, Any]]:
         """Calls of a whole step, from token ids to logits."""
@@ -235,12 +236,14 @@ def run_all(wheel: Path) -> dict[str, Any]:
         for model in MODELS:
             for layout in LAYOUTS:
                 results |= run_case(f"{model}-{layout}", Case(model, layout, ops))
+                if model == "30b" and layout in UNFUSED:
+                    results |= run_unfused(f"unfused-{layout}", layout, ops)
         results["weights"] = {
             name: type(value).__name__ for name, value in Case("30b", "1tp", ops).parameters.values.items()
         }
         results["fallbacks"] = ops.fallbacks(torch.bfloat16)
         for level in (1, 2):
-            for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE", "LOCAL_EXPERTS", "REGROUP"):
+            for name in ("ROTARY", "CACHE_WRITE", "ATTENTION", "GATING", "COMBINE", "LOCAL_EXPERTS", "REGROUP", "QKV"):
                 setattr(npu, name, without_first(getattr(npu, name)))
             ops = npu.NpuOps("meta")
             results[f"bindings-fallback{level}"] = ops.bindings
@@ -270,6 +273,7 @@ def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, An
                 found: dict[str, Any] = {}
                 for layout in ("1tp", "128ep", "8ep_a2", "8ep_gather"):
                     found |= run_case(f"30b-{layout}", Case("30b", layout, ops))
+                found |= run_unfused("unfused-1tp", "1tp", ops)
                 results.append(found)
         except Exception:
             results.append({"30b-1tp-decode8": traceback.format_exc()})
@@ -284,6 +288,15 @@ def without_first(variants: dict[str, Any]) -> dict[str, Any]:
 
     names = [name for name, variant in variants.items() if getattr(variant, "__name__", "") != "fails"]
     return variants | ({names[0]: fails} if len(names) > 1 else {})
+
+
+def run_unfused(prefix: str, layout: str, ops: Any) -> dict[str, Any]:
+    """As `run_case` for the 30B model with a call for each part of q/k norm, rotary embedding and cache write."""
+    fused, ops.fused_qkv = ops.fused_qkv, None
+    try:
+        return run_case(prefix, Case("30b", layout, ops))
+    finally:
+        ops.fused_qkv = fused
 
 
 def run_case(prefix: str, case: Case) -> dict[str, Any]:

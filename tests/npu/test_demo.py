@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_model
-from tests.npu.bindings import BEST
+from tests.npu.bindings import BEST, UNFUSED
 from tests.npu.emulated import NEW_TOKENS, exchange_where_one_rank_fails, run_emulated, run_model
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
@@ -40,7 +40,7 @@ LAYOUTS = {
         },
     ),
 }
-CASES = [*((VERSIONS[0], layout) for layout in LAYOUTS), (VERSIONS[1], "dp_ep")]  # the layout with the most operations
+CASES = [*((VERSIONS[0], layout) for layout in LAYOUTS), *((VERSIONS[1], layout) for layout in ("chunks", "dp_ep"))]
 COUNTED = {name for *_, counts in LAYOUTS.values() for name in counts}
 WIDE = {  # A3 dispatch requires a hidden size of at least 1024
     "hidden_size": 1024,
@@ -76,10 +76,12 @@ def test_tokens_equal_the_reference(version, layout, reference, tmp_path):
     rows = exact["decided"]  # likewise for experts: summation order may flip a near-tie
     assert rows.float().mean() > 0.7
     for found in run_ranks(world_size, run_emulated, tmp_path, str(path), "A2", settings, all_to_all):
-        error = (found["logits"] - exact["logits"])[rows].norm()
-        assert error <= 1.5 * (rounded["logits"] - exact["logits"])[rows].norm()
+        # of a token in the middle: a near-tie that flips changes those after it too
+        error, rounding = ((logits["logits"] - exact["logits"])[rows].norm(dim=1) for logits in (found, rounded))
+        assert error.median() <= 1.5 * rounding.median()
         assert found["tokens"] == exact["tokens"] and found["alone"] == exact["alone"]
-        assert found["bindings"] == BEST and found["exchanges"] == exchanges
+        assert found["bindings"] == (BEST if version == VERSIONS[0] else UNFUSED)
+        assert found["exchanges"] == exchanges
         assert found["dispatch_shares_with"] == []
         assert found["buffer"] == ("200" if exchanges[1] == FUSED else None)
         called = found["called"]

@@ -28,6 +28,7 @@ WRONG = {
 BROKEN = [
     HEALTHY,
     *((name, "wrong") for name in WRONG),
+    ("npu_qkv_rms_norm_rope_cache", "wrong"),
     ("npu_scatter_pa_kv_cache", "raises"),
     ("npu_swiglu", "raises"),
 ]
@@ -55,6 +56,7 @@ def test_healthy_npu_passes(runs):
     found = verdicts(run)
     for undocumented in ("npu_scatter_pa_kv_cache, slot -1", "npu_fused_infer_attention_score_v2, shared blocks"):
         assert found.pop(("attention", undocumented)) == {"not usable"}
+    assert found.pop(("attention", "Triton")) == {"not usable"}  # no backend for Ascend is installed here
     assert set.union(*found.values()) == {"ok"}
     assert "all agree" in run["output"] and "npu_fused_infer_attention_score_v2" in run["output"]
     assert {"torch", "CANN", "product", "free memory", "environment"} <= run["report"]["machine"].keys()
@@ -81,6 +83,14 @@ def test_a_failing_variant_with_a_fallback_passes(runs):
     assert verdicts(run)["attention", "npu_scatter_pa_kv_cache"] == {"not usable"}
     assert run["report"]["bindings"]["cache write"] == "npu_scatter_nd_update_"
     assert "npu_scatter_pa_kv_cache is not supported here" in run["output"]
+
+
+def test_a_fused_operation_with_wrong_numbers_is_not_used(runs):
+    run = runs["npu_qkv_rms_norm_rope_cache", "wrong"]
+    assert run["code"] == 0, run["output"]
+    assert verdicts(run)["attention", "npu_qkv_rms_norm_rope_cache"] == {"not usable"}
+    assert run["report"]["bindings"]["qkv"] == "npu_rms_norm"
+    assert "attention differs from the reference by" in run["output"]
 
 
 def test_a_failing_operation_without_a_fallback_fails(runs):

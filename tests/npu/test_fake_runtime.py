@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.npu.bindings import BEST
+from tests.npu.bindings import UNFUSED
 from tests.npu.fake_runtime import Unavailable, fake_npu
 
 ROOT = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 NO_CACHING = "PYTORCH_NO_NPU_MEMORY_CACHING"  # if set, torch_npu frees memory immediately
-BINDINGS = "ops: npu, " + ", ".join(f"{what}: {name}" for what, name in BEST.items()) + "\n"
+BINDINGS = "ops: npu, " + ", ".join(f"{what}: {name}" for what, name in UNFUSED.items()) + "\n"
 BROKEN_CALLS = [
     ("(query, key, cos, sin, layout", "(query, key, cos, layout", "ops: npu lacks npu_apply_rotary_pos_emb"),
     # fits the schema and is rejected by torch_npu's C++ checks

@@ -14,7 +14,7 @@ import pytest
 
 from models.layers.padding import share_of
 from tests.npu.bindings import BEST
-from tests.npu.meta_run import run_all
+from tests.npu.meta_run import UNFUSED, run_all
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
@@ -29,6 +29,7 @@ SEQ_LENS = {"prefill": [5, 300], "extend": [301, 456, 40, 128, 133], "decode1": 
 RUNS = [*SEQ_LENS, "received"]
 CASES = [f"{model}-{layout}-{run}" for model in MODELS for layout in LAYOUTS + MORE_LAYOUTS for run in RUNS]
 CASES += [f"{model}-{layout}-idle" for model in MODELS for layout in [*FUSED, "8ep_gather"]]
+CASES += [f"unfused-{layout}-{run}" for layout in UNFUSED for run in RUNS]
 CASES += [f"fallback{level}{gather}-{run}" for level in (1, 2) for gather in ("", "-gather") for run in RUNS]
 READS_BACK = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "equal")
 
@@ -99,6 +100,23 @@ def check_scatter_pa(given, run):
     assert key["contiguous"] and key_cache["contiguous"] and slots["contiguous"]
 
 
+def check_qkv(given, run):
+    qkv, index, caches = given["qkv"], given["index"], (given["k_cache"], given["v_cache"])
+    batch, length, heads, width = given["qkv_size"]
+    num_heads, num_kv_heads, num_values = given["head_nums"]
+    tokens = qkv["shape"][0]
+    assert (batch, length, width) == (1, tokens, 128) and heads == num_heads + 2 * num_kv_heads
+    assert num_kv_heads == num_values and num_heads % num_kv_heads == 0 and qkv["shape"] == [tokens, heads * 128]
+    assert index["shape"] == [tokens] and index["dtype"] == "int64"
+    assert given["q_out"]["shape"] == [tokens, num_heads * 128]
+    assert all(cache["shape"] == [33, num_kv_heads * 8, 128, 16] for cache in caches)
+    assert all(given[name]["shape"] == [tokens, 128] for name in ("cos", "sin"))
+    assert all(given[name]["shape"] == [128] for name in ("q_gamma", "k_gamma"))
+    floats = (qkv, given["q_out"], *caches, *(given[name] for name in ("q_gamma", "k_gamma", "cos", "sin")))
+    assert all(part["dtype"] == qkv["dtype"] and part["contiguous"] for part in floats) and index["contiguous"]
+    assert given["epsilon"] == 1e-5 and given["cache_mode"] == "PA_NZ" and given["is_output_qkv"] is False
+
+
 def check_scatter_nd(given, run):
     cache, slots, updates = given["input"], given["indices"], given["updates"]
     assert slots["shape"] == [updates["shape"][0], 1] and slots["dtype"] in ("int32", "int64")
@@ -118,8 +136,8 @@ def check_attention(given, run):
     assert all(type(length) is int for length in query_ends + kv_lengths)  # a device tensor would cost a host sync
     assert key == value and query["dtype"] in ("bfloat16", "float16")
     assert query_ends == list(accumulate(QUERY_LENS[run])) and query_ends[-1] == tokens
-    if run == "prefill":
-        assert given["block_table"] is None
+    if given["block_table"] is None:
+        assert run == "prefill"
         assert kv_lengths == query_ends
         assert key["shape"] == [tokens, kv_heads, 128]
     else:
@@ -127,7 +145,7 @@ def check_attention(given, run):
         table = given["block_table"]
         assert table["dtype"] == "int32" and table["contiguous"]
         assert table["shape"] == [len(kv_lengths), -(-max(kv_lengths) // 128)]
-        assert key["shape"][1:] == [128, kv_heads * 128] and given["block_size"] == 128
+        assert key["shape"][1:] in ([128, kv_heads * 128], [kv_heads, 8, 128, 16]) and given["block_size"] == 128
 
 
 def check_attention_v1(given, run):
@@ -253,6 +271,7 @@ def check_combine(given, run):
 
 
 CONTRACTS = {
+    "npu_qkv_rms_norm_rope_cache": check_qkv,
     "npu_moe_re_routing": check_re_routing,
     "npu_moe_distribute_dispatch_v2": check_dispatch,
     "npu_moe_distribute_combine_v2": check_combine,
@@ -308,13 +327,22 @@ def test_grouped_matmul_weight_shapes(results, layout, model):
     assert shapes == [[experts, hidden, 2 * width], [experts, width, hidden]] * 2
 
 
-LAYER = """add_rms_norm mm rms_norm rms_norm apply_rotary_pos_emb scatter_pa_kv_cache fused_infer_attention_score_v2 mm
-    add_rms_norm mm moe_gating_top_k_softmax_v2 moe_init_routing_v2 grouped_matmul swiglu grouped_matmul
-    moe_finalize_routing""".split()
+PREPARED = ["qkv_rms_norm_rope_cache"]
+PARTS = "rms_norm rms_norm apply_rotary_pos_emb scatter_pa_kv_cache".split()
+SLICED = (
+    "copy rms_norm copy rms_norm clone apply_rotary_pos_emb scatter_pa_kv_cache".split()
+)  # of several tokens: strided
+ROUTED = "add_rms_norm mm moe_gating_top_k_softmax_v2".split()
+EXPERTS = "moe_init_routing_v2 grouped_matmul swiglu grouped_matmul moe_finalize_routing".split()
+# top-k weights are cast to float32; sorting and summation are part of dispatch and combine
+EXCHANGED = "_to_copy moe_distribute_dispatch_v2 grouped_matmul swiglu grouped_matmul moe_distribute_combine_v2".split()
+# model, batch size -> launches from q, k, v to attention; 30B in parts too
+PREPARATIONS = {(model, batch): PREPARED for model in MODELS for batch in (1, 8)}
+PREPARATIONS |= {("unfused", 1): PARTS, ("unfused", 8): SLICED}
 
 
-# the slices of the merged q, k, v of several tokens are strided
-SLICED = [*LAYER[:2], "copy", LAYER[2], "copy", LAYER[3], "clone", *LAYER[4:]]
+def layer_of(prepared: list[str], experts: list[str]) -> list[str]:
+    return ["add_rms_norm", "mm", *prepared, "fused_infer_attention_score_v2", "mm", *ROUTED, *experts]
 
 
 def launches_of(results: dict, case: str) -> list[str]:
@@ -324,26 +352,29 @@ def launches_of(results: dict, case: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [*(f"{size}tp" for size in TP), "8ep_gather"])
-def test_launches_of_a_decode_layer(results, layout, model):
-    for batch_size, expected in ((1, LAYER), (8, SLICED)):
-        assert launches_of(results, f"{model}-{layout}-layer-decode{batch_size}") == expected
-        assert len(expected) == {1: 16, 8: 19}[batch_size]
+LAUNCHED = [(layout, *key) for layout in LAYOUTS + MORE_LAYOUTS for key in PREPARATIONS if key[0] in MODELS]
+LAUNCHED += [(layout, "unfused", batch_size) for layout in UNFUSED for batch_size in (1, 8)]
 
 
-EXCHANGED = """_to_copy moe_distribute_dispatch_v2 grouped_matmul swiglu grouped_matmul
-    moe_distribute_combine_v2""".split()
+@pytest.mark.parametrize(("layout", "model", "batch_size"), LAUNCHED)
+def test_launches_of_a_decode_layer(results, layout, model, batch_size):
+    exchanged = "ep" in layout and layout != "8ep_gather"
+    expected = layer_of(PREPARATIONS[model, batch_size], EXCHANGED if exchanged else EXPERTS)
+    assert launches_of(results, f"{model}-{layout}-layer-decode{batch_size}") == expected
+    count = {"unfused": {1: 16, 8: 19}[batch_size]}.get(model, 13)
+    assert len(expected) == count + exchanged
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", FUSED)
-def test_launches_of_a_decode_layer_with_fused_dispatch(results, layout, model):
-    """top-k weights are cast to float32; sorting and summation are part of dispatch and combine."""
-    for batch_size, layer in ((1, LAYER), (8, SLICED)):
-        expected = [*layer[:-5], *EXCHANGED]
-        assert launches_of(results, f"{model}-{layout}-layer-decode{batch_size}") == expected
-        assert len(expected) == {1: 17, 8: 20}[batch_size]
+def attention_of(results: dict, case: str) -> list[dict]:
+    return [call["given"] for call in calls_of(results, case) if "fused_infer" in call["name"]]
+
+
+def test_keys_of_prefill(results):
+    """A prompt's attention reads the cache where only that has the normed and rotated keys."""
+    assert all(given["block_table"] is None for given in attention_of(results, "unfused-1tp-prefill"))
+    for run, batch in (("prefill", 2), ("extend", 5), ("decode8", 8)):
+        for given in attention_of(results, f"30b-1tp-{run}"):
+            assert len(given["key"]["shape"]) == 5 and given["block_table"]["shape"][0] == batch
 
 
 @pytest.mark.parametrize("layout", FUSED)
@@ -370,8 +401,7 @@ def test_launches_of_a_step(results):
     """Outside its two layers: the block table is copied only where it is strided; its dtype is the kernel's."""
     outside = {}
     for run in ("extend", "decode1", "decode8"):
-        layer = LAYER if run == "decode1" else SLICED
-        outside[run] = len(launches_of(results, f"30b-1tp-{run}")) - 2 * len(layer)
+        outside[run] = len(launches_of(results, f"30b-1tp-{run}")) - 2 * 13
     assert outside["extend"] == outside["decode8"] + 1
     assert outside["decode1"] == outside["decode8"]
 
@@ -387,10 +417,11 @@ def test_bindings(results):
         "combine": "npu_moe_token_unpermute",
         "local experts": "one more expert",
         "regroup": "sort",
+        "qkv": "npu_rms_norm",
     }
     assert results["bindings-fallback1"] == second
     assert results["fallbacks"] == []
-    assert results["fallbacks-fallback1"] == [f"{what} ({name})" for what, name in second.items()]
+    assert results["fallbacks-fallback1"] == [f"{what} ({name})" for what, name in second.items() if what != "qkv"]
     assert results["bindings-fallback2"] == second | {"rotary": "npu_rotary_mul"}
 
 

@@ -25,8 +25,12 @@ def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, lis
     found = {}
     for name, changed in sources.items():
         try:
-            context = Context(backend_of(changed).NpuOps("cpu"), torch.device("cpu"), SMALL)
+            ops = backend_of(changed).NpuOps("cpu")
+            context = Context(ops, torch.device("cpu"), SMALL)
             findings = [finding for compare in comparisons for finding in compare(context, "in use")]
+            assert ops.fused_qkv is not None or name, "the emulated attention reads tiled caches"
+            ops.fused_qkv = None
+            findings += layers.attention(context, "in parts")
             found[name] = [
                 f"{finding.case} {finding.error} {finding.problem}" for finding in findings if not finding.fine
             ]

@@ -16,6 +16,7 @@ from tests.npu.emulator.registry import (
     require_contiguous,
     require_dtype,
     require_same_dtype,
+    takes_tiled_cache,
 )
 
 LAYOUTS = ("BSH", "BSND", "BNSD", "BNSD_BSND", "TND")
@@ -132,6 +133,17 @@ def _kv_heads_match(call: Call, width: int, name: str = "key") -> None:
     require(width == call.kv_heads, f"{name} {list(call.key.shape)} has not num_key_value_heads={call.kv_heads}")
 
 
+def _require_tiles(call: Call, size: int) -> None:
+    """NZ caches [blocks, G, D / 16, block_size, 16]: the page has them for other forms of attention only; the source of
+    the newest CANN takes them."""
+    if not takes_tiled_cache():
+        raise RuntimeError(f"key {list(call.key.shape)}: this CANN takes no NZ cache for {call.layout} without a rope")
+    lane = 32 // call.key.element_size()
+    width = call.query.shape[-1]
+    fits = tuple(call.key.shape[1:]) == (call.kv_heads, width // lane, size, lane)
+    require(fits, f"key {list(call.key.shape)} is no NZ cache of {call.kv_heads} x {width} in blocks of {size}")
+
+
 def _paged(call: Call, queries: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     table, size = call.block_table, call.block_size
     longest = max(query.shape[1] for query in queries)
@@ -149,8 +161,10 @@ def _paged(call: Call, queries: list[torch.Tensor]) -> list[tuple[torch.Tensor, 
     needed = sum(-(-length // size) for length in lengths)  # the documentation counts shared blocks once per request
     require(needed <= len(call.key), f"kv lengths {lengths} of {needed} blocks, but the cache has {len(call.key)}")
     require(call.key.shape[:-1] == call.value.shape[:-1], "key and value caches differ in shape")
-    by_head = call.key.dim() == 4
-    if by_head:
+    by_head, tiled = call.key.dim() == 4, call.key.dim() == 5
+    if tiled:
+        _require_tiles(call, size)
+    elif by_head:
         allowed = call.layout.startswith("BNSD") or (call.is_tnd and call.version == 1)
         require(allowed, f"{call.layout}: the paged cache is [blocks, block_size, G * D]")
         _kv_heads_match(call, call.key.shape[1])
@@ -169,7 +183,9 @@ def _paged(call: Call, queries: list[torch.Tensor]) -> list[tuple[torch.Tensor, 
         require(valid, f"block_table names a block outside [0, {len(call.key)})")
         pair = []
         for cache in (call.key, call.value):
-            picked = cache[blocks].transpose(1, 2) if by_head else cache[blocks].unflatten(2, (call.kv_heads, -1))
+            picked = cache[blocks].permute(0, 3, 1, 2, 4).flatten(3) if tiled else cache[blocks]
+            if not tiled:
+                picked = picked.transpose(1, 2) if by_head else picked.unflatten(2, (call.kv_heads, -1))
             pair.append(picked.flatten(0, 1)[:length].transpose(0, 1))
         requests.append(tuple(pair))
     return requests

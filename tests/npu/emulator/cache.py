@@ -1,12 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes into the KV cache (op-plugin docs: npu_scatter_pa_kv_cache, npu_scatter_nd_update_).
+"""Writes into the KV cache (op-plugin docs: npu_scatter_pa_kv_cache, npu_scatter_nd_update_; for the operation that
+also norms and rotates, aclnnQkvRmsNormRopeCache of ops-transformer).
 
 T tokens, G kv heads, D head width, blocks of `block_size` tokens; slot = block * block_size + offset.
 """
 
 import torch
 
-from tests.npu.emulator.registry import kernel, require, require_contiguous, require_dtype, require_same_dtype
+from tests.npu.emulator.norms import rms_norm, rotate_half
+from tests.npu.emulator.registry import (
+    HALVES,
+    kernel,
+    require,
+    require_contiguous,
+    require_dtype,
+    require_not_empty,
+    require_same_dtype,
+    require_shape,
+)
 
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -73,3 +84,63 @@ def npu_scatter_nd_update_(input: torch.Tensor, indices: torch.Tensor, updates: 
     require(bool(((indices >= 0) & (indices < sizes)).all()), f"an index leaves {list(input.shape[:depth])}")
     input[tuple(indices.long().unbind(-1))] = updates
     return input
+
+
+@kernel("npu_qkv_rms_norm_rope_cache")
+def npu_qkv_rms_norm_rope_cache(
+    qkv: torch.Tensor,
+    q_gamma: torch.Tensor,
+    k_gamma: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    index: torch.Tensor,
+    q_out: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    qkv_size: list[int],
+    head_nums: list[int],
+    epsilon: float,
+    cache_mode: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normed and rotated q into q_out [B * S, N * D], k and v into the NZ caches at index [B * S]; -1 is skipped.
+
+    The results before quantisation are not returned: "not output" in the documentation's table.
+    """
+    batch, length, heads, width = qkv_size
+    num_heads, num_kv_heads, num_values = head_nums
+    tokens = batch * length
+    require_dtype("qkv", qkv, HALVES)
+    require_same_dtype(qkv=qkv, q_gamma=q_gamma, k_gamma=k_gamma, cos=cos, sin=sin, q_out=q_out)
+    require_same_dtype(qkv=qkv, k_cache=k_cache, v_cache=v_cache)  # int8 caches have no emulation
+    require_contiguous(qkv=qkv, q_out=q_out, k_cache=k_cache, v_cache=v_cache)
+    require_not_empty(qkv=qkv, k_cache=k_cache, v_cache=v_cache)
+    require(cache_mode == "PA_NZ", f"cache_mode '{cache_mode}': only PA_NZ")
+    require(width == 128, f"head width {width}: only 128")
+    require(num_kv_heads == num_values, f"{num_kv_heads} key heads, {num_values} value heads")
+    require(heads == num_heads + 2 * num_kv_heads, f"qkv_size {qkv_size} and head_nums {head_nums} disagree")
+    require(num_heads % num_kv_heads == 0, f"{num_heads} query heads are no multiple of {num_kv_heads}")
+    require_shape("qkv", qkv, tokens, heads * width)
+    require_shape("q_out", q_out, tokens, num_heads * width)
+    for name, tensor in (("cos", cos), ("sin", sin)):
+        require_shape(name, tensor, tokens, width)
+    for name, tensor in (("q_gamma", q_gamma), ("k_gamma", k_gamma)):
+        require_shape(name, tensor, width)
+    require_dtype("index", index, (torch.int64,))
+    require_shape("index", index, tokens)
+    block_size = k_cache.shape[2]
+    require(block_size % 32 == 0, f"block size {block_size}: a multiple of 32")
+    needed = -(-length // block_size) * batch
+    require(len(k_cache) >= needed, f"{len(k_cache)} blocks, but B * ceil(S / block size) is {needed}")
+    require(len(index.unique()) == len(index), "index has a slot twice")
+    in_range = bool(((index >= -1) & (index < len(k_cache) * block_size)).all())
+    require(in_range, f"index leaves [-1, {len(k_cache) * block_size})")
+    parts = qkv.view(tokens, heads, width).split([num_heads, num_kv_heads, num_kv_heads], 1)
+    rotated = []
+    for part, gamma in zip(parts, (q_gamma, k_gamma), strict=False):
+        normed = rms_norm(part.float(), gamma, epsilon)[0]
+        rotated.append((normed * cos.float()[:, None] + rotate_half(normed) * sin.float()[:, None]).to(qkv.dtype))
+    q_out.copy_(rotated[0].flatten(1))
+    kept = index >= 0
+    _write_nz("k_cache", k_cache, rotated[1][kept], index[kept])
+    _write_nz("v_cache", v_cache, parts[2][kept], index[kept])
+    return tuple(torch.empty(0, dtype=qkv.dtype) for _ in range(3))

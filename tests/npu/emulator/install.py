@@ -23,7 +23,7 @@ from tests.npu.emulator import (
     routing,
     stand_in,
 )
-from tests.npu.emulator.registry import KERNELS, adapt, set_product
+from tests.npu.emulator.registry import KERNELS, adapt, set_product, set_tiled_cache
 from tests.npu.emulator.schemas import read_schemas, read_version
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ def _define(schemas: list[str]) -> list[str]:
 def install(wheel: str | Path, product: str = "A3") -> types.ModuleType:
     """Emulates torch_npu as the wheel file (or its unzipped folder) declares it, on CPU tensors; returns the module.
 
+    From 2.11 on, which goes with CANN 9.1, attention takes NZ caches.
     `product` is "A2" or "A3"; `set_product` changes it later. A process holds one wheel: installing it again does
     nothing but set the product, another one raises RuntimeError, as does a real torch_npu already imported.
     """
@@ -74,6 +75,7 @@ def install(wheel: str | Path, product: str = "A3") -> types.ModuleType:
     module = types.ModuleType("torch_npu")
     module.__spec__ = ModuleSpec("torch_npu", None)
     module.__version__ = read_version(wheel)
+    set_tiled_cache(tuple(map(int, module.__version__.split(".")[:2])) >= (2, 11))
     module.__getattr__ = lambda name: getattr(torch.ops.npu, name)
     module.npu = stand_in.device_module(lambda: SOC_NAMES[registry.product()])
     for name, code in stand_in.DTYPE_CODES.items():

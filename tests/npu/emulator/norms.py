@@ -20,7 +20,7 @@ from tests.npu.emulator.registry import (
 ROTARY_WIDTHS = (64, 128)
 
 
-def _rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
     dims = tuple(range(-gamma.dim(), 0))
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(dims, keepdim=True) + epsilon)
@@ -41,7 +41,7 @@ def npu_rms_norm(input: torch.Tensor, gamma: torch.Tensor, epsilon: float) -> tu
     fits = gamma.dtype == input.dtype or (gamma.dtype == torch.float32 and input.dtype != torch.float32)
     require(fits, f"gamma is {gamma.dtype}; for {input.dtype} allowed: {input.dtype}, torch.float32")
     _require_gamma(input, gamma)
-    return _rms_norm(input, gamma, epsilon)
+    return rms_norm(input, gamma, epsilon)
 
 
 @kernel("npu_add_rms_norm")
@@ -55,11 +55,11 @@ def npu_add_rms_norm(
     require_not_empty(x1=x1, gamma=gamma)
     _require_gamma(x1, gamma)
     x = x1 + x2
-    y, rstd = _rms_norm(x, gamma, epsilon)
+    y, rstd = rms_norm(x, gamma, epsilon)
     return y, rstd, x
 
 
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat((-second, first), -1)
 
@@ -88,7 +88,7 @@ def npu_apply_rotary_pos_emb(
         require_shape(name, table, *query.shape[:-2], 1, width)
     for tensor in (query, key):
         wide = tensor.float()
-        tensor.copy_(wide * cos.float() + _rotate_half(wide) * sin.float())
+        tensor.copy_(wide * cos.float() + rotate_half(wide) * sin.float())
     return query, key
 
 
@@ -108,7 +108,7 @@ def npu_rotary_mul(input: torch.Tensor, r1: torch.Tensor, r2: torch.Tensor, rota
     require(fits, f"r1 {list(r1.shape)} does not fit input {list(input.shape)}")
     require(any(have == want for have, want in zip(r1.shape[:-1], input.shape[:-1], strict=True)), "r1 is one row")
     wide = input.float()
-    rotated = _rotate_half(wide) if rotary_mode == "half" else _rotate_pairs(wide)
+    rotated = rotate_half(wide) if rotary_mode == "half" else _rotate_pairs(wide)
     return (wide * r1.float() + rotated * r2.float()).to(input.dtype)
 
 

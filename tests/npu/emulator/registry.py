@@ -29,6 +29,7 @@ class Kernel(NamedTuple):
 
 KERNELS: dict[str, Kernel] = {}
 _product = "A3"
+_takes_tiled_cache = False
 _formats: dict[int, StorageWeakRef] = {}  # storages in FRACTAL_NZ; the weak reference keeps the address from reuse
 
 
@@ -41,6 +42,16 @@ def set_product(name: str) -> None:
 
 def product() -> str:
     return _product
+
+
+def set_tiled_cache(taken: bool) -> None:
+    """Sets whether fused attention without a rope takes NZ caches, as it does from CANN 9.1 on."""
+    global _takes_tiled_cache
+    _takes_tiled_cache = taken
+
+
+def takes_tiled_cache() -> bool:
+    return _takes_tiled_cache
 
 
 def require(condition: object, message: str) -> None:

@@ -108,7 +108,7 @@ def test_return_to_tokens():
     out = npu("npu_moe_finalize_routing", rows, skip, skip, bias, weights, index, ids, drop_pad_mode=2)
     biased = (weights.double()[..., None] * bias.double()[ids.long()]).sum(1)
     close(out, want + biased + 2 * skip.double(), 4e-2)
-    padded, dropped = torch.stack((rows, rows)), index.clone()
+    padded, dropped = rows.expand(K, -1, -1), index.clone()
     dropped[0] = -1
     out = npu("npu_moe_finalize_routing", padded, None, None, None, weights, dropped, None, drop_pad_mode=3)
     want[0] -= weights[0, 0].double() * rows[index[0].item()].double()
@@ -173,6 +173,7 @@ REFUSED = {
     "finalize: skip2 alone": (lambda: finalize(skip2=bf16(2, H)), "skip2"),
     "finalize: skip1": (lambda: finalize(skip1=bf16(1, H)), "skip1"),
     "finalize: bias alone": (lambda: finalize(bias=bf16(4, H)), "export_for_source_row"),
+    "finalize: few experts": (lambda: finalize(rows=ROWS[None], mode=3), "E under K"),
     "finalize: mode": (lambda: finalize(mode=4), "drop_pad_mode"),
     "finalize: rows": (lambda: finalize(rows=bf16(5, H)), "5 rows"),
     "permute: fp32": (lambda: npu("npu_moe_token_permute", X.float(), IDS), "float32"),
