@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from executor.config import Settings
 from executor.launch.command import run_command
@@ -100,40 +100,44 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def examine(device: "torch.device", shapes: "Sequence[Shapes]", size: int) -> dict[str, Any]:
-    """Runs all comparisons on this rank; rank 0 prints those of all ranks. Returns a JSON-serialisable report."""
+    """Runs all comparisons on this rank; rank 0 prints those of all ranks. Returns a JSON-serialisable report.
+
+    What ranks exchange comes first and is printed at once: an operation that is compared later may crash the device.
+    """
     from executor.doctor.comparisons import compare_all, compare_undocumented
-    from executor.doctor.findings import Context
-    from executor.doctor.host import compare_ports, compare_versions
+    from executor.doctor.host import compare_versions
     from executor.doctor.inputs import Shapes
     from executor.doctor.machine import facts
-    from executor.doctor.ranks import Ranks, compare_ranks
+    from executor.doctor.ranks import Ranks, compare_job
     from ops.npu import NpuOps
 
     shapes = shapes or (Shapes(), *map(Shapes().slice, SLICES))
     machine, ops = facts(device), NpuOps(device.type)
     ranks = Ranks(ops, device, shapes[0], size) if size > 1 else None
-    speaks = ranks is None or ranks.world.index == 0
-    if speaks:
-        for name, value in machine.items():
-            print(f"{name}: {value}")
-        print("in use:", ", ".join(f"{what}: {name}" for what, name in ops.bindings.items()), flush=True)
+
+    def say(text: str, file: TextIO | None = None) -> None:
+        if ranks is None or ranks.world.index == 0:
+            print(text, file=file or sys.stdout, flush=True)
+
+    say("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    say(f"in use: {', '.join(f'{what}: {name}' for what, name in ops.bindings.items())}")
     findings = list(compare_versions(machine))
     if ranks is not None:
-        findings += compare_ports()
-        findings += ranks.compare_machines(machine)
-        findings += compare_ranks(ranks, Context(ops, device, shapes[0]))
+        findings = ranks.worst([*findings, *compare_job(ranks, ops, machine, shapes[0])])
+        say(f"\n{verdicts(findings)}")
+    of_operations: list[Finding] = []
     for part in shapes:
-        if speaks:
-            print(f"comparing at {part.name} ...", file=sys.stderr, flush=True)
-        findings += compare_all(ops, device, part)
+        say(f"comparing at {part.name} ...", sys.stderr)
+        of_operations += compare_all(ops, device, part)
     if ranks is None:
-        findings += compare_undocumented(ops, device, shapes[0])
+        findings += [*of_operations, *compare_undocumented(ops, device, shapes[0])]
+        say(f"\n{verdicts(findings)}")
     else:
-        findings = ranks.worst(findings)
+        of_operations = ranks.worst(of_operations)
+        findings += of_operations
+        say(f"\n{verdicts(of_operations)}")
     fine = all(finding.fine for finding in findings)
-    if speaks:
-        print(f"\n{verdicts(findings)}")
-        print("\nall agree" if fine else "\nsomething differs or fails")
+    say("\nall agree" if fine else "\nsomething differs or fails")
     listed = [dataclasses.asdict(finding) | {"verdict": finding.verdict} for finding in findings]
     for finding in listed:
         if finding["error"] is not None and not math.isfinite(finding["error"]):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from executor.doctor.findings import ROUNDED_OFTEN, TOKENS, Context, Finding
+from executor.doctor.host import compare_ports
 from executor.doctor.inputs import DTYPE, Shapes
 from executor.loading.device import synchronize
 from ops.ascend import ExchangeSizes
@@ -70,7 +71,7 @@ class Ranks:
     def compare_machines(self, machine: dict[str, str]) -> Iterator[Finding]:
         """Yields a finding for each fact about the machine that is not rank 0's everywhere."""
         everywhere = self.gather(machine)
-        for name in everywhere[0].keys() - PER_NODE:
+        for name in [name for name in machine if name not in PER_NODE]:
             values = [facts[name] for facts in everywhere]
             other = next((rank for rank, value in enumerate(values) if value != values[0]), 0)
             problem = f"rank {other} has {values[other]}, rank 0 {values[0]}" if other else ""
@@ -86,6 +87,13 @@ class Comparison(NamedTuple):
     given: torch.Tensor  # float32, on the CPU
     expected: torch.Tensor
     timed: Callable[[torch.Tensor], torch.Tensor]
+
+
+def compare_job(ranks: Ranks, ops: NpuOps, machine: dict[str, str], shapes: Shapes) -> Iterator[Finding]:
+    """Yields this rank's findings on ports, differences between machines, and what the ranks exchange."""
+    yield from compare_ports()
+    yield from ranks.compare_machines(machine)
+    yield from compare_ranks(ranks, Context(ops, ranks.device, shapes))
 
 
 def compare_ranks(ranks: Ranks, context: Context) -> Iterator[Finding]:

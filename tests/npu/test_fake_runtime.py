@@ -4,12 +4,14 @@
 All argument checks of torch_npu run; the values that the model computes are meaningless.
 """
 
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,24 @@ sys.exit(main(["npu"], shapes=[Shapes(name="small", {small})]))"""
         "FAILS: sort_by_expert, npu_moe_init_routing_v2",  # the order of its rows is checked first
         "FAILS: attention, npu_fused_infer_attention_score_v2, graph",
     ]
+
+
+def test_doctor_starts_ranks_and_shows_at_once_what_they_exchange(environment):
+    """The stand-in's collectives do nothing, which the doctor detects; the comparisons after them are not awaited."""
+    command = [sys.executable, "-m", "executor.doctor", "npu", "--ranks", "2"]
+    last = "not usable: communication, dispatch and combine (fullmesh_v1), "
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment | {"FAKE_NPUS": "2"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as doctor:
+        watchdog = threading.Timer(200, doctor.terminate)
+        watchdog.start()
+        lines = list(itertools.takewhile(lambda line: not line.startswith(last), doctor.stdout))
+        watchdog.cancel()
+        doctor.terminate()
+    for operation in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
+        assert any(line.startswith(f"DIFFERS: communication, {operation}, 30B, ") for line in lines), lines
