@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of fused dispatch without a model; each needs a process of its own."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -11,11 +14,11 @@ from executor.loading.before_loading import load_config
 from executor.loading.exchanges import dispatch_sizes, select_exchanges
 from models.layers.expert_exchange import FusedExchange
 from ops import Routing
-from ops.ascend import ExchangeSizes, choose_algorithms
+from ops.ascend import ALGORITHMS, Algorithm, ExchangeSizes, choose_algorithms
 from ops.comm import Group, ParallelContext, group_members, init_parallel
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepMetadata, step_inputs
 from tests.npu.emulated import emulate_communicators
-from tests.npu.emulator import install
+from tests.npu.emulator import install, set_product
 
 CONFIGS = REPOSITORY / "models" / "qwen3_moe" / "config"
 SIZES = ExchangeSizes(ranks=2, tokens=3, experts=8, top_k=2, hidden_size=1024)
@@ -155,3 +158,39 @@ def refuses_masks(operation: Any, *given: Any, **named: Any) -> Any:
 
 def swaps_tokens(operation: Any, *given: Any, **named: Any) -> torch.Tensor:
     return operation(*given, **named).flip(0)
+
+
+def many_ranks(wheel: str, ranks: int) -> dict[str, list[bool]]:
+    """Whether tokens come back on each rank, by product and algorithm. Ranks are threads, too many for processes."""
+    install(wheel)
+    found = {}
+    with patch.dict("os.environ", HCCL_BUFFSIZE="1000"):
+        for product, algorithms in ALGORITHMS.items():
+            set_product(product)
+            for algorithm in algorithms:
+                found[f"{product} {algorithm.name}"] = trial_of_threads(algorithm, ranks)
+    return found
+
+
+def trial_of_threads(algorithm: Algorithm, ranks: int) -> list[bool]:
+    from ops.npu.exchange import DispatchCombine
+    from tests.npu.emulator import exchange
+
+    shares: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks, timeout=60)
+
+    def gather(group: str, value: Any) -> list[Any]:
+        shares[int(group)] = value
+        barrier.wait()
+        everyone = list(shares)
+        barrier.wait()
+        return everyone
+
+    def trial(rank: int) -> bool:
+        group: Any = SimpleNamespace(hccl_name=str(rank), index=rank)
+        return DispatchCombine(algorithm, sizes, group).works(torch.bfloat16, CPU)
+
+    sizes = ExchangeSizes(ranks=ranks, tokens=3, experts=128, top_k=8, hidden_size=1024)
+    changes = {"gather": gather, "group_of": str, "_require_member": lambda *_: None, "_dispatched": {}}
+    with patch.multiple(exchange, **changes), ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(trial, range(ranks)))

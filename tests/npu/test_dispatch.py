@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from executor.config import load_settings
-from tests.npu.dispatch_runs import CONFIGS, Case, dispatch_all, refuses_masks, swaps_tokens, two_ranks
+from tests.npu.dispatch_runs import CONFIGS, Case, dispatch_all, many_ranks, refuses_masks, swaps_tokens, two_ranks
 from tests.npu.test_demo import needed_wheel
 from tests.npu.wheels import VERSIONS
 from tests.parallel.ranks import run_ranks
@@ -80,3 +80,10 @@ def test_fullmesh_v1_where_fullmesh_v2_refuses_masks(tmp_path):
 
 def test_gather_where_tokens_come_back_changed(tmp_path):
     assert [rank["name"] for rank in select({COMBINE: swaps_tokens}, tmp_path)] == ["GatherExchange"] * 2
+
+
+def test_every_algorithm_on_16_ranks(tmp_path):
+    """hierarchy takes no fewer."""
+    [found] = run_ranks(1, many_ranks, tmp_path, str(needed_wheel(VERSIONS[0])), 16)
+    assert list(found) == ["A2 fullmesh", "A3 fullmesh_v2", "A3 fullmesh_v1", "A3 hierarchy"]
+    assert all(works == [True] * 16 for works in found.values())
