@@ -19,6 +19,8 @@ WARMUP_RUNS = 2  # before capture, so that one-time initialisation of libraries 
 class GraphRecorder:
     """Captures CUDA graphs in a shared memory pool: outputs are valid until another of these graphs is replayed."""
 
+    max_graphs: int | None = None  # with collectives, on one device; None: no limit
+
     def __init__(self, device: ModuleType = torch.cuda):
         self.device = device
         self.pool = device.graph_pool_handle()

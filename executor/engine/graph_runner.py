@@ -40,7 +40,8 @@ class GraphRunner(ModelRunner):
         super().__init__(model, kv_caches, parallel, sequence_parallel, device, max_sequences, max_len)
         self.recorder = recorder
         self.graph_blocks = blocks_for(min(graph_len, max_len))
-        self.graphs = {size: self.capture(size) for size in reversed(graph_sizes(max_sequences))}
+        sizes = graph_sizes(max_sequences, recorder.max_graphs if parallel.world.size > 1 else None)
+        self.graphs = {size: self.capture(size) for size in reversed(sizes)}
 
     def capture(self, batch_size: int) -> "DecodeGraph":
         """Captures a decode step of `batch_size` padding rows."""
@@ -65,10 +66,16 @@ class GraphRunner(ModelRunner):
         return dataclasses.replace(graph.logits, num_rows=len(batch))
 
 
-def graph_sizes(largest: int) -> list[int]:
-    """Batch sizes 1 to UNPADDED, from there on powers of two, and the largest."""
+def graph_sizes(largest: int, max_graphs: int | None = None) -> list[int]:
+    """Batch sizes 1 to UNPADDED, from there on powers of two, and the largest.
+
+    Of more than `max_graphs` those are left out that are padded the least to the next, a batch of one last.
+    """
     powers = {2**i for i in range(largest.bit_length())}
-    return sorted({*range(1, min(largest, UNPADDED) + 1), *powers, largest})
+    sizes = sorted({*range(1, min(largest, UNPADDED) + 1), *powers, largest})
+    while max_graphs is not None and len(sizes) > max_graphs:
+        sizes.remove(min(sizes[1:-1] or sizes[:-1], key=lambda size: sizes[sizes.index(size) + 1] / size))
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True)

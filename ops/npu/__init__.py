@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 FRACTAL_NZ = 29  # ACL format id of the tiled layout that the cube units read directly
 STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
 MAX_INNER_SIZE = 65535  # maximum of K and N in a matmul with a FRACTAL_NZ weight
+MAX_GRAPHS_A3 = 6  # with HCCL's default expansion there, on the AI CPU (page of HCCL_OP_EXPANSION_MODE)
 MAX_EXPERTS = 10240  # of npu_moe_init_routing_v2
 MAX_EXPERT_TOKENS = 8192  # per chunk, to limit memory: the top-k rows take K times that of the tokens
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
@@ -173,7 +174,7 @@ class NpuOps(ReferenceOps):
         return (cos, sin), NpuStep(**fields, query_ends=list(accumulate(step.query_lens_list)))
 
     def graph_recorder(self) -> NpuGraphRecorder:
-        return NpuGraphRecorder(LENGTHS_ARGUMENT[self.attend])
+        return NpuGraphRecorder(LENGTHS_ARGUMENT[self.attend], MAX_GRAPHS_A3 if self.product == "A3" else None)
 
     def profiler(self) -> NpuProfiler:
         return NpuProfiler()

@@ -16,11 +16,12 @@ class NpuGraphRecorder(GraphRecorder):
     under which torch_npu cannot capture.
     """
 
-    def __init__(self, lengths_argument: str):
+    def __init__(self, lengths_argument: str, max_graphs: int | None):
         if os.environ.get("TASK_QUEUE_ENABLE") == "2":
             raise ValueError("TASK_QUEUE_ENABLE: 2 is not possible with exe_mode: graph, only 0 and 1")
         super().__init__(torch.npu)
         self.lengths_argument = lengths_argument
+        self.max_graphs = max_graphs
 
     def record(self, work: Callable[[], T]) -> tuple[T, Replay]:
         graph = torch.npu.NPUGraph()

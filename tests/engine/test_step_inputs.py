@@ -3,6 +3,8 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ import torch
 from executor import LLM, SamplingParams
 from executor.engine.block_table import BlockTable
 from executor.engine.decode_inputs import DecodeInputs, Unread
-from executor.engine.graph_runner import graph_sizes
+from executor.engine.graph_runner import GraphRunner, graph_sizes
 from executor.engine.scheduler import Scheduled
 from executor.engine.sequence import Sequence
+from ops.comm import Group, ParallelContext
 from ops.step import BLOCK_SIZE, NULL_BLOCK, Span, StepLayout, block_table_of, blocks_for, step_inputs
 from tests.checkpoints import make_checkpoint
 
@@ -245,3 +248,28 @@ def test_padding_rows_do_not_affect_other_rows(tmp_path: Path) -> None:
 )
 def test_batch_sizes_with_a_graph(largest: int, sizes: list[int]) -> None:
     assert graph_sizes(largest) == sizes
+
+
+@pytest.mark.parametrize(
+    ("largest", "max_graphs", "sizes"),
+    [
+        (5, 6, [1, 2, 3, 4, 5]),
+        (8, 6, [1, 2, 3, 4, 6, 8]),
+        (32, 6, [1, 2, 4, 8, 16, 32]),
+        (64, 6, [1, 4, 8, 16, 32, 64]),
+        (8, 2, [1, 8]),
+        (8, 1, [8]),
+    ],
+)
+def test_a_limited_number_of_graphs(largest: int, max_graphs: int, sizes: list[int]) -> None:
+    assert graph_sizes(largest, max_graphs) == sizes
+
+
+def test_graphs_of_several_ranks_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphRunner, "capture", lambda self, size: size)
+    recorder: Any = SimpleNamespace(max_graphs=2)
+    for ranks, sizes in (((0,), [1, 2, 3]), ((0, 1), [1, 3])):
+        parallel = ParallelContext(world=Group(name="world", ranks=ranks))
+        model: Any = None
+        runner = GraphRunner(model, [], parallel, False, CPU, 3, 512, recorder, 512)
+        assert sorted(runner.graphs) == sizes

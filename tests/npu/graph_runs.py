@@ -42,10 +42,11 @@ def run_layout(wheel: str, product: str, settings: dict[str, Any]) -> dict[str, 
     emulate_communicators()
     from ops.npu import NpuOps
 
+    recorder = NpuOps("cpu").graph_recorder()
     eager = generate(NpuOps("cpu"), **settings)
     with CalledOperations() as called:
         graph = generate(NpuOps("cpu"), exe_mode="graph", **settings)
-    return {"eager": eager, "graph": graph, "called": dict(called.counts)}
+    return {"eager": eager, "graph": graph, "called": dict(called.counts), "max_graphs": recorder.max_graphs}
 
 
 def generate(ops: Any, dtype: str = "float16", batch_size: int = 4, **settings: Any) -> list[list[int]]:

@@ -57,5 +57,6 @@ def test_two_ranks(product, dispatches, tmp_path):
     settings = {"world_size": 2, **sizes}
     for found in run_ranks(2, run_layout, tmp_path, wheel_or_skip(VERSIONS[0]), product, settings):
         assert found["graph"] == found["eager"]
+        assert found["max_graphs"] == (6 if product == "A3" else None)
         assert found["graph"][3] == found["graph"][2]
         assert ("npu_moe_distribute_dispatch_v2" in found["called"]) == dispatches
