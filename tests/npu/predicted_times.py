@@ -17,6 +17,7 @@ import torch
 
 from executor.bench.floor import held_bytes, is_experts
 from executor.loading.before_loading import load_config
+from ops.step import BLOCK_SIZE
 from tests.npu.meta_run import MODELS, Case, MetaGroup
 from tests.npu.schemas import ROOT, load
 from tests.npu.wheels import VERSIONS, wheel
@@ -50,17 +51,22 @@ class Step(NamedTuple):
         return max(self.graph_ms, (self.launches + self.collectives) * HOST_US / 1e3)
 
 
-def record_steps(file: Path) -> dict[tuple[str, str, int], Step]:
-    """The steps of ROWS and BATCH_SIZES under a wheel's schemas, with a call for each part of FusedQkv, as not every
-    CANN has attention on tiled caches; needs a process of its own."""
+def record_steps(file: Path) -> dict[tuple[str, str, int], tuple[Step, Step]]:
+    """The steps of ROWS and BATCH_SIZES under a wheel's schemas: with a call for each part of FusedQkv, as not every
+    CANN has attention on tiled caches, and with the fused operation. Needs a process of its own."""
     load(file)
     from ops.npu import NpuOps
 
     ops = NpuOps("meta")
-    ops.fused_qkv = None
+    found: dict[bool, dict[tuple[str, str, int], Step]] = {False: {}, True: {}}
+    fused = ops.fused_qkv
     with torch.no_grad():
-        cases = {row: Case(*row, ops) for row in ROWS}
-        return {(*row, batch): record(row[0], case, batch) for row, case in cases.items() for batch in BATCH_SIZES}
+        for is_fused, steps in found.items():
+            ops.fused_qkv = fused if is_fused else None
+            for row in ROWS:
+                case = Case(*row, ops)
+                steps |= {(*row, batch): record(row[0], case, batch) for batch in BATCH_SIZES}
+    return {key: (step, found[True][key]) for key, step in found[False].items()}
 
 
 def record(model: str, case: Case, batch: int) -> Step:
@@ -75,7 +81,7 @@ def record(model: str, case: Case, batch: int) -> Step:
     experts = sum(size for name, size in in_layers.items() if is_experts(name)) * scale
     others = sum(in_layers.values()) * scale - experts + sizes["lm_head.weight"]
     unread = (1 - config.num_experts_per_tok / config.num_experts) ** batch  # share of the experts, routed at random
-    cache = batch * CACHED_TOKENS * 2 * case.caches[0][0][0, 0].nbytes * config.num_hidden_layers
+    cache = batch * CACHED_TOKENS * 2 * case.caches[0][0][0].nbytes / BLOCK_SIZE * config.num_hidden_layers
     return Step(
         layer_launches=layer,
         launches=step + more * layer,
@@ -106,13 +112,15 @@ def counted(run: Callable[[], list[dict[str, Any]]]) -> tuple[int, int]:
             setattr(MetaGroup, name, method)
 
 
-def table_rows(steps: dict[tuple[str, str, int], Step]) -> list[str]:
-    """Rows of the table: layout, batch, launches of a layer, GB read, ms in graph mode and eager."""
-    return [
-        f"|`qwen3_{model}_{layout}`|{batch}|{step.layer_launches}|{step.read_bytes / 1e9:.1f}|{step.graph_ms:.1f}|"
-        f"{step.eager_ms:.1f}|"
-        for (model, layout, batch), step in steps.items()
-    ]
+def table_rows(steps: dict[tuple[str, str, int], tuple[Step, Step]]) -> list[str]:
+    """Rows of the table: layout, batch, launches a layer, GB read, ms in graph mode and eager; fused after a slash."""
+    rows = []
+    for (model, layout, batch), (parts, fused) in steps.items():
+        launches = f"{parts.layer_launches}/{fused.layer_launches}"
+        graph = f"{parts.graph_ms:.1f}/{fused.graph_ms:.1f}"
+        eager = f"{parts.eager_ms:.1f}/{fused.eager_ms:.1f}"
+        rows.append(f"|`qwen3_{model}_{layout}`|{batch}|{launches}|{parts.read_bytes / 1e9:.1f}|{graph}|{eager}|")
+    return rows
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from executor.config import REPOSITORY
 from tests.npu import predicted_times
-from tests.npu.predicted_times import Step, record_steps, table_rows
+from tests.npu.predicted_times import ROWS, Step, record_steps, table_rows
 from tests.npu.wheels import VERSIONS, wheel
 from tests.parallel.ranks import run_ranks
 
@@ -24,19 +24,22 @@ def steps(tmp_path_factory):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_table_is_the_prediction(steps, page):
-    rows = re.findall(r"^\|`qwen3_\w+`\|\d+\|\d+\|.+\|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(r"^\|`qwen3_\w+`\|\d+\|\d+/\d+\|.+\|$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert ["|".join(row.split("|")[:7]) + "|" for row in rows] == table_rows(steps)
 
 
 def test_the_counts_are_those_of_the_shapes(steps):
     """Collectives: the embedding, and after attention and experts of each layer; the bytes by hand."""
-    assert steps["30b", "1tp", 1].collectives == 0
-    assert steps["30b", "2tp", 1].collectives == 1 + 2 * 48 and steps["235b", "16tp", 1].collectives == 1 + 2 * 94
     layer = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048 + 128 * 2048 + 8 * 3 * 768 * 2048
     cache = 1024 * 2 * 4 * 128
     read = 2 * (48 * (layer + cache) + 151936 * 2048)
-    assert steps["30b", "1tp", 1].read_bytes == pytest.approx(read, rel=1e-3)
-    assert steps["30b", "1tp", 1].launches == pytest.approx(48 * steps["30b", "1tp", 1].layer_launches, abs=20)
+    for which in (0, 1):
+        one, two, sixteen = (steps[(*row, 1)][which] for row in ROWS)
+        assert one.collectives == 0
+        assert two.collectives == 1 + 2 * 48 and sixteen.collectives == 1 + 2 * 94
+        assert one.read_bytes == pytest.approx(read, rel=1e-3)
+        assert one.launches == pytest.approx(48 * one.layer_launches, abs=20)
+        assert sixteen.launches == pytest.approx(94 * sixteen.layer_launches, abs=20)
 
 
 def test_the_formula():
