@@ -225,6 +225,14 @@ def test_old_torch(repo: Path, bare_python: Path) -> None:
     assert "is 2.7.1+cu128; torch>=2.8 is needed" in refused(infer(repo, PYTHON=str(bare_python)))
 
 
+def test_newer_torch_of_a_platform(repo: Path, bare_python: Path) -> None:
+    """An NPU platform may bring a torch that requirements.txt does not name yet."""
+    add_package(bare_python, "torch", "2.14.0+cpu")
+    for name in ("transformers", "safetensors", "yaml", "tokenizers", "tqdm", "psutil"):
+        add_package(bare_python, name)
+    assert started(infer(repo, PYTHON=str(bare_python)))["python"] == str(bare_python)
+
+
 # .venv
 
 
