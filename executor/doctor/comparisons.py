@@ -18,7 +18,7 @@ Comparison = Callable[[Context, str], Iterator[Finding]]  # with one variant of 
 
 # family -> (attribute of NpuOps, variants, operation that uses them, comparisons of that operation)
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, tuple[Comparison, ...]]] = {
-    "qkv": ("fused_qkv", QKV, "attention", (layers.attention, layers.graph)),
+    "qkv": ("fused_qkv", QKV, "attention", (layers.attention,)),
     "rotary": ("rotate", ROTARY, "attention", (layers.attention,)),
     "cache write": ("write_cache", CACHE_WRITE, "attention", (layers.attention,)),
     "attention": ("attend", ATTENTION, "attention", (layers.attention, layers.graph)),
