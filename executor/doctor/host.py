@@ -23,6 +23,7 @@ CANN_OF = {  # torch_npu -> the CANN that it is paired with; docs/npu.md has the
     "2.13.0": "9.1",
     "2.14.0": "9.1",
 }
+ASSUMED = ("2.8.0.post5", "2.10.0", "2.13.0", "2.14.0")  # not in the vendor's table, but between or after its rows
 HDK_OF = {"9.0": "25.0", "9.1": "25.2"}  # CANN -> oldest compatible driver (Ascend HDK)
 GRAPH_HDK = "25.5.1"  # older ones have streams for few graphs
 
@@ -60,7 +61,8 @@ def compare_versions(machine: dict[str, str]) -> Iterator[Finding]:
         yield pair("torch and torch_npu", torch, torch_npu, numbers(torch)[:3] == numbers(torch_npu)[:3], "the same")
     if torch_npu in CANN_OF and numbers(cann):
         need = CANN_OF[torch_npu]
-        yield pair("torch_npu and CANN", torch_npu, cann, numbers(cann) >= numbers(need), f"CANN {need} or later")
+        fits, known = numbers(cann) >= numbers(need), torch_npu not in ASSUMED
+        yield pair("torch_npu and CANN", torch_npu, cann, fits, f"CANN {need} or later", relied_on=known)
     need = HDK_OF.get(".".join(map(str, numbers(cann)[:2])), "")
     if need and numbers(driver):
         yield pair("CANN and driver", cann, driver, numbers(driver) >= numbers(need), f"Ascend HDK {need} or later")

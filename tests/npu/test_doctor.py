@@ -198,7 +198,7 @@ def test_a_difference_that_the_start_up_call_misses_is_reported(on_ranks):
 
 
 def versions(**given: str) -> dict[str, Finding]:
-    machine = {"torch": "2.13.0+cpu", "torch_npu": "2.13.0", "CANN": "9.1.0", "driver": "25.5.1"} | given
+    machine = {"torch": "2.12.0+cpu", "torch_npu": "2.12.0", "CANN": "9.1.0", "driver": "25.5.1"} | given
     return {finding.variant: finding for finding in compare_versions(machine)}
 
 
@@ -211,8 +211,14 @@ def test_versions_that_fit():
 @pytest.mark.parametrize(
     ("given", "which", "verdict", "said"),
     [
-        ({"torch": "2.12.0"}, "torch and torch_npu", "FAILS", "2.12.0 needs the same, this is 2.13.0"),
-        ({"CANN": "9.0.1"}, "torch_npu and CANN", "FAILS", "2.13.0 needs CANN 9.1 or later, this is 9.0.1"),
+        ({"torch": "2.13.0"}, "torch and torch_npu", "FAILS", "2.13.0 needs the same, this is 2.12.0"),
+        ({"CANN": "9.0.1"}, "torch_npu and CANN", "FAILS", "2.12.0 needs CANN 9.1 or later, this is 9.0.1"),
+        (
+            {"torch_npu": "2.13.0", "CANN": "9.0.1"},
+            "torch_npu and CANN",
+            "not usable",
+            "2.13.0 needs CANN 9.1 or later",
+        ),
         ({"CANN": "8.5.0"}, "torch_npu and CANN", "FAILS", "this is 8.5.0"),
         ({"driver": "25.0.RC1.1"}, "CANN and driver", "FAILS", "9.1.0 needs Ascend HDK 25.2 or later"),
         ({"driver": "25.5.0"}, "graph mode and driver", "not usable", "graph needs Ascend HDK 25.5.1"),
