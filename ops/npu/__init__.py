@@ -8,6 +8,7 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an install
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -215,7 +216,7 @@ class NpuOps(ReferenceOps):
         step: NpuStep,
     ) -> Tensor:
         num_tokens, width = qkv.shape
-        num_kv_heads = key_cache[0].numel() // (BLOCK_SIZE * HEAD_DIM)
+        num_kv_heads = math.prod(key_cache.shape[1:]) // (BLOCK_SIZE * HEAD_DIM)
         num_heads = width // HEAD_DIM - 2 * num_kv_heads
         if num_tokens == 0:
             return qkv[:, : num_heads * HEAD_DIM]
