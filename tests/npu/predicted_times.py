@@ -2,7 +2,7 @@
 """Predicted time per token on Ascend NPUs, from the recorded calls of a decode step. Nothing here was measured on one.
 
 device  = bytes read / bandwidth + launches * KERNEL_US + collectives * COLLECTIVE_US
-graph   = device
+graph   = the longer of device and layers * UPDATE_US
 eager   = the longer of device and (launches + collectives) * HOST_US
 
 python -m tests.npu.predicted_times     prints the rows of the table of docs/npu.md
@@ -27,6 +27,7 @@ BANDWIDTH = 1.1e12  # bytes per second that a die reads; 1.6 TB/s on paper
 KERNEL_US = 4  # of a kernel, beyond reading its bytes
 COLLECTIVE_US = 15  # of an all_reduce of a few tokens
 HOST_US = 16  # of a launch, on the host
+UPDATE_US = 100  # of a layer in NPUGraph.update, on the host (tests/npu/graph_update_time.py)
 CACHED_TOKENS = 1024
 ROWS = (("30b", "1tp"), ("30b", "2tp"), ("235b", "16tp"))
 BATCH_SIZES = (1, 8)
@@ -36,19 +37,24 @@ COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 class Step(NamedTuple):
     """What one rank does in a decode step."""
 
+    layers: int
     layer_launches: int
     launches: int
     collectives: int
     read_bytes: float
 
     @property
-    def graph_ms(self) -> float:
+    def device_ms(self) -> float:
         us = self.launches * KERNEL_US + self.collectives * COLLECTIVE_US
         return self.read_bytes / BANDWIDTH * 1e3 + us / 1e3
 
     @property
+    def graph_ms(self) -> float:
+        return max(self.device_ms, self.layers * UPDATE_US / 1e3)
+
+    @property
     def eager_ms(self) -> float:
-        return max(self.graph_ms, (self.launches + self.collectives) * HOST_US / 1e3)
+        return max(self.device_ms, (self.launches + self.collectives) * HOST_US / 1e3)
 
 
 def record_steps(file: Path) -> dict[tuple[str, str, int], tuple[Step, Step]]:
@@ -83,6 +89,7 @@ def record(model: str, case: Case, batch: int) -> Step:
     unread = (1 - config.num_experts_per_tok / config.num_experts) ** batch  # share of the experts, routed at random
     cache = batch * CACHED_TOKENS * 2 * case.caches[0][0][0].nbytes / BLOCK_SIZE * config.num_hidden_layers
     return Step(
+        layers=config.num_hidden_layers,
         layer_launches=layer,
         launches=step + more * layer,
         collectives=step_collectives + more * layer_collectives,

@@ -43,14 +43,15 @@ def test_the_counts_are_those_of_the_shapes(steps):
 
 
 def test_the_formula():
-    step = Step(layer_launches=16, launches=1000, collectives=100, read_bytes=2.2e9)
+    step = Step(layers=48, layer_launches=16, launches=1000, collectives=100, read_bytes=2.2e9)
     assert step.graph_ms == pytest.approx(2 + 4 + 1.5) and step.eager_ms == pytest.approx(1100 * 0.016)
     assert step._replace(launches=1, collectives=0).eager_ms == pytest.approx(2.004)
+    assert step._replace(layers=94).graph_ms == pytest.approx(9.4)  # the host updates the graph
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_assumptions_are_named(page):
     text = page.read_text(encoding="utf-8")
-    for value in (predicted_times.KERNEL_US, predicted_times.COLLECTIVE_US, predicted_times.HOST_US):
-        assert re.search(rf"{value} us", text)
+    for name in ("KERNEL_US", "COLLECTIVE_US", "HOST_US", "UPDATE_US"):
+        assert f"{getattr(predicted_times, name)} us" in text
     assert f"{predicted_times.BANDWIDTH / 1e12} TB/s" in text and f"{predicted_times.CACHED_TOKENS:,}" in text
