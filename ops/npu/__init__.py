@@ -2,7 +2,7 @@
 """Backend for Ascend NPUs (Atlas A2 and A3) on torch_npu's fused operations, one call per operation where possible.
 
 Calls follow each operation's page in op-plugin (docs/zh/custom_APIs/torch_npu) and its adapter (op_plugin/ops/opapi);
-docs/npu.md lists how they are verified. torch_npu 2.8 to 2.13; where an installation lacks an operation,
+docs/npu.md lists how they are verified. torch_npu 2.8 to 2.14; where an installation lacks an operation,
 `select_variant` falls back to the next best. Shape letters as in ops/__init__.py; R = T * K routed rows.
 """
 
