@@ -2,6 +2,7 @@
 """Asynchronous Python API for servers: requests join and leave the running batch at every step."""
 
 import asyncio
+import atexit
 import contextlib
 import json
 import logging
@@ -82,8 +83,11 @@ class AsyncLLM:
         self.inbox: queue.SimpleQueue[Request | str | None] = queue.SimpleQueue()  # request, id to cancel, None: close
         self.clients: dict[str, Client] = {}  # request id -> client; changed under `lock`
         self.lock = threading.Lock()
-        self.failure: BaseException | None = None
+        self.failure: BaseException | None = None  # why the engine has ended
+        self.was_closed = RuntimeError("it was closed")
         self.is_closed = False
+        if self.is_serving:
+            atexit.register(self.close)  # a thread that is inside torch when the interpreter ends aborts the process
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
 
@@ -99,32 +103,40 @@ class AsyncLLM:
         unfinished = len(request.samples)
         client = Client(request, asyncio.get_running_loop(), asyncio.Queue(), unfinished)
         self._submit(client)
-        texts = {id(sample): TextStream(self.llm.tokenizer, sample.sampling.stop) for sample in request.samples}
+        texts = {id(sample): TextStream(self.llm.tokenizer, sample.sampling) for sample in request.samples}
         try:
             while unfinished:
                 event = await client.events.get()
                 if isinstance(event, BaseException):
                     raise RuntimeError(f"the engine has ended: {event}") from event
                 unfinished -= event.is_last
-                yield stream_chunk(event, texts[id(event.sequence)], self.llm.tokenizer)
+                yield stream_chunk(event, texts[id(event.sequence)], self.llm.tokenizer, self.llm.cause)
         finally:
             if unfinished:
                 self.abort(request.request_id)
 
     def abort(self, request_id: str) -> None:
         """Cancels a request: its stream ends with finish_reason "cancelled". Unknown ids are ignored."""
-        self.inbox.put(request_id)
+        self.inbox.put(checked_id(request_id))
 
     def close(self) -> None:
-        """Cancels all requests, ends the engine and waits for it; on other ranks, waits until rank 0 closes."""
+        """Cancels all requests, ends the engine and waits for it; on other ranks, waits until rank 0 closes.
+
+        There, raises RuntimeError if the engine has failed.
+        """
         self.is_closed = True
         if self.is_serving:
+            atexit.unregister(self.close)
             self.inbox.put(None)
         self.thread.join()
+        if not self.is_serving and self.failure is not self.was_closed:
+            raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
 
     def _request(self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None) -> Request:
         if not self.is_serving:
             raise RuntimeError("only rank 0 serves requests")
+        if request_id is not None:
+            checked_id(request_id)
         prompts = prompt_list(prompt)
         if len(prompts) != 1:
             raise TypeError(f"prompt: expected one prompt, got {len(prompts)}")
@@ -148,15 +160,14 @@ class AsyncLLM:
     @torch.inference_mode()
     def _run(self) -> None:
         """Engine thread: applies commands, then runs a step, until it is closed or fails."""
-        failure: BaseException = RuntimeError("it was closed")
+        failure: BaseException = self.was_closed
         try:
             while not self._apply(self._next_commands()):
                 for event in self.llm.engine.step():
                     self._deliver(event)
         except BaseException as error:
             failure = error
-            if self.is_serving:
-                logger.exception("the engine has failed")
+            logger.exception("the engine has failed")
         with self.lock:
             self.failure = failure
             clients, self.clients = list(self.clients.values()), {}
@@ -195,7 +206,8 @@ class AsyncLLM:
             wait = False
             if isinstance(item, Request):
                 requests.append(item)
-            elif isinstance(item, str):
+                cancelled = [request_id for request_id in cancelled if request_id != item.request_id]  # an earlier one
+            elif item is not None:
                 cancelled.append(item)
             else:
                 is_closed = True
@@ -221,6 +233,13 @@ class AsyncLLM:
             with self.lock:
                 del self.clients[event.sequence.request_id]
         client.put(event)
+
+
+def checked_id(request_id: str) -> str:
+    """Returns a request's id; TypeError if it is no text."""
+    if not isinstance(request_id, str):
+        raise TypeError(f"request_id: expected a text, got a {type(request_id).__name__}")
+    return request_id
 
 
 def to_json(commands: Commands) -> bytes:

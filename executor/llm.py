@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python API: `LLM` loads a checkpoint once and generates texts, scores or logits."""
 
-import itertools
+import threading
+import uuid
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ class LLM:
         self.limits = RequestLimits(
             config=facts.config, tokenizer=facts.tokenizer, max_len=facts.max_len, num_blocks=loaded.num_blocks
         )
-        self._numbers = itertools.count()
+        self._lock = threading.RLock()  # a thread at a time adds, cancels and steps
         self._queues: dict[str, deque[TokenEvent]] = {}  # request id -> events that its client has not taken
 
     def generate(
@@ -141,7 +142,7 @@ class LLM:
             pass
         [sequence] = request.samples
         if sequence.finish_reason == "error":
-            raise ValueError(not_finite("a position", self._cause))
+            raise ValueError(not_finite("a position", self.cause))
         return torch.cat([torch.empty(0), *(part[:, 0] for part in sequence.prompt_logprobs)])
 
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -155,7 +156,7 @@ class LLM:
             # attention may have spread NaN to earlier positions: a shorter sequence is not affected
             shorter = range(1, len(token_ids))
             first = bisect_left(shorter, True, key=lambda count: self._prompt_logits(token_ids[:count]) is None)
-            raise ValueError(not_finite(f"position {first}", self._cause))
+            raise ValueError(not_finite(f"position {first}", self.cause))
         return logits
 
     def _prompt_logits(self, token_ids: list[int]) -> torch.Tensor | None:
@@ -194,7 +195,7 @@ class LLM:
     ) -> Request:
         """Validates one request; ValueError. name: the prompt in errors."""
         self.limits.check(token_ids, sampling, name)
-        request_id = f"request {next(self._numbers)}" if request_id is None else request_id
+        request_id = uuid.uuid4().hex if request_id is None else request_id
         bad_words = [ids for text in sampling.bad_words for ids in self.tokenizer.bad_word_ids(text)]
         samples = [
             Sequence(
@@ -221,19 +222,21 @@ class LLM:
     def chunks(self, requests: list[Request]) -> Iterator[StreamChunk]:
         """Runs requests; yields a chunk for each new token."""
         texts = {
-            id(sample): TextStream(self.tokenizer, sample.sampling.stop)
+            id(sample): TextStream(self.tokenizer, sample.sampling)
             for request in requests
             for sample in request.samples
         }
         for _, event in self._events(requests):
-            yield stream_chunk(event, texts[id(event.sequence)], self.tokenizer)
+            yield stream_chunk(event, texts[id(event.sequence)], self.tokenizer, self.cause)
 
     def output(self, request: Request) -> RequestOutput:
         """Result of a finished request."""
-        return request_output(request, self.tokenizer, self._cause)
+        return request_output(request, self.tokenizer, self.cause)
 
     def _step(self) -> None:
         """Runs one step of the engine and puts its events into the queues of their requests."""
+        if self.engine.is_stepping:
+            raise RuntimeError("a mask cannot use the LLM that calls it")
         try:
             with torch.inference_mode():
                 events = self.engine.step()
@@ -251,22 +254,27 @@ class LLM:
         by_id = {request.request_id: request for request in requests}
         unfinished = sum(len(request.samples) for request in requests)
         try:
-            for number, request in enumerate(requests):
-                self._queues[request.request_id] = queue
-                self.engine.add(request.samples, number if spread else None)
+            with self._lock:
+                for number, request in enumerate(requests):
+                    self._queues[request.request_id] = queue
+                    self.engine.add(request.samples, number if spread else None)
             while unfinished:
                 while not queue:
-                    if not self.engine.has_work:
-                        raise RuntimeError("another request's failure has ended this one")
-                    self._step()
+                    with self._lock:
+                        if queue:  # another thread's step has filled it
+                            break
+                        if not self.engine.has_work:
+                            raise RuntimeError("another request's failure has ended this one")
+                        self._step()
                 event = queue.popleft()
                 unfinished -= event.is_last
                 yield by_id[event.sequence.request_id], event
         finally:
-            for request in requests:
-                if not request.is_finished:
-                    self.engine.cancel(request.request_id)
-                self._queues.pop(request.request_id, None)
+            with self._lock:
+                for request in requests:
+                    if not request.is_finished:
+                        self.engine.cancel(request.request_id)
+                    self._queues.pop(request.request_id, None)
 
     def _run_in_order(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
         outputs = {}
@@ -299,7 +307,7 @@ class LLM:
         return list(params)
 
     @property
-    def _cause(self) -> str:
+    def cause(self) -> str:
         """Likely cause of logits that are not finite."""
         if self.dtype is torch.float16:
             return "a number was probably too large for dtype float16; try bfloat16, which has the range of float32"

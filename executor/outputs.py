@@ -22,8 +22,9 @@ class Completion:
 
     ttft_ms: from the start of the prompt's prefill to the first token. tpot_ms: mean time per token after the first,
     None if there is only one. token_intervals_ms: the times that tpot_ms is the mean of.
-    finish_reason: "stop", "length", "cancelled", or "error" if its logits were not finite or its mask failed: `error`
-    then says why, the tokens before are kept, and ttft_ms is None if there is none. logprobs: per token, if asked for.
+    finish_reason: "stop", "length", "cancelled", or "error" if its logits were not finite or no token was allowed:
+    `error` then says why, the tokens before are kept, and ttft_ms is None if there is none. logprobs: per token, if
+    asked for.
     """
 
     index: int
@@ -88,7 +89,8 @@ class RequestOutput:
 class StreamChunk:
     """New part of one sample: whole characters of text, token ids, log-likelihoods if asked for.
 
-    The texts of a sample's chunks make up its final text. finish_reason is set in its last chunk.
+    The texts of a sample's chunks make up its final text. finish_reason, and error as in `Completion`, are set in its
+    last chunk, prompt_logprobs as in `RequestOutput` in the first chunk of sample 0.
     """
 
     index: int  # of the prompt
@@ -97,3 +99,5 @@ class StreamChunk:
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
+    error: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None

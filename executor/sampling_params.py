@@ -2,7 +2,6 @@
 """Sampling parameters and stop conditions of a request."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,9 @@ class FrozenDict(dict[int, float]):
 
     def __reduce__(self) -> Any:
         return FrozenDict, (dict(self),)
+
+    def __hash__(self) -> int:  # type: ignore[override] # of a frozen class
+        return hash(frozenset(self.items()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ class SamplingParams:
             object.__setattr__(self, field.name, value)
         checks = {
             "max_new_tokens": (1 <= self.max_new_tokens < 2**31, "at least 1 and below 2**31"),
-            "temperature": (self.temperature == 0 or 1e-5 <= self.temperature < math.inf, "0, or at least 0.00001"),
+            "temperature": (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5, "0, or from 0.00001 to 100000"),
             "top_k": (0 <= self.top_k < 2**31, "at least 0 (0 keeps all) and below 2**31"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),

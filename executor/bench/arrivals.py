@@ -44,6 +44,8 @@ def run(command_line: list[str]) -> None:
     sizes = [(arguments.prompt_tokens, arguments.new_tokens)]
     with Report(arguments.output, 2 + len(arguments.requests), result_table) as report:
         llm = build_llm(settings, sizes, max(arguments.requests), arguments.allow_fallback, prefix_cache=True)
+        for prompt_tokens in (arguments.long_prompt_tokens, arguments.prefix_tokens + arguments.tail_tokens):
+            requests(llm, 1, prompt_tokens, COMPARED_TOKENS, "refused before anything is measured")
         report.begin(**describe_device(llm))
         for count in arguments.requests:
             report.add([throughput(llm, count, arguments)])
@@ -61,7 +63,10 @@ def parse(command_line: list[str]) -> argparse.Namespace:
     parser.add_argument("--long-prompt-tokens", type=positive, default=32768)
     parser.add_argument("--prefix-tokens", type=positive, default=4080)
     parser.add_argument("--tail-tokens", type=positive, default=8, help="of a prompt after the common prefix")
-    return parser.parse_args(command_line)
+    arguments = parser.parse_args(command_line)
+    if arguments.new_tokens < 8:
+        raise ValueError("--new-tokens: at least 8 are needed to measure pauses")
+    return arguments
 
 
 def throughput(llm: LLM, count: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +99,7 @@ def pauses(llm: LLM, arguments: argparse.Namespace, name: str) -> dict[str, Any]
     add(llm, decoding)
     generated = decoding[0].samples[0].token_ids
     with torch.inference_mode():
-        while len(generated) < quarter:
+        while len(generated) < quarter and llm.engine.has_work:
             llm.engine.step()
         came_s = time.perf_counter()
         add(llm, [late])

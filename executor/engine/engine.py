@@ -20,6 +20,7 @@ from executor.engine.model_runner import Batches, ModelRunner
 from executor.engine.sampler import Sampler
 from executor.engine.scheduler import Scheduler
 from executor.engine.sequence import Sequence
+from executor.engine.text_stream import find_stop
 from executor.loading.tokenizer import Tokenizer
 from ops.comm import ParallelContext
 
@@ -57,6 +58,8 @@ class Engine:
         self.runs_ahead = runs_ahead
         self.in_flight: deque[Launched] = deque()  # launched, not read; at most one between calls of `step`
         self.events: list[TokenEvent] = []  # of cancellations, for the next step
+        self.is_stepping = False
+        self.to_cancel: list[str] = []  # request ids, while a step is being prepared or read
         self.siblings: dict[int, list[Sequence]] = {}  # id of a first sample -> the others, until its prompt is cached
 
     @property
@@ -71,14 +74,20 @@ class Engine:
         Samples after the first wait until its prompt is in the prefix cache.
         """
         first, *others = samples
-        if group is None:
+        if group is None and len(self.schedulers) > 1:
             group = min(range(len(self.schedulers)), key=lambda index: self.schedulers[index].load)
-        self.schedulers[group].add(first)
+        self.schedulers[group or 0].add(first)
         if others:
             self.siblings[id(first)] = others
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request's unfinished samples with "cancelled"; unknown and finished requests are ignored."""
+        """Ends a request's unfinished samples with "cancelled"; unknown and finished requests are ignored.
+
+        During a step, which a mask or garbage collection may interrupt to close a stream, it is done at its end.
+        """
+        if self.is_stepping:
+            self.to_cancel.append(request_id)
+            return
         for scheduler in self.schedulers:
             for sequence in [*scheduler.running, *scheduler.waiting]:
                 if sequence.request_id == request_id:
@@ -104,6 +113,17 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Launches at most one step and reads at most one; returns the events."""
+        assert not self.is_stepping, "one step at a time"
+        self.is_stepping = True
+        try:
+            return self._step()
+        finally:
+            self.is_stepping = False
+            to_cancel, self.to_cancel = self.to_cancel, []
+            for request_id in to_cancel:
+                self.cancel(request_id)
+
+    def _step(self) -> list[TokenEvent]:
         events, self.events = self.events, []
         if self.in_flight and not self._may_run_ahead(self.in_flight[0]):
             events += self._read()
@@ -171,15 +191,16 @@ class Engine:
         for scheduler, batch, sampled in zip(self.schedulers, launched.batches, results, strict=True):
             for work, result in zip(batch, sampled, strict=True):
                 sequence = work.sequence
-                if not result.is_finite:
+                if not result.is_finite and not result.nothing_allowed:
                     sequence.is_suspect = True
-                elif work.samples and not sequence.is_suspect:
+                elif work.samples and not sequence.is_suspect and sequence.finish_reason != "error":
                     scheduler.register(sequence, work.end)
                 if sequence.finish_reason:
                     continue
                 sequence.prompt_logprobs += result.prompt_logprobs
                 sequence.prompt_top_ids += result.prompt_top_ids
                 if not result.is_finite:
+                    sequence.nothing_allowed = result.nothing_allowed
                     scheduler.finish(sequence, "error")
                 elif work.samples:
                     self._append(scheduler, sequence, result, now_s)
@@ -213,7 +234,11 @@ class Engine:
         return "length" if len(sequence.token_ids) >= sampling.max_new_tokens else None
 
     def _ends_with_stop(self, sequence: Sequence) -> bool:
-        """Whether the newest token completed a stop string. A character is at most four byte tokens long."""
-        longest = max(len(stop) for stop in sequence.sampling.stop)
-        tail = self.tokenizer.decode(sequence.token_ids[-4 * longest - 4 :])
-        return any(stop in tail for stop in sequence.sampling.stop)
+        """Whether the newest token completed a stop string."""
+        longest, count = max(len(stop) for stop in sequence.sampling.stop), 8
+        tail = self.tokenizer.decode(sequence.token_ids[-count:])
+        while len(tail) <= longest and count < len(sequence.token_ids):  # tokens may have no text
+            count *= 2
+            tail = self.tokenizer.decode(sequence.token_ids[-count:])
+        before = self.tokenizer.decode(sequence.token_ids[-count:-1])
+        return any(find_stop(tail, before, stop) >= 0 for stop in sequence.sampling.stop)

@@ -12,6 +12,7 @@ from executor.engine.model_runner import Batches, ModelRunner, Output, is_decode
 from executor.engine.sampler import Sampler, token_logprobs
 from executor.engine.scheduler import Scheduled
 from executor.engine.sequence import Sequence
+from executor.sampling_params import SamplingParams
 from models.layers.lm_head import ShardedLogits
 from models.layers.padding import pad_rows
 from ops.comm import ParallelContext
@@ -24,6 +25,7 @@ class RowResult:
 
     token_id: int | None = None  # None if it sampled nothing
     is_finite: bool = True
+    nothing_allowed: bool = False  # whether it is not finite only because no token is allowed
     logprobs: torch.Tensor | None = None  # [1 + K] float32, of the token and of the K most likely ones
     top_ids: torch.Tensor | None = None  # [K] int64
     prompt_logprobs: list[torch.Tensor] = field(default_factory=list)  # [N, 1 + K] of N prompt tokens, or nothing
@@ -79,7 +81,8 @@ class Launched:
             for work in batch:
                 result = RowResult()
                 if work.samples:
-                    result = RowResult(tokens[row], math.isfinite(highest[row]))
+                    nothing_allowed = highest[row] == -math.inf and may_allow_nothing(work.sequence.sampling)
+                    result = RowResult(tokens[row], math.isfinite(highest[row]), nothing_allowed)
                     if wants_logprobs(work):
                         result = replace(result, logprobs=extras[0][group, row])
                         result = replace(result, top_ids=extras[1][group, row]) if len(extras) > 1 else result
@@ -186,6 +189,10 @@ def gather_groups(own: torch.Tensor, width: int, parallel: ParallelContext) -> t
     """[B, N] of this rank's group -> [G, width, N] of all groups, as the first rank of each has it."""
     gathered = parallel.control.all_gather(pad_rows(own, width)).view(parallel.control.size, width, own.shape[1])
     return gathered[:: parallel.attn_tp.size]
+
+
+def may_allow_nothing(sampling: SamplingParams) -> bool:
+    return bool(sampling.mask or sampling.min_tokens or sampling.bad_words)
 
 
 def wants_logprobs(work: Scheduled) -> bool:

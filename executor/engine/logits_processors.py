@@ -216,7 +216,7 @@ def ends_with(token_ids: list[int], ending: list[int]) -> bool:
 def call_mask(row: SamplingRow, mask: Mask, vocab_size: int) -> torch.Tensor | None:
     """Calls a row's mask: allowed tokens [V] bool, None for all. If it fails: none, and `row.mask_error` is set."""
     try:
-        allowed = mask(row.token_ids)
+        allowed = mask(row.token_ids.copy())
         if allowed is None:
             return None
         if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool or allowed.shape != (vocab_size,):

@@ -7,7 +7,7 @@ import torch
 
 from executor.engine.engine import TokenEvent
 from executor.engine.sequence import Sequence
-from executor.engine.text_stream import TextStream
+from executor.engine.text_stream import TextStream, find_stop
 from executor.loading.tokenizer import Tokenizer
 from executor.outputs import Completion, RequestOutput, StreamChunk, TokenLogprobs
 
@@ -49,16 +49,13 @@ def completion(sequence: Sequence, tokenizer: Tokenizer, cause: str) -> Completi
     assert sequence.finish_reason is not None, "it has not finished"
     times = [sequence.started_s or 0.0, *sequence.token_times_s]
     intervals_ms = [(after - before) * 1e3 for before, after in zip(times, times[1:], strict=False)]
-    error = None
-    if sequence.finish_reason == "error":
-        error = sequence.mask_error or not_finite(f"new token {len(sequence.token_ids) + 1}", cause)
     later = intervals_ms[1:]
     return Completion(
         index=sequence.sample,
         text=final_text(sequence, tokenizer),
         token_ids=sequence.token_ids,
         finish_reason=sequence.finish_reason,
-        error=error,
+        error=error_of(sequence, cause),
         ttft_ms=intervals_ms[0] if intervals_ms else None,
         tpot_ms=sum(later) / len(later) if later else None,
         token_intervals_ms=later,
@@ -66,8 +63,8 @@ def completion(sequence: Sequence, tokenizer: Tokenizer, cause: str) -> Completi
     )
 
 
-def stream_chunk(event: TokenEvent, text: TextStream, tokenizer: Tokenizer) -> StreamChunk:
-    """Stream chunk of an event."""
+def stream_chunk(event: TokenEvent, text: TextStream, tokenizer: Tokenizer, cause: str) -> StreamChunk:
+    """Stream chunk of an event. cause: as in `request_output`."""
     sequence, token_ids = event.sequence, [] if event.token_id is None else [event.token_id]
     new_text = "".join(map(text.push, token_ids))
     if event.is_last:
@@ -79,7 +76,21 @@ def stream_chunk(event: TokenEvent, text: TextStream, tokenizer: Tokenizer) -> S
         token_ids=token_ids,
         logprobs=token_logprobs(sequence, event.position, 1) if token_ids else None,
         finish_reason=sequence.finish_reason if event.is_last else None,
+        error=error_of(sequence, cause) if event.is_last else None,
+        prompt_logprobs=prompt_logprobs(sequence) if sequence.sample == event.position == 0 else None,
     )
+
+
+def error_of(sequence: Sequence, cause: str) -> str | None:
+    """Why a sequence has ended with "error"; None if it has not. cause: as in `request_output`."""
+    if sequence.finish_reason != "error":
+        return None
+    if sequence.mask_error is not None:
+        return sequence.mask_error
+    if not sequence.nothing_allowed:
+        return not_finite(f"new token {len(sequence.token_ids) + 1}", cause)
+    mask = "its mask failed or, with " if sequence.sampling.mask is not None else "with "
+    return f"{mask}min_tokens and bad_words, no token is allowed"
 
 
 def final_text(sequence: Sequence, tokenizer: Tokenizer) -> str:
@@ -87,8 +98,8 @@ def final_text(sequence: Sequence, tokenizer: Tokenizer) -> str:
     text, sampling = tokenizer.decode(sequence.token_ids), sequence.sampling
     if sequence.finish_reason != "stop" or not sampling.stop:
         return text
-    ignored = len(tokenizer.decode(sequence.token_ids[: sampling.min_tokens - 1])) if sampling.min_tokens > 1 else 0
-    ends = [text.find(stop, max(0, ignored - len(stop) + 1)) for stop in sampling.stop]
+    before = tokenizer.decode(sequence.token_ids[: max(0, sampling.min_tokens - 1)])
+    ends = [find_stop(text, before, stop) for stop in sampling.stop]
     return text[: min((end for end in ends if end >= 0), default=None)]
 
 

@@ -151,7 +151,7 @@ class Filters:
         if self.has_top_p:
             probabilities = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
             num_kept = (probabilities.cumsum(-1) - probabilities < self.top_p).sum(-1, keepdim=True)
-            lowest = torch.maximum(lowest, ordered.gather(1, num_kept - 1))
+            lowest = torch.maximum(lowest, ordered.gather(1, (num_kept - 1).clamp_(min=0)))  # a top_p that rounds to 0
         return lowest
 
     def random_numbers(self) -> torch.Tensor:

@@ -38,7 +38,8 @@ class Sequence:
     num_in_flight: int = 0  # launched steps with tokens of this sequence that have not been read
     is_suspect: bool = False  # whether its cache may hold NaN or infinity
     digests: list[bytes] = field(default_factory=list)  # of its full blocks
-    mask_error: str | None = None  # why `sampling.mask` gave no allowed token
+    mask_error: str | None = None  # why `sampling.mask` gave no allowed token, on ranks that called it
+    nothing_allowed: bool = False  # whether it ended because no token was allowed, though its logits were finite
     finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
     started_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)

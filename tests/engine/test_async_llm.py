@@ -2,7 +2,10 @@
 """AsyncLLM: streams, cancellation, failures of one request, idle ranks."""
 
 import asyncio
+import contextlib
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -258,3 +261,77 @@ def test_only_rank_0_takes_requests(llm: AsyncLLM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(llm, "is_serving", False)
     with pytest.raises(RuntimeError, match="only rank 0"):
         asyncio.run(collect(llm, PROMPTS[0], params()))
+
+
+@pytest.mark.parametrize("request_id", [7, None, b"x", ["a"]])
+def test_ids_that_are_no_text_are_refused(request_id: Any, llm: AsyncLLM) -> None:
+    with pytest.raises(TypeError, match="^request_id: expected a text, got a "):
+        llm.abort(request_id)
+
+    async def run() -> None:
+        async for _ in llm.generate(PROMPTS[0], params(), request_id=request_id):
+            break
+
+    if request_id is not None:
+        with pytest.raises(TypeError, match="^request_id: "):
+            asyncio.run(run())
+    assert text_of(asyncio.run(collect(llm, PROMPTS[0], params())))[2] == "length"
+
+
+def test_an_id_can_be_used_again(llm: AsyncLLM) -> None:
+    """Though the request that had it was aborted when it had finished."""
+
+    async def run() -> None:
+        for _ in range(10):
+            chunks = [chunk async for chunk in llm.generate(PROMPTS[0], params(), request_id="again")]
+            llm.abort("again")
+            assert text_of(chunks)[2] == "length"
+
+    asyncio.run(run())
+
+
+def test_chunks_tell_errors_and_prompt_logprobs(llm: AsyncLLM) -> None:
+    failing = params(mask=lambda ids: 1 / 0)
+    assert asyncio.run(collect(llm, PROMPTS[0], failing))[-1].error == "mask: division by zero"
+    chunks = asyncio.run(collect(llm, PROMPTS[1], params(prompt_logprobs=1, n=2)))
+    first, *others = sorted(chunks, key=lambda chunk: chunk.sample)
+    assert first.prompt_logprobs is not None and first.prompt_logprobs[0] is None
+    assert len(first.prompt_logprobs) == len(llm.llm.tokenizer.encode(PROMPTS[1]))
+    assert {(chunk.prompt_logprobs, chunk.error) for chunk in others} == {(None, None)}
+
+
+def test_exit_without_close(folder: Path) -> None:
+    """While the engine runs a step."""
+    program = f"""
+import asyncio
+from executor import AsyncLLM, SamplingParams
+async def main():
+    llm = AsyncLLM({str(folder)!r}, **{SETTINGS!r})
+    async for chunk in llm.generate("Once", SamplingParams(max_new_tokens=500, ignore_eos=True)):
+        print("left")
+        break
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "left\n", "")
+
+
+def follow_a_failure(folder: str) -> tuple[str, int]:
+    """On rank 1 a step fails, which its `close` reports."""
+    llm = AsyncLLM(folder, world_size=2, attn_tp_size=2, moe_tp_size=2, **SETTINGS)
+    index = llm.llm.parallel.world.index
+    if index == 1:
+        llm.llm.engine.step = lambda: (_ for _ in ()).throw(MemoryError("no memory left"))
+        try:
+            llm.close()
+        except RuntimeError as error:
+            return str(error), index
+        return "nothing", index
+    with contextlib.suppress(RuntimeError):
+        asyncio.run(asyncio.wait_for(collect(llm, PROMPTS[0], params()), 60))
+    return "", index
+
+
+def test_a_failure_on_a_rank_that_does_not_serve(folder: Path, tmp_path: Path) -> None:
+    (_, _), (error, index) = run_ranks(2, follow_a_failure, tmp_path, str(folder))
+    assert index == 1 and error == "the engine has failed: no memory left"

@@ -2,6 +2,7 @@
 """Paged KV cache, rejected requests, failures and times: tokens equal transformers' in every batch."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -258,3 +259,65 @@ def test_times(max_new_tokens: int, llm: LLM) -> None:
         else:
             assert output.tpot_ms == pytest.approx(sum(output.token_intervals_ms) / (max_new_tokens - 1))
             assert all(interval > 0 for interval in output.token_intervals_ms)
+
+
+def test_a_stream_closed_within_a_step(llm: LLM, model: Qwen3MoeForCausalLM) -> None:
+    """As garbage collection may do, or a mask: the others go on, and no block is lost."""
+    prompts = [random_prompt(130) for _ in range(2)]
+    other = llm.stream([prompts[0]], SamplingParams(max_new_tokens=100, ignore_eos=True))
+    next(other)
+    closing = SamplingParams(max_new_tokens=9, ignore_eos=True, mask=lambda ids: other.close())
+    [output] = llm.generate([prompts[1]], closing)
+    assert output.token_ids == generated(model, prompts[1], 9)
+    assert_all_free(llm)
+
+
+def test_a_mask_that_uses_the_llm(llm: LLM) -> None:
+    within = SamplingParams(max_new_tokens=3, mask=lambda ids: llm.generate([[1, 2]]) and None)
+    [output] = llm.generate([random_prompt(5)], within)
+    assert output.error == "mask: a mask cannot use the LLM that calls it"
+    assert_all_free(llm)
+
+
+def test_a_mask_cannot_change_the_output(llm: LLM, model: Qwen3MoeForCausalLM) -> None:
+    prompt = random_prompt(20)
+    [output] = llm.generate([prompt], SamplingParams(max_new_tokens=6, ignore_eos=True, mask=lambda ids: ids.clear()))
+    assert output.token_ids == generated(model, prompt, 6)
+
+
+def test_several_threads(llm: LLM, model: Qwen3MoeForCausalLM) -> None:
+    prompts = [random_prompt(random.randint(1, 200)) for _ in range(12)]
+    params = SamplingParams(max_new_tokens=8, ignore_eos=True)
+
+    def run(number: int) -> list[list[int]]:
+        return [llm.generate([prompt], params)[0].token_ids for prompt in prompts[number::3]]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, range(3), timeout=120))
+    for number in range(3):
+        assert found[number] == [generated(model, prompt, 8) for prompt in prompts[number::3]]
+    assert_all_free(llm)
+
+
+@pytest.mark.parametrize("cause", ["mask", "min_tokens", "both"])
+def test_where_no_token_is_allowed_the_prefix_stays_cached(cause: str, llm: LLM) -> None:
+    """The logits are finite: the request ends alone, and its error names what forbids all tokens."""
+    prompt, vocab_size = random_prompt(300), llm.config.vocab_size
+    llm.generate([prompt], SamplingParams(max_new_tokens=1))
+    only_5 = torch.arange(vocab_size) == 5
+    stop_token_ids = tuple(range(vocab_size)) if cause == "min_tokens" else (5,)
+    mask = {"mask": lambda ids: 1 / 0, "both": lambda ids: only_5}.get(cause)
+    params = SamplingParams(max_new_tokens=4, min_tokens=2, stop_token_ids=stop_token_ids, mask=mask)
+    [output] = llm.generate([prompt], params)
+    assert output.finish_reason == "error" and output.token_ids == []
+    assert (
+        output.error
+        == {
+            "mask": "mask: division by zero",
+            "min_tokens": "with min_tokens and bad_words, no token is allowed",
+            "both": "its mask failed or, with min_tokens and bad_words, no token is allowed",
+        }[cause]
+    )
+    [again] = llm.generate([prompt], SamplingParams(max_new_tokens=1))
+    assert again.num_cached_tokens == len(prompt) - 1
+    assert_all_free(llm)

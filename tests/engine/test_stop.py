@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import Qwen3MoeForCausalLM
 
 from executor import LLM, RequestOutput, SamplingParams
 from executor.config import REPOSITORY
 from executor.engine.model_runner import Batches, ModelRunner, Unread
+from executor.engine.text_stream import find_stop
 from ops.step import BLOCK_SIZE
 from tests.checkpoints import make_model
 from tests.engine.engines import SMALL, assert_all_free, generated, random_prompt, reset, sharp_model
@@ -189,3 +191,43 @@ def test_stop_strings(length: int, runs_ahead: bool, writer: LLM) -> None:
 def test_stop_string_without_match(writer: LLM) -> None:
     [output] = reset(writer).generate([random_prompt(5)], SamplingParams(max_new_tokens=9, stop=("never seen",)))
     assert output.finish_reason == "length" and output.text == writer.tokenizer.decode(output.token_ids)
+
+
+@AHEAD
+def test_stop_strings_before_min_tokens(runs_ahead: bool, writer: LLM) -> None:
+    """One that was complete earlier does not end the output later, and its text is streamed."""
+    llm = reset(writer, runs_ahead=runs_ahead)
+    prompt, sampling = random_prompt(30), {"max_new_tokens": 40, "temperature": 2.0, "seed": random.randrange(2**32)}
+    for min_tokens in (10, 20, 40):
+        sampling |= {"ignore_eos": True, "min_tokens": min_tokens}
+        [free] = llm.generate([prompt], SamplingParams(**sampling))
+        stop = llm.tokenizer.decode(free.token_ids[2:5]).strip("\ufffd")
+        texts = [llm.tokenizer.decode(free.token_ids[:n]) for n in range(41)]
+        later = (n for n in range(min_tokens, 41) if find_stop(texts[n], texts[n - 1], stop) >= 0)
+        expected = free.token_ids[: next(later, 40)]
+        params = SamplingParams(**sampling, stop=(stop,))
+        [output] = llm.generate([prompt], params)
+        assert output.token_ids == expected
+        chunks = list(llm.stream([prompt], params))
+        assert "".join(chunk.text for chunk in chunks) == output.text
+        assert stop in output.text and sum(bool(chunk.text) for chunk in chunks) > min_tokens // 3
+
+
+def test_a_stop_string_across_tokens_without_text(writer: LLM) -> None:
+    """Special tokens are skipped in the text, however many there are."""
+    [eos] = [token_id for token_id in writer.tokenizer.eos_token_ids][:1]
+    first, last = (writer.tokenizer.encode(text)[0] for text in ("c", "t"))
+    order = [first, *[eos] * 30, last]
+    allowed = torch.zeros(writer.config.vocab_size, dtype=torch.bool)
+
+    def mask(ids: list[int]) -> torch.Tensor:
+        return allowed.index_fill(0, torch.tensor(order[len(ids)]), True)
+
+    params = SamplingParams(max_new_tokens=len(order), ignore_eos=True, stop=("ct",), mask=mask)
+    [output] = reset(writer).generate([random_prompt(5)], params)
+    assert output.finish_reason == "stop" and output.text == "" and output.token_ids == order
+
+
+def test_a_stop_string_that_ends_in_a_character_of_several_tokens() -> None:
+    assert find_stop("café au lait", "caf\ufffd", "é") == 3
+    assert find_stop("café", "café", "é") == -1

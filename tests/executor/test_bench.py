@@ -95,6 +95,8 @@ def test_latency(monkeypatch, tmp_path, capsys):
         (("kernels", "--output", "no/such/r.json"), "--output: no/such/r.json cannot be written: No such file"),
         (("throughput", "--output", "/proc/r.json"), "--output: /proc/r.json cannot be written"),
         (("latency", "--plot", "no/such/a.png"), "--plot: no/such/a.png cannot be written"),
+        (("arrivals", "--new-tokens", "7"), "--new-tokens: at least 8"),
+        (("arrivals", "--long-prompt-tokens", "40000"), "the prompt of 40000 tokens"),
     ],
 )
 def test_bad_input(arguments, named, monkeypatch, tmp_path, capsys):

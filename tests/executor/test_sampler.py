@@ -206,7 +206,7 @@ def test_frequencies_follow_probabilities(filters):
     assert chi_square < 25, (counts, expected)  # 5 degrees of freedom: 1 in 7000
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 40}, {"min_p": 0.3}])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_p": 1e-50}, {"top_k": 40}, {"min_p": 0.3}])
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
 def test_extreme_random_numbers_draw_kept_tokens(number, filters):
     """The first and the last kept token, with a full vocabulary and impossible tokens at both ends."""

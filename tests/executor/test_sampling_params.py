@@ -53,9 +53,9 @@ def test_fractions_are_no_whole_numbers(key):
     ("key", "valid", "invalid"),
     [
         ("max_new_tokens", [1, 2**31 - 1], [0, -1, 2**31]),
-        ("temperature", [0, 1e-5, 100], [-0.1, 9e-6]),
+        ("temperature", [0, 1e-5, 1e5], [-0.1, 9e-6, 1.1e5, 1e39]),
         ("top_k", [0, 2**31 - 1], [-1, 2**31]),
-        ("top_p", [1e-9, 1], [0, -0.5, 1.01]),
+        ("top_p", [1e-50, 1], [0, -0.5, 1.01]),
         ("min_p", [0, 0.99], [-0.1, 1]),
         ("repetition_penalty", [0.01, 100], [0, -1, 101]),
         ("presence_penalty", [-2, 2], [-2.01, 2.01]),
@@ -136,6 +136,7 @@ def test_copies_are_equal():
     assert dataclasses.replace(sampling, top_k=3).top_k == 3
     assert SamplingParams(**json.loads(json.dumps({"stop": sampling.stop, "top_k": None}))).stop == ("a",)
     assert dataclasses.asdict(sampling)["logit_bias"] == {5: 1.0}
+    assert hash(sampling) == hash(dataclasses.replace(sampling))
 
 
 def test_every_parameter_is_documented():
