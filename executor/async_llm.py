@@ -84,7 +84,7 @@ class AsyncLLM:
         self.clients: dict[str, Client] = {}  # request id -> client; changed under `lock`
         self.lock = threading.Lock()
         self.failure: BaseException | None = None  # why the engine has ended
-        self.was_closed = RuntimeError("it was closed")
+        self.closed_error = RuntimeError("it was closed")
         self.is_closed = False
         if self.is_serving:
             atexit.register(self.close)  # a thread that is inside torch when the interpreter ends aborts the process
@@ -122,14 +122,14 @@ class AsyncLLM:
     def close(self) -> None:
         """Cancels all requests, ends the engine and waits for it; on other ranks, waits until rank 0 closes.
 
-        There, raises RuntimeError if the engine has failed.
+        On those, raises RuntimeError if the engine has failed.
         """
         self.is_closed = True
         if self.is_serving:
             atexit.unregister(self.close)
             self.inbox.put(None)
         self.thread.join()
-        if not self.is_serving and self.failure is not self.was_closed:
+        if not self.is_serving and self.failure is not self.closed_error:
             raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
 
     def _request(self, prompt: Prompt, sampling_params: SamplingParams | None, request_id: str | None) -> Request:
@@ -151,7 +151,7 @@ class AsyncLLM:
     def _submit(self, client: Client) -> None:
         with self.lock:
             if self.failure is not None or self.is_closed:
-                raise RuntimeError(f"the engine has ended: {self.failure or 'it was closed'}")
+                raise RuntimeError(f"the engine has ended: {self.failure or self.closed_error}")
             if client.request.request_id in self.clients:
                 raise ValueError(f"request_id: {client.request.request_id!r} is in use by another request")
             self.clients[client.request.request_id] = client
@@ -160,7 +160,7 @@ class AsyncLLM:
     @torch.inference_mode()
     def _run(self) -> None:
         """Engine thread: applies commands, then runs a step, until it is closed or fails."""
-        failure: BaseException = self.was_closed
+        failure: BaseException = self.closed_error
         try:
             while not self._apply(self._next_commands()):
                 for event in self.llm.engine.step():
@@ -206,7 +206,9 @@ class AsyncLLM:
             wait = False
             if isinstance(item, Request):
                 requests.append(item)
-                cancelled = [request_id for request_id in cancelled if request_id != item.request_id]  # an earlier one
+                cancelled = [
+                    request_id for request_id in cancelled if request_id != item.request_id
+                ]  # of an ended request with this id
             elif item is not None:
                 cancelled.append(item)
             else:

@@ -166,7 +166,7 @@ ALGORITHMS = {  # in order of preference
 
 
 def choose_algorithms(product: str | None, sizes: ExchangeSizes) -> tuple[tuple[Algorithm, ...], str]:
-    """Selects the product's algorithms that support these sizes, the fastest first, and explains it in one line."""
+    """Selects the product's algorithms that support these sizes, in order of preference; explains it in one line."""
     if product is None:
         return (), "unknown product"
     refusals = {algorithm: algorithm.refusal(sizes) for algorithm in ALGORITHMS[product]}

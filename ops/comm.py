@@ -8,6 +8,7 @@ import atexit
 import dataclasses
 import datetime
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,11 +139,14 @@ class CommandChannel:
         return payload.numpy().tobytes()
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Gathers every rank's value, in their order, over a group of CPU tensors such as `host_group` makes."""
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+def gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Gathers every rank's value as JSON, in their order, over a group of CPU tensors such as `host_group` makes."""
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+    texts = [torch.zeros(int(max(sizes)), dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(data, (0, int(max(sizes)) - len(data))), group=group)
+    return [json.loads(bytes(text[: int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
 
 def host_group() -> dist.ProcessGroup:
@@ -261,8 +265,8 @@ def init_parallel(
     for name, members in layout.items():
         for ranks in members:
             # the all-to-all of prefill is on `world`
-            has_small_messages = options is not None and name != "world" and ranks in layout["attn_tp"]
-            key = ranks, has_small_messages
+            has_no_all_to_all = options is not None and name != "world" and ranks in layout["attn_tp"]
+            key = ranks, has_no_all_to_all
             if len(ranks) > 1 and key not in made:
                 own_options = None if options is None else options(*key)
                 made[key] = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT, pg_options=own_options)  # collective
@@ -285,7 +289,7 @@ def init_parallel(
 
 
 def group_options(device: torch.device) -> Callable[[tuple[int, ...], bool], Any] | None:
-    """Makes a function of a group's ranks and whether it has small messages only, which returns the backend's options.
+    """Makes a function of a group's ranks and whether no all-to-all runs on it, which returns the backend's options.
 
     None: the backend has none. Collective.
     """

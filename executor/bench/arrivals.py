@@ -45,7 +45,7 @@ def run(command_line: list[str]) -> None:
     with Report(arguments.output, 2 + len(arguments.requests), result_table) as report:
         llm = build_llm(settings, sizes, max(arguments.requests), arguments.allow_fallback, prefix_cache=True)
         for prompt_tokens in (arguments.long_prompt_tokens, arguments.prefix_tokens + arguments.tail_tokens):
-            requests(llm, 1, prompt_tokens, COMPARED_TOKENS, "refused before anything is measured")
+            requests(llm, 1, prompt_tokens, COMPARED_TOKENS, "check")  # refuses too long ones before any measurement
         report.begin(**describe_device(llm))
         for count in arguments.requests:
             report.add([throughput(llm, count, arguments)])

@@ -49,6 +49,9 @@ def main(
             check_output("--json", Path(parsed.json))
         if parsed.ranks > 1 and "WORLD_SIZE" not in os.environ:
             start(parsed.ranks)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if parsed.ranks != world_size:
+            raise ValueError(f"--ranks: {parsed.ranks}, but WORLD_SIZE is {world_size}")
         report = examine(device or find_npu(), shapes, parsed.ranks)
         if parsed.json and rank == 0:
             replace(Path(parsed.json), json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -111,15 +114,15 @@ def examine(device: "torch.device", shapes: "Sequence[Shapes]", size: int) -> di
     from executor.doctor.ranks import Ranks, compare_job
     from ops.npu import NpuOps
 
-    shapes = shapes or (Shapes(), *map(Shapes().slice, SLICES))
-    machine, ops = facts(device), NpuOps(device.type)
-    ranks = Ranks(ops, device, shapes[0], size) if size > 1 else None
-
     def say(text: str, file: TextIO | None = None) -> None:
-        if ranks is None or ranks.world.index == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(text, file=file or sys.stdout, flush=True)
 
+    shapes = shapes or (Shapes(), *map(Shapes().slice, SLICES))
+    machine = facts(device)
     say("\n".join(f"{name}: {value}" for name, value in machine.items()))
+    ops = NpuOps(device.type)
+    ranks = Ranks(ops, device, shapes[0], size) if size > 1 else None
     say(f"in use: {', '.join(f'{what}: {name}' for what, name in ops.bindings.items())}")
     findings = list(compare_versions(machine))
     if ranks is not None:

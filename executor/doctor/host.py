@@ -58,7 +58,9 @@ def compare_versions(machine: dict[str, str]) -> Iterator[Finding]:
     torch, torch_npu = (machine.get(name, "unknown") for name in ("torch", "torch_npu"))
     cann, driver = machine["CANN"], machine["driver"]
     if numbers(torch_npu):
-        yield pair("torch and torch_npu", torch, torch_npu, numbers(torch)[:3] == numbers(torch_npu)[:3], "the same")
+        yield pair(
+            "torch and torch_npu", torch, torch_npu, numbers(torch)[:3] == numbers(torch_npu)[:3], "its own torch_npu"
+        )
     if torch_npu in CANN_OF and numbers(cann):
         need = CANN_OF[torch_npu]
         fits, known = numbers(cann) >= numbers(need), torch_npu not in ASSUMED
@@ -68,7 +70,9 @@ def compare_versions(machine: dict[str, str]) -> Iterator[Finding]:
         yield pair("CANN and driver", cann, driver, numbers(driver) >= numbers(need), f"Ascend HDK {need} or later")
     if numbers(driver):
         enough = numbers(driver) >= numbers(GRAPH_HDK)
-        yield pair("graph mode and driver", "graph", driver, enough, f"Ascend HDK {GRAPH_HDK}", relied_on=False)
+        yield pair(
+            "graph mode and driver", "graph", driver, enough, f"Ascend HDK {GRAPH_HDK} or later", relied_on=False
+        )
 
 
 def pair(what: str, one: str, other: str, fits: bool, need: str, relied_on: bool = True) -> Finding:

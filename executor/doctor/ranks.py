@@ -18,12 +18,12 @@ from executor.doctor.host import compare_ports
 from executor.doctor.inputs import DTYPE, Shapes
 from executor.loading.device import synchronize
 from ops.ascend import ExchangeSizes
-from ops.comm import Group, ParallelContext, gather_objects, host_group, init_parallel
+from ops.comm import Group, ParallelContext, gather_json, host_group, init_parallel
 from ops.npu import NpuOps
 
 UNEQUAL = (8, 0, 3, 5)  # tokens of ranks 0, 1, 2, 3, and again of those after them
 WARM_UP, TIMED = 3, 20  # calls
-PER_NODE = {"free memory", "environment"}  # facts that may differ, the environment in HCCL_IF_IP
+MAY_DIFFER = {"free memory", "environment"}  # facts of a rank; the environment in HCCL_IF_IP
 
 
 class Ranks:
@@ -52,14 +52,14 @@ class Ranks:
         return self.parallel.world
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
-        return gather_objects(value, self.host)
+        """Every rank's value, which JSON must be able to hold, in rank order."""
+        return gather_json(value, self.host)
 
     def worst(self, findings: list[Finding]) -> list[Finding]:
         """For each comparison the worst finding of any rank, whose case names a rank other than 0; the longest time."""
         found: dict[tuple[str, str, str], Finding] = {}
-        for rank, of_rank in enumerate(self.gather(findings)):
-            for finding in of_rank:
+        for rank, of_rank in enumerate(self.gather([dataclasses.asdict(finding) for finding in findings])):
+            for finding in (Finding(**fields) for fields in of_rank):
                 key = (finding.operation, finding.variant, finding.case)
                 worst = found.setdefault(key, finding)
                 longest = max((time for time in (worst.time_ms, finding.time_ms) if time is not None), default=None)
@@ -69,9 +69,9 @@ class Ranks:
         return list(found.values())
 
     def compare_machines(self, machine: dict[str, str]) -> Iterator[Finding]:
-        """Yields a finding for each fact about the machine that is not rank 0's everywhere."""
+        """Yields a finding for each fact about the machine: whether all ranks have rank 0's."""
         everywhere = self.gather(machine)
-        for name in [name for name in machine if name not in PER_NODE]:
+        for name in [name for name in machine if name not in MAY_DIFFER]:
             values = [facts[name] for facts in everywhere]
             other = next((rank for rank, value in enumerate(values) if value != values[0]), 0)
             problem = f"rank {other} has {values[other]}, rank 0 {values[0]}" if other else ""

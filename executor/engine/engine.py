@@ -83,7 +83,7 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Ends a request's unfinished samples with "cancelled"; unknown and finished requests are ignored.
 
-        During a step, which a mask or garbage collection may interrupt to close a stream, it is done at its end.
+        Called during a step (by a mask, or by garbage collection that closes a stream), it takes effect at its end.
         """
         if self.is_stepping:
             self.to_cancel.append(request_id)
@@ -237,7 +237,8 @@ class Engine:
         """Whether the newest token completed a stop string."""
         longest, count = max(len(stop) for stop in sequence.sampling.stop), 8
         tail = self.tokenizer.decode(sequence.token_ids[-count:])
-        while len(tail) <= longest and count < len(sequence.token_ids):  # tokens may have no text
+        # tokens may have no text, and the first ones be parts of a character
+        while len(tail.lstrip("\ufffd")) <= longest and count < len(sequence.token_ids):
             count *= 2
             tail = self.tokenizer.decode(sequence.token_ids[-count:])
         before = self.tokenizer.decode(sequence.token_ids[-count:-1])

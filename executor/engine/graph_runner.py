@@ -69,7 +69,7 @@ class GraphRunner(ModelRunner):
 def graph_sizes(largest: int, max_graphs: int | None = None) -> list[int]:
     """Batch sizes 1 to UNPADDED, from there on powers of two, and the largest.
 
-    Of more than `max_graphs` those are left out that are padded the least to the next, a batch of one last.
+    Of more than `max_graphs`, leaves out sizes that need the least padding to the next; never the largest, 1 last.
     """
     powers = {2**i for i in range(largest.bit_length())}
     sizes = sorted({*range(1, min(largest, UNPADDED) + 1), *powers, largest})

@@ -89,8 +89,8 @@ def error_of(sequence: Sequence, cause: str) -> str | None:
         return sequence.mask_error
     if not sequence.nothing_allowed:
         return not_finite(f"new token {len(sequence.token_ids) + 1}", cause)
-    mask = "its mask failed or, with " if sequence.sampling.mask is not None else "with "
-    return f"{mask}min_tokens and bad_words, no token is allowed"
+    mask = "its mask, " if sequence.sampling.mask is not None else ""
+    return f"no token is allowed by {mask}min_tokens and bad_words"
 
 
 def final_text(sequence: Sequence, tokenizer: Tokenizer) -> str:

@@ -21,10 +21,12 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Adds a token; returns the text that is complete now."""
         self.num_tokens += 1
+        before = len(self.held)
         if self.tokenizer.can_decode and self.tokenizer.knows(token_id):
             self.held += self.decoder.step(self.tokenizer.backend, token_id) or ""
-        may_stop = self.num_tokens >= self.sampling.min_tokens
-        ready = len(self.held) - longest_overlap(self.held, self.sampling.stop, may_stop)
+        if self.num_tokens < self.sampling.min_tokens:
+            before = len(self.held)
+        ready = len(self.held) - longest_overlap(self.held, self.sampling.stop, before)
         text, self.held = self.held[:ready], self.held[ready:]
         self.returned += text
         return text
@@ -34,11 +36,12 @@ class TextStream:
         return final_text[len(self.returned) :] if final_text.startswith(self.returned) else ""
 
 
-def longest_overlap(text: str, stops: tuple[str, ...], may_be_whole: bool = True) -> int:
-    """Characters at the end of `text` from the first possible beginning of a stop string, or from a whole one."""
+def longest_overlap(text: str, stops: tuple[str, ...], before: int = 0) -> int:
+    """Characters at the end of `text` from the first possible beginning of a stop string, or from a whole one that ends
+    after the first `before` characters."""
     found = 0
     for stop in stops:
-        position = text.find(stop) if may_be_whole else -1
+        position = text.find(stop, max(0, before - len(stop) + 1))
         if position >= 0:
             found = max(found, len(text) - position)
         for length in range(min(len(stop) - 1, len(text)), found, -1):

@@ -272,8 +272,8 @@ def check_devices(settings: Settings, processes: int) -> None:
             f"world_size: {settings.world_size} needs {processes} {kind} devices on {socket.gethostname()}, "
             f"it has {count}{visible}"
         )
-    ports, command = hccl_ports()
-    if kind == "npu" and command is not None:
+    ports, command = hccl_ports() if kind == "npu" else ("", None)
+    if command is not None:
         print(
             f"warning: HCCL needs the ports {ports}, which other programs may be given: run {command}", file=sys.stderr
         )

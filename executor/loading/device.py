@@ -62,7 +62,7 @@ def synchronize(device: torch.device) -> None:
 def free_memory_bytes(device: torch.device) -> int:
     """Free memory of the device in bytes.
 
-    On CUDA: with what the caching allocator reserves but does not use.
+    On accelerators: with what the caching allocator reserves but does not use.
     On a CPU: this rank's share of the available memory within the control groups' limits, but no more than the
     process's own limits (ulimit -v, -d) leave.
     """
@@ -70,7 +70,8 @@ def free_memory_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     if device.type == "npu":
-        return torch.npu.mem_get_info(device)[0]
+        cached = torch.npu.memory_reserved(device) - torch.npu.memory_allocated(device)
+        return torch.npu.mem_get_info(device)[0] + cached
     shared = [psutil.virtual_memory().available, memory_left_bytes()]
     share = min(size for size in shared if size is not None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min([share, *process_left_bytes()])

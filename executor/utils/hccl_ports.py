@@ -24,9 +24,9 @@ def hccl_ports(kernel: Path = KERNEL) -> tuple[str, str | None]:
     try:
         first, last = map(int, (kernel / "ip_local_port_range").read_text(encoding="utf-8").split())
         reserved = (kernel / "ip_local_reserved_ports").read_text(encoding="utf-8").strip()
+        taken = port_ranges(reserved)
     except (OSError, ValueError):  # a kernel without these settings, or a container that hides them
         return needed, None
-    taken = port_ranges(reserved)
     if not any(first <= port <= last and not any(port in some for some in taken) for port in ports):
         return needed, None
     return needed, f"sysctl -w net.ipv4.ip_local_reserved_ports={','.join(filter(None, [reserved, needed]))}"

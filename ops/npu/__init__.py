@@ -125,8 +125,15 @@ class NpuOps(NpuExperts):
     def probe_qkv(self, variant: FusedQkv | None, device: str) -> None:
         """Tries a variant of QKV, which stays bound; RuntimeError where attention then differs from the reference."""
         self.fused_qkv = variant
-        if variant is not None:
+        if variant is None:
+            return
+        try:
             probe(self, HEAD_DIM, device)
+        except (RuntimeError, AttributeError):
+            raise
+        except Exception as error:  # Triton's compilers have error classes of their own
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        finally:
             self.paged_views.clear()
 
     def fallbacks(self, dtype: torch.dtype) -> list[str]:

@@ -33,7 +33,7 @@ def super_nodes() -> list[str]:
 
 
 def group_options() -> Callable[[tuple[int, ...], bool], Any]:
-    """Returns a function of a group's ranks and whether it has small messages only, which makes the group's options.
+    """Returns a function of a group's ranks and whether no all-to-all runs on it, which makes the group's options.
 
     None stands for HCCL's defaults, as everywhere if the user has set HCCL_OP_EXPANSION_MODE. Collective.
     """
@@ -46,9 +46,9 @@ def group_options() -> Callable[[tuple[int, ...], bool], Any]:
     uses_aiv = product == "A3" if given is None else given == "AIV"
     check_timeout(os.environ.get(TIMEOUT_VARIABLE), uses_aiv)
 
-    def options(ranks: tuple[int, ...], has_small_messages: bool) -> Any:
+    def options(ranks: tuple[int, ...], has_no_all_to_all: bool) -> Any:
         in_one_super_node = len({where[rank] for rank in ranks}) == 1
-        if given is not None or not (product == "A3" and has_small_messages and in_one_super_node):
+        if given is not None or not (product == "A3" and has_no_all_to_all and in_one_super_node):
             return None
         made = torch_npu._C._distributed_c10d.ProcessGroupHCCL.Options()
         made.hccl_config = {"hccl_op_expansion_mode": AIV}

@@ -27,8 +27,10 @@ class NpuExperts(ReferenceOps):
         self, hidden_states: Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> Tensor:
         tokens = hidden_states.shape[0]
-        if tokens < 1 or isinstance(routing, GroupedRows):
-            return super().experts(hidden_states, routing, gate_up, down) if tokens else hidden_states
+        if tokens == 0:
+            return hidden_states
+        if isinstance(routing, GroupedRows):
+            return super().experts(hidden_states, routing, gate_up, down)
         routing = routing.chosen()
         if tokens <= MAX_EXPERT_TOKENS:
             return self.experts_of_few(hidden_states, routing, gate_up, down)

@@ -8,6 +8,7 @@ which few versions of fused attention read: whether this one does is found with 
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,14 +68,19 @@ def prepare_by_vendor(
 
 
 def prepare_by_triton(qkv: Tensor, *arguments: float | Tensor) -> Tensor:
-    """As ops/npu/kernels/qkv.py, which imports Triton; RuntimeError where that has no Ascend backend."""
+    return triton_kernel()(qkv, *arguments)
+
+
+@cache
+def triton_kernel() -> Callable[..., Tensor]:
+    """The function of ops/npu/kernels/qkv.py, which imports Triton; RuntimeError where that has no Ascend backend."""
     triton = importlib.util.find_spec("triton")
     folders = triton.submodule_search_locations if triton is not None else None
     if not any((Path(folder) / "backends" / "ascend").is_dir() for folder in folders or ()):
         raise RuntimeError("no Triton with an Ascend backend is installed")
     from ops.npu.kernels.qkv import prepare_query
 
-    return prepare_query(qkv, *arguments)
+    return prepare_query
 
 
 QKV = {  # None: a call for each part

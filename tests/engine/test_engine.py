@@ -314,8 +314,8 @@ def test_where_no_token_is_allowed_the_prefix_stays_cached(cause: str, llm: LLM)
         output.error
         == {
             "mask": "mask: division by zero",
-            "min_tokens": "with min_tokens and bad_words, no token is allowed",
-            "both": "its mask failed or, with min_tokens and bad_words, no token is allowed",
+            "min_tokens": "no token is allowed by min_tokens and bad_words",
+            "both": "no token is allowed by its mask, min_tokens and bad_words",
         }[cause]
     )
     [again] = llm.generate([prompt], SamplingParams(max_new_tokens=1))

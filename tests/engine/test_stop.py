@@ -14,7 +14,7 @@ from transformers import Qwen3MoeForCausalLM
 from executor import LLM, RequestOutput, SamplingParams
 from executor.config import REPOSITORY
 from executor.engine.model_runner import Batches, ModelRunner, Unread
-from executor.engine.text_stream import find_stop
+from executor.engine.text_stream import find_stop, longest_overlap
 from ops.step import BLOCK_SIZE
 from tests.checkpoints import make_model
 from tests.engine.engines import SMALL, assert_all_free, generated, random_prompt, reset, sharp_model
@@ -226,6 +226,28 @@ def test_a_stop_string_across_tokens_without_text(writer: LLM) -> None:
     params = SamplingParams(max_new_tokens=len(order), ignore_eos=True, stop=("ct",), mask=mask)
     [output] = reset(writer).generate([random_prompt(5)], params)
     assert output.finish_reason == "stop" and output.text == "" and output.token_ids == order
+
+
+def test_the_beginning_of_a_longer_stop_string_is_returned_once_no_stop_string_counts() -> None:
+    """Where a whole stop string came before min_tokens, as its characters would else be held as that beginning."""
+    stops = ("abcd", "bc")
+    assert longest_overlap("abc", stops) == 3 and longest_overlap("abcx", stops, before=3) == 0
+    assert longest_overlap("abcxbc", stops, before=4) == 2 and longest_overlap("abcd", stops, before=3) == 4
+
+
+def test_a_stop_string_whose_first_character_has_several_tokens(writer: LLM) -> None:
+    """The text of the last tokens may begin within it."""
+    stop = "鿿abcdef"
+    ids = [token_id for byte in stop for token_id in writer.tokenizer.encode(byte)]
+    allowed = torch.zeros(writer.config.vocab_size, dtype=torch.bool)
+
+    def mask(generated: list[int]) -> torch.Tensor:
+        return allowed.index_fill(0, torch.tensor(ids[len(generated)]), True)
+
+    params = SamplingParams(max_new_tokens=len(ids) + 1, ignore_eos=True, stop=(stop,), mask=mask)
+    [output] = reset(writer).generate([random_prompt(5)], params)
+    assert writer.tokenizer.decode(ids) == stop and len(ids) > len(stop)
+    assert output.finish_reason == "stop" and output.text == "" and output.token_ids == ids
 
 
 def test_a_stop_string_that_ends_in_a_character_of_several_tokens() -> None:

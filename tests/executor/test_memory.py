@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -346,3 +347,12 @@ def test_cpu_name(content, name, tmp_path):
     (tmp_path / "cpuinfo").write_bytes(content)
     assert cpu_name(tmp_path / "cpuinfo") == name
     assert cpu_name(tmp_path / "absent") == cpu_name(tmp_path) == "CPU"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_what_an_allocator_caches_is_free(kind, monkeypatch):
+    module = SimpleNamespace(
+        mem_get_info=lambda device: (100, 500), memory_reserved=lambda device: 30, memory_allocated=lambda device: 10
+    )
+    monkeypatch.setattr(torch, kind, module, raising=False)
+    assert free_memory_bytes(SimpleNamespace(type=kind)) == 120

@@ -211,7 +211,7 @@ def test_versions_that_fit():
 @pytest.mark.parametrize(
     ("given", "which", "verdict", "said"),
     [
-        ({"torch": "2.13.0"}, "torch and torch_npu", "FAILS", "2.13.0 needs the same, this is 2.12.0"),
+        ({"torch": "2.13.0"}, "torch and torch_npu", "FAILS", "2.13.0 needs its own torch_npu, this is 2.12.0"),
         ({"CANN": "9.0.1"}, "torch_npu and CANN", "FAILS", "2.12.0 needs CANN 9.1 or later, this is 9.0.1"),
         (
             {"torch_npu": "2.13.0", "CANN": "9.0.1"},
