@@ -206,9 +206,8 @@ class AsyncLLM:
             wait = False
             if isinstance(item, Request):
                 requests.append(item)
-                cancelled = [
-                    request_id for request_id in cancelled if request_id != item.request_id
-                ]  # of an ended request with this id
+                # an earlier cancellation was of an ended request with the same id
+                cancelled = [request_id for request_id in cancelled if request_id != item.request_id]
             elif item is not None:
                 cancelled.append(item)
             else:

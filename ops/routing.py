@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+NO_EXPERT = 10239  # expert id of padding rows, on no rank: the largest that the operations of every backend take
+
 
 class Routing(NamedTuple):
     """Top-k expert ids and weights of each token."""

@@ -66,12 +66,10 @@ def free_memory_bytes(device: torch.device) -> int:
     On a CPU: this rank's share of the available memory within the control groups' limits, but no more than the
     process's own limits (ulimit -v, -d) leave.
     """
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "npu":
-        cached = torch.npu.memory_reserved(device) - torch.npu.memory_allocated(device)
-        return torch.npu.mem_get_info(device)[0] + cached
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+        return module.mem_get_info(device)[0] + cached
     shared = [psutil.virtual_memory().available, memory_left_bytes()]
     share = min(size for size in shared if size is not None) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min([share, *process_left_bytes()])
@@ -87,19 +85,15 @@ def process_left_bytes() -> list[int]:
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory in bytes: allocated by tensors on an accelerator, resident (RSS) of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if device.type == "npu":
-        return torch.npu.max_memory_allocated(device)
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device: torch.device) -> str:
     """Human-readable name: of the accelerator, or of the CPU with its thread count."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "npu":
-        return torch.npu.get_device_name(device)
+    if device.type != "cpu":
+        return torch.get_device_module(device).get_device_name(device)
     return f"{cpu_name(Path('/proc/cpuinfo'))}, {torch.get_num_threads()} threads"
 
 

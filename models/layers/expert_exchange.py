@@ -14,9 +14,8 @@ import torch
 from models.layers.padding import pad_rows, share_of
 from ops import GroupedRows, Ops, RouterLogits, Routing, StepMetadata
 from ops.comm import Group, ParallelContext
+from ops.routing import NO_EXPERT
 from ops.step import BLOCK_SIZE, NULL_BLOCK
-
-NO_EXPERT = 10239  # expert id of padding rows, on no rank: the largest that the operations of every backend take
 
 
 @dataclass(frozen=True)

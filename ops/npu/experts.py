@@ -9,9 +9,10 @@ from torch import Tensor
 from ops import GroupedRows, RouterLogits, Routing
 from ops.npu.calls import npu
 from ops.reference import ReferenceOps
+from ops.routing import NO_EXPERT
 from ops.weight import DenseWeight, Weight
 
-MAX_EXPERTS = 10240  # of npu_moe_init_routing_v2
+EXPERT_IDS = NO_EXPERT + 1  # the most that npu_moe_init_routing_v2 takes
 MAX_EXPERT_TOKENS = 8192  # per chunk, to limit memory: the top-k rows take K times that of the tokens
 MAX_EXPERT_ROWS = 8 * MAX_EXPERT_TOKENS
 
@@ -47,9 +48,9 @@ class NpuExperts(ReferenceOps):
             return super().experts(hidden_states, routing, gate_up, down)
         count = gate_up.data.shape[0]
         local = [routing.first, routing.first + count]
-        rows, row_index, counts = self.sort_experts(hidden_states, routing.topk_ids, local, MAX_EXPERTS)
+        rows, row_index, counts = self.sort_experts(hidden_states, routing.topk_ids, local, EXPERT_IDS)
         output = self.grouped_experts(rows, counts, gate_up, down)
-        return self.combine_local(output, row_index, routing.topk_weights.to(output.dtype))
+        return self.combine_local(output, row_index, cast(routing.topk_weights, output.dtype))
 
     def sort_by_expert(
         self, hidden_states: Tensor, topk_ids: Tensor, num_experts: int
@@ -80,9 +81,7 @@ class NpuExperts(ReferenceOps):
     def weighted_sum(self, rows: Tensor, row_index: Tensor, topk_weights: Tensor) -> Tensor:
         if rows.shape[0] == 0:
             return rows
-        if topk_weights.dtype is not rows.dtype:  # even a no-op cast costs host time
-            topk_weights = topk_weights.to(rows.dtype)
-        return self.combine(rows, row_index, topk_weights)
+        return self.combine(rows, row_index, cast(topk_weights, rows.dtype))
 
     def regroup(self, rows: Tensor, tokens_per_rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if rows.shape[0] == 0:
@@ -112,3 +111,8 @@ class NpuExperts(ReferenceOps):
             # a single count is rejected; for one group the cumulative form is the same
             group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,
         )[0]
+
+
+def cast(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Casts where needed: even a cast that changes nothing costs host time."""
+    return weights if weights.dtype is dtype else weights.to(dtype)

@@ -354,5 +354,5 @@ def test_what_an_allocator_caches_is_free(kind, monkeypatch):
     module = SimpleNamespace(
         mem_get_info=lambda device: (100, 500), memory_reserved=lambda device: 30, memory_allocated=lambda device: 10
     )
-    monkeypatch.setattr(torch, kind, module, raising=False)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     assert free_memory_bytes(SimpleNamespace(type=kind)) == 120

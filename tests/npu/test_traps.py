@@ -24,7 +24,7 @@ TRAPS = {
     "4 grouped_matmul takes cumulative counts": ("group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,", ""),
     "5 the default range of experts is fixed by the first call": ("active_expert_range=experts,", ""),
     "5 the range of experts is this rank's": ("[routing.first, routing.first + count]", "[0, count]"),
-    "5 ids are below expert_num": ("routing.topk_ids, local, MAX_EXPERTS)", "routing.topk_ids, local, count)"),
+    "5 ids are below expert_num": ("routing.topk_ids, local, EXPERT_IDS)", "routing.topk_ids, local, count)"),
     "3 rows of other ranks have index -1": ("None, drop_pad_mode=3)", "None, drop_pad_mode=2)"),
     "6 attention does not scale": ("softmax_scale=query.shape[2] ** -0.5,", ""),
     "6 True in a mask means masked": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
