@@ -38,7 +38,10 @@ MUTANTS = [
     ("else cache.flatten(2)\n", "else cache\n"),
     ("cache.unflatten(1, (-1, HEAD_DIM // TILE)) if tiled", "cache if tiled"),
     (', cache_mode="Norm")', ")"),
-    ("self.combine(rows, row_index, topk_weights)", "self.combine(rows, row_index, topk_weights.float())"),
+    (
+        "self.combine(rows, row_index, cast(topk_weights, rows.dtype))",
+        "self.combine(rows, row_index, topk_weights.float())",
+    ),
     ("topk_ids.int(),\n", "topk_ids.long(),\n"),
     ("(residual, hidden_states, norm_weight, eps)", "(residual, hidden_states, norm_weight)"),
     ("npu_moe_re_routing(rows, tokens_per_rank)", "npu_moe_re_routing(rows, tokens_per_rank.int())"),
