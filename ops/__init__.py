@@ -7,6 +7,7 @@ F expert width, N output width, L cache blocks, S cache block size.
 
 import importlib.util
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,11 +17,15 @@ from ops.profiler import Profiler
 from ops.recorder import GraphRecorder
 from ops.routing import GroupedRows, RouterLogits, Routing
 from ops.step import StepMetadata
-from ops.weight import DenseWeight, TransposedWeight, Weight
+from ops.weight import DENSE, DenseWeight, Fp8Weight, Int4Weight, Int8StaticWeight, Int8Weight, TransposedWeight, Weight
 
 __all__ = [
     "DenseWeight",
+    "Fp8Weight",
     "GroupedRows",
+    "Int4Weight",
+    "Int8StaticWeight",
+    "Int8Weight",
     "Ops",
     "RouterLogits",
     "Routing",
@@ -44,16 +49,22 @@ class Ops:
     can_record = False  # whether decode steps can be captured: the device has graphs and the step has no host sync
     runs_ahead = False  # whether a step can be launched before the tokens of the previous one are read
     decode_without_host_sync = False  # whether decode steps must not contain a host sync
+    dequantizes: tuple[type[Weight], ...] = ()  # weights that `prepare_weight` converts to unquantised ones
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
         """Validates dtype and head_dim; raises ValueError naming the setting if the backend does not support it."""
 
-    def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        """Names the operations that use the reference, or a less preferred kernel, for a model of `dtype`."""
+    def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
+        """Names the operations that use the reference, or a less preferred kernel, for a model of `dtype`.
+
+        formats: number formats of the model's weights (`Weight.format_name`); for a quantised one, the operations that
+        take weights are named as "linear w4a16".
+        """
         return inherited_operations(self)
 
-    def prepare_weight(self, weight: Weight) -> Weight:
-        """Converts a loaded weight to the layout of the backend's matmuls; the memory of the original may be freed."""
+    def prepare_weight(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        """Converts a loaded weight to the layout of the backend's matmuls for a model of `dtype`; the memory of the
+        original may be freed. TypeError for a format that the backend does not know."""
         return weight
 
     def cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -192,11 +203,17 @@ class Ops:
 
 # operations of a forward pass on one rank, for which a backend may have kernels
 OPERATIONS = "embedding add_norm linear norm_linear silu_and_mul attention route experts".split()
+WEIGHTED_OPERATIONS = "linear norm_linear experts".split()  # those that take a Weight
 
 
 def inherited_operations(ops: Ops) -> list[str]:
     """Names the operations that a backend inherits from the reference."""
     return [name for name in OPERATIONS if name not in vars(type(ops))]
+
+
+def reference_formats(formats: Collection[str]) -> list[str]:
+    """Names each operation on each quantised format, for a backend without kernels for these."""
+    return [f"{name} {fmt}" for fmt in formats if fmt != DENSE for name in WEIGHTED_OPERATIONS]
 
 
 def npu_available() -> bool:

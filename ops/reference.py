@@ -5,17 +5,21 @@ The residual is float32: rounding it to bfloat16 in every layer would change gre
 `ops/__init__.py`.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata, Weight
+from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata
+from ops.weight import DenseWeight, Fp8Weight, Int4Weight, Int8StaticWeight, Int8Weight, Weight, dequantize
 
 # torch 2.8 and 2.9 have only the private one
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 MAX_GATHERED_ROWS = 1024  # larger steps are prefill, which is not captured in a graph
 GATHER_CHUNK = 32  # rows per chunk of gathered weights
+INT8_MAX = 127
+DEQUANTIZED_CHUNK = 8  # the same for quantised ones, which are dequantised
 
 
 class ReferenceOps(Ops):
@@ -26,14 +30,18 @@ class ReferenceOps(Ops):
     """
 
     name = "reference"
+    dequantizes: tuple[type[Weight], ...] = (Fp8Weight,)
 
     def __init__(self, grouped_mm: bool = False):
         self.grouped_mm = self.can_record = grouped_mm
 
-    def fallbacks(self, dtype: torch.dtype) -> list[str]:
+    def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
         """Names all operations on an accelerator, none on a CPU, where this is the backend."""
         stands_in = type(self) is ReferenceOps and self.grouped_mm
-        return OPERATIONS if stands_in else super().fallbacks(dtype)
+        return OPERATIONS if stands_in else super().fallbacks(dtype, formats)
+
+    def prepare_weight(self, weight: Weight, dtype: torch.dtype) -> Weight:
+        return DenseWeight(dequantize(weight, dtype)) if isinstance(weight, self.dequantizes) else weight
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, weight)
@@ -45,7 +53,13 @@ class ReferenceOps(Ops):
         return rms_norm(residual, norm_weight, eps).to(hidden_states.dtype), residual
 
     def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(hidden_states, weight.data, bias)
+        match weight:
+            case DenseWeight():
+                return F.linear(hidden_states, weight.data, bias)
+            case Int4Weight() | Fp8Weight() | Int8Weight() | Int8StaticWeight():
+                output = quantized_matmul(hidden_states, weight)
+                return output if bias is None else output + bias
+        raise unknown_weight(weight)
 
     def norm_linear(
         self,
@@ -150,7 +164,7 @@ class ReferenceOps(Ops):
     ) -> torch.Tensor:
         if isinstance(routing, GroupedRows):
             return self.grouped_experts(hidden_states, routing.tokens_per_expert, gate_up, down)
-        num_experts = gate_up.data.shape[0]
+        num_experts = gate_up.shape[0]
         routing = routing.chosen().local(num_experts)
         num_groups = num_experts + routing.has_elsewhere  # the last group: experts on other ranks, not computed
         rows, row_index, counts = self.sort_by_expert(hidden_states, routing.topk_ids, num_groups)
@@ -200,34 +214,86 @@ class ReferenceOps(Ops):
 
         Rows past the sum of tokens_per_expert are undefined.
         """
-        if not self.grouped_mm:
-            return looped_linear(rows, weight.data, tokens_per_expert)
-        ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-        if rows.dtype is torch.bfloat16 or rows.shape[0] > MAX_GATHERED_ROWS:
-            return grouped_mm(rows, weight.data.transpose(1, 2), offs=ends)
-        return gathered_linear(rows, weight.data, ends)
+        if isinstance(weight, DenseWeight) and self.grouped_mm:
+            if rows.dtype is torch.bfloat16 or rows.shape[0] > MAX_GATHERED_ROWS:
+                ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+                return grouped_mm(rows, weight.data.transpose(1, 2), offs=ends)
+        elif not isinstance(weight, DenseWeight | Int4Weight | Fp8Weight | Int8Weight):
+            raise unknown_weight(weight)
+        if self.grouped_mm and rows.shape[0] <= MAX_GATHERED_ROWS:
+            return gathered_linear(rows, weight, tokens_per_expert)
+        return looped_linear(rows, weight, tokens_per_expert)
 
 
-def looped_linear(rows: torch.Tensor, weight: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+def looped_linear(rows: torch.Tensor, weight: Weight, tokens_per_expert: torch.Tensor) -> torch.Tensor:
     """Grouped matmul (`grouped_linear`) as a loop with one matmul per active expert."""
     output = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
     for expert, count in enumerate(tokens_per_expert.tolist()):
         if count:
-            torch.mm(rows[start : start + count], weight[expert].t(), out=output[start : start + count])
+            part = slice(start, start + count)
+            if isinstance(weight, DenseWeight):
+                torch.mm(rows[part], weight.data[expert].t(), out=output[part])
+            else:
+                output[part] = quantized_matmul(rows[part], weight[expert])
             start += count
     return output
 
 
-def gathered_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Grouped matmul (`grouped_linear`) that gathers each row's weight; ends [E] int32: cumulative tokens_per_expert.
+def gathered_linear(rows: torch.Tensor, weight: Weight, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """Grouped matmul (`grouped_linear`) that gathers each row's weight, and has no host sync.
 
-    For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured in a CUDA graph.
+    For dtypes other than bfloat16, for which torch's grouped_mm cannot be captured in a CUDA graph, and for quantised
+    weights, of which just what the rows use is dequantised.
     """
+    ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
     places = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    experts = torch.searchsorted(ends, places, right=True).clamp(max=len(weight) - 1)
-    parts = zip(rows.split(GATHER_CHUNK), experts.split(GATHER_CHUNK), strict=True)
-    return torch.cat([torch.bmm(weight[chosen], part[..., None])[..., 0] for part, chosen in parts])
+    experts = torch.searchsorted(ends, places, right=True).clamp(max=weight.shape[0] - 1)
+    is_dense = isinstance(weight, DenseWeight)
+    chunk = GATHER_CHUNK if is_dense else DEQUANTIZED_CHUNK
+    outputs = []
+    for part, chosen in zip(rows.split(chunk), experts.split(chunk), strict=True):
+        gathered = weight[chosen]
+        if isinstance(gathered, DenseWeight):
+            outputs.append(torch.bmm(gathered.data, part[..., None])[..., 0])
+        else:
+            outputs.append(quantized_matmul(part[:, None], gathered)[:, 0])
+    return torch.cat(outputs)
+
+
+def quantized_matmul(rows: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Matmul with a quantised weight: [T, K] x [N, K] -> [T, N], or [B, T, K] x [B, N, K] -> [B, T, N].
+
+    Weight-only formats are dequantised to the dtype of the rows. Integer formats follow their documented arithmetic:
+    the sums of products of int8 are exact, here in float64, where rows that are not finite stay so.
+    """
+    match weight:
+        case Int8Weight():
+            values, row_scales = dynamic_int8(rows)
+            sums = torch.matmul(values.double(), weight.data.double().transpose(-1, -2)).float()
+            return (sums * weight.scales.float().transpose(-1, -2) * row_scales).to(rows.dtype)
+        case Int8StaticWeight():
+            values = static_int8(rows, weight).double()
+            sums = torch.matmul(values, weight.data.double().t()) + weight.quant_bias.double().t()
+            return (sums.float() * weight.scales.t()).to(rows.dtype)
+    return torch.matmul(rows, dequantize(weight, rows.dtype).transpose(-1, -2))
+
+
+def dynamic_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds each row [..., K] to whole numbers from -127 to 127: float32 values, and scales [..., 1]."""
+    rows = rows.float()
+    scales = rows.abs().amax(-1, keepdim=True) / INT8_MAX
+    return (rows / scales.masked_fill(scales == 0, 1.0)).round(), scales
+
+
+def static_int8(rows: torch.Tensor, weight: Int8StaticWeight) -> torch.Tensor:
+    """Rounds rows [T, K] with the scale and offset of the weight: float32 whole numbers from -128 to 127."""
+    rows = rows.float() if weight.input_bias is None else rows.float() + weight.input_bias.float()
+    return ((rows / weight.input_scale).round() + weight.input_offset).clamp(-INT8_MAX - 1, INT8_MAX)
+
+
+def unknown_weight(weight: object) -> TypeError:
+    return TypeError(f"weights of type {type(weight).__name__} are not supported by this operation")
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

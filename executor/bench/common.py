@@ -141,5 +141,6 @@ def describe_device(llm: "LLM") -> dict[str, Any]:
         "model_name": llm.settings.model_name,
         "device": device_name(llm.device),
         "ops": llm.ops.name,
-        "fallbacks": [] if llm.device.type == "cpu" else llm.ops.fallbacks(llm.dtype),
+        "formats": llm.parameters.formats(),
+        "fallbacks": [] if llm.device.type == "cpu" else llm.ops.fallbacks(llm.dtype, llm.parameters.formats()),
     }

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes that a decode step reads from memory; divided by the read bandwidth they are its roofline floor."""
 
-import dataclasses
 from types import MethodType
 from typing import Any
 
@@ -24,7 +23,7 @@ def step_bytes(llm: LLM, sequences: int, cached_tokens: int, distinct_experts: f
     distinct_experts: mean number of selected experts per layer.
     """
     tied = llm.config.tie_word_embeddings
-    sizes = {name: held_bytes(value) for name, value in llm.parameters.values.items()}
+    sizes = {name: value.nbytes for name, value in llm.parameters.values.items()}
     experts = sum(size for name, size in sizes.items() if is_experts(name))
     others = sum(sizes.values()) - experts - (0 if tied else sizes["embed_tokens.weight"])
     key_cache = llm.kv_caches[0][0]
@@ -41,13 +40,6 @@ def is_experts(name: str) -> bool:
 
 def held_experts(llm: LLM) -> int:
     return llm.config.num_experts // llm.parallel.moe_ep.size
-
-
-def held_bytes(value: torch.Tensor | Weight) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    parts = (getattr(value, field.name) for field in dataclasses.fields(value))
-    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 def experts_read(routing: Routing | RouterLogits | GroupedRows, held: int) -> int:

@@ -95,7 +95,7 @@ class OpCases:
         return torch.randn(self.tokens, width, dtype=self.dtype, device=self.device)
 
     def weight(self, *shape: int) -> Weight:
-        return self.ops.prepare_weight(DenseWeight(self.random(*shape)))
+        return self.ops.prepare_weight(DenseWeight(self.random(*shape)), self.dtype)
 
     def norm_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """Inputs of add_norm: hidden_states, residual in the backend's dtype, norm weight, epsilon."""

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeForCausalLM
 from executor.llm import LLM
 from executor.loading.device import synchronize
 from models.transformers_internals import compute_rope_buffers
-from ops import TransposedWeight
+from ops import DenseWeight, TransposedWeight
 
 EXPERTS_IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 
@@ -28,15 +28,22 @@ def transformers_model(llm: LLM) -> Qwen3MoeForCausalLM:
 
 
 def state_dict(llm: LLM) -> dict[str, torch.Tensor]:
-    """State dict of transformers' model, as views of the LLM's parameters. ValueError if they are transposed."""
-    if any(isinstance(value, TransposedWeight) for value in llm.parameters.values.values()):
+    """State dict of transformers' model, as views of the LLM's parameters.
+
+    ValueError if they are transposed or quantised.
+    """
+    kinds = {type(value) for value in llm.parameters.values.values()}
+    if TransposedWeight in kinds:
         device = llm.device.type
         raise ValueError(f"--peer: transformers cannot share the weights on device {device}, where they are transposed")
+    if not kinds <= {torch.Tensor, DenseWeight}:
+        raise ValueError(f"--peer: transformers cannot share quantised weights ({', '.join(llm.parameters.formats())})")
     config = llm.config
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     renamed: dict[str, torch.Tensor] = {}
     for name, value in llm.parameters.values.items():
-        tensor = value if isinstance(value, torch.Tensor) else value.data
+        tensor = value.data if isinstance(value, DenseWeight) else value
+        assert isinstance(tensor, torch.Tensor)
         full_name = name if name.startswith("lm_head") else f"model.{name}"
         if ".qkv_proj." in name:
             parts = tensor.split([count * config.head_dim for count in heads])

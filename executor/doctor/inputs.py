@@ -68,7 +68,7 @@ class Inputs:
     def weight(self, ops: Ops, *shape: int) -> WeightPair:
         """Random weight [..., out_features, in_features], for the reference and for the backend `ops`."""
         values = self.random(*shape, std=shape[-1] ** -0.5)
-        return DenseWeight(values), ops.prepare_weight(DenseWeight(self.to_device(values)))
+        return DenseWeight(values), ops.prepare_weight(DenseWeight(self.to_device(values)), DTYPE)
 
     def topk_ids(self, tokens: int) -> torch.Tensor:
         """[T, K] int64, distinct experts of each token."""

@@ -182,8 +182,8 @@ def load(plan: Plan) -> Loaded:
         with_dispatch=plan.dispatch is not None,
     )
     where = (parallel, facts.dtype, facts.device)
-    parameters = fill_parameters(facts.settings, facts.config, facts.model_path, *where)
-    parameters.prepare(facts.ops)
+    parameters = fill_parameters(facts.settings, facts.config, facts.model_path, *where, facts.ops)
+    parameters.prepare(facts.ops, facts.dtype)
     new_tokens = facts.default_sampling.max_new_tokens
     known_lens = [len(token_ids) + new_tokens - 1 for _, token_ids in facts.known_prompts]  # the last is not cached
     num_blocks, kv_caches = allocate_cache(

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from executor.config import SECTIONS, DataSettings, Settings, nearest, resolve_path
-from executor.loading.checkpoint import read_unique_object
+from executor.loading.checkpoint import read_description, read_unique_object
 from executor.loading.tokenizer import read_generation_config
 from executor.sampling_params import SamplingParams
 from executor.utils.reading import refusing
 from executor.utils.text import one_line, quoted
+from models.quantization.scheme import Scheme, parse_scheme
 from models.qwen3_moe.architecture import attention_limit, override_rope, parse_config
 from models.qwen3_moe.config_keys import ignored_keys
 from models.qwen3_moe.sharding import check_layout
@@ -61,21 +62,26 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
     with refusing(f"model_path: {model_path}"):
         file = model_path / "config.json" if model_path.is_dir() else model_path
         found = file.exists()
-        quantised = sorted(file.parent.glob("quant_model_description*.json"))
     if not found:
         raise ValueError(one_line(f"model_path: {model_path} has no config.json"))
     raw = read_unique_object(file)
     own = raw if rope_scaling is None else {**raw, "rope_scaling": None, "rope_parameters": None}
     with refusing(str(file)):
         config = parse_config(own)
-    if quantised:
-        raise ValueError(one_line(f"{quantised[0]}: quantised checkpoints are not supported"))
+    load_scheme(file.parent, raw)
     if rope_scaling is not None:
         with refusing("model_config.rope_scaling"):
             config = parse_config(override_rope(raw, rope_scaling))
     if ignored := ignored_keys(own):
         logger.warning("%s", one_line(f"{file}: keys without effect here and in transformers: {', '.join(ignored)}"))
     return config
+
+
+def load_scheme(model_path: Path, raw: dict[str, Any]) -> Scheme:
+    """Loads what a checkpoint declares of its number formats; raw: its config. ValueError for unsupported ones."""
+    description = read_description(model_path)
+    with refusing(str(model_path)):
+        return parse_scheme(raw, description)
 
 
 def folder_name(model_path: str | Path) -> str:

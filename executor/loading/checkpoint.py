@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+TOOL_NAMES = ("quant_model_weight*", "gptq_model*")  # of msModelSlim and GPTQ tools, without suffix
+DESCRIPTION_NAME = "quant_model_description*.json"
 PICKLE_NAMES = ("pytorch_model.bin.index.json", "pytorch_model.bin")
 MAX_JSON_BYTES = 64 << 20  # the index of the largest published checkpoint has 4 MB
 MAX_FILES = 2000  # published checkpoints have at most a few hundred
@@ -53,13 +55,16 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def weight_files(model_path: Path) -> list[Path]:
     """Paths of the weight files: model.safetensors, else the shards of the index, as in transformers.
 
-    ValueError if there are none, or if a shard is missing.
+    Else those of other names that tools for quantisation give them. ValueError if there are none, or if a shard is
+    missing.
     """
     index, single = model_path / INDEX_NAME, model_path / SINGLE_NAME
     with refusing(f"model_path: {model_path}"):
         found = [file.name for file in (single, index) if file.exists() or file.is_symlink()]
         pickles = [name for name in PICKLE_NAMES if (model_path / name).exists()]
         adapter = (model_path / "adapter_config.json").exists()
+    if not found and (others := files_of_tools(model_path)):
+        return others
     if not found:
         hint = f"; convert its {pickles[0]} to safetensors: pickle files run code and are not read" if pickles else ""
         raise ValueError(one_line(f"model_path: {model_path} has neither {INDEX_NAME} nor {SINGLE_NAME}{hint}"))
@@ -68,6 +73,26 @@ def weight_files(model_path: Path) -> list[Path]:
     if adapter:
         logger.warning("%s", one_line(f"{model_path}: adapter_config.json is there, but adapters are not applied"))
     return [single] if SINGLE_NAME in found else indexed_files(model_path, index)
+
+
+def files_of_tools(model_path: Path) -> list[Path]:
+    """Weight files by the names of msModelSlim and GPTQ tools: those of an index, or else a single file."""
+    with refusing(f"model_path: {model_path}"):
+        indexes = sorted(file for name in TOOL_NAMES for file in model_path.glob(f"{name}.safetensors.index.json"))
+        files = sorted(file for name in TOOL_NAMES for file in model_path.glob(f"{name}.safetensors"))
+        if len(indexes) > 1 or (len(files) > 1 and not indexes):
+            several = ", ".join(file.name for file in (indexes or files)[:3])
+            raise ValueError(f"has several sets of weights ({several}), and no {SINGLE_NAME}: leave one")
+    return indexed_files(model_path, indexes[0]) if indexes else files
+
+
+def read_description(model_path: Path) -> dict[str, Any] | None:
+    """Reads msModelSlim's description of the tensors; None if there is none. ValueError for several."""
+    with refusing(f"model_path: {model_path}"):
+        files = sorted(model_path.glob(DESCRIPTION_NAME))
+        if len(files) > 1:
+            raise ValueError(f"has several descriptions ({', '.join(file.name for file in files[:3])}): leave one")
+    return read_unique_object(files[0]) if files else None
 
 
 def indexed_files(model_path: Path, index: Path) -> list[Path]:

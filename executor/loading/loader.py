@@ -3,173 +3,130 @@
 
 import logging
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from executor.loading.checkpoint import StoredTensor, open_checked, read_headers, some, weight_files
+from executor.loading.checkpoint import StoredTensor, open_checked
+from executor.loading.stored_model import DTYPES, StoredModel
 from executor.utils.text import one_line
 from models.layers.parameter import Parameters, ParameterSpec, Role, Source
-from models.qwen3_moe.weights import EMBEDDING, HEAD, NOT_A_WEIGHT, name_in_model
-from ops import DenseWeight
+from models.quantization.format import Check, Component, Field, Shared, ranges_of, region_of
+from models.quantization.rounding import rounding_of
+from models.quantization.scheme import Scheme
+from ops import DenseWeight, Weight
+from ops.weight import dequantize
 
 logger = logging.getLogger(__name__)
 
-LOADABLE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # safetensors dtype -> bytes per element
 MAPPED_BYTES = 8 << 20  # remap the file after this many bytes, so that pages already copied are released
 PROGRESS_FROM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Slice of a stored tensor that is read in one call, and its destination in a parameter."""
+    """Slice of a stored tensor that is read in one call, and what becomes of it."""
 
     name: str
     part: tuple[slice, ...]
-    target: torch.Tensor
+    store: Callable[[torch.Tensor], None]
     mapped_bytes: int
 
 
 def load_parameters(
-    model_path: Path,
-    specs: list[ParameterSpec],
-    whole_model: list[ParameterSpec],
-    dtype: torch.dtype,
-    device: torch.device,
-    quiet: bool = False,
+    stored: StoredModel, specs: list[ParameterSpec], dtype: torch.dtype, device: torch.device, quiet: bool = False
 ) -> Parameters:
-    """Loads this rank's parameters `specs` from the checkpoint folder `model_path` onto `device`.
+    """Loads this rank's parameters `specs` from a checked checkpoint onto `device`.
 
-    Reads only this rank's shards; converts floating-point tensors to `dtype`. Raises ValueError before anything is
-    allocated: for tensors of `whole_model` (all ranks' parameters) that are missing or of wrong shape or dtype, for
-    unexpected tensors, and for missing or damaged files.
+    Reads only this rank's shards; converts unquantised tensors to `dtype`. Raises ValueError before anything is
+    allocated for splits that a format does not allow, and while loading for values that are not supported.
     """
-    found = check_tensors(model_path, whole_model)
-    values = {spec.name: torch.empty(spec.shape, dtype=dtype, device=device) for spec in specs}
+    fields = {spec.name: stored.fields(spec, dtype) for spec in specs}
+    values = {
+        name: {key: torch.empty(field.shape, dtype=field.dtype, device=device) for key, field in found.items()}
+        for name, found in fields.items()
+    }
     wanted: dict[Path, list[Piece]] = {}
     for spec in specs:
-        for source in stored_sources(spec, found):
-            tensor = found[source.name]
-            target = values[spec.name][source.region]
-            wanted.setdefault(tensor.file, []).extend(pieces(tensor, source, target))
-    total = parameter_bytes(specs, dtype)
+        for tensor, piece in pieces_of(spec, stored, fields[spec.name], values[spec.name]):
+            wanted.setdefault(tensor.file, []).append(piece)
+    total = sum(field.nbytes for found in fields.values() for field in found.values())
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="loading", disable=quiet or total < PROGRESS_FROM_BYTES
     ) as progress:
         for file in sorted(wanted):
-            for part, target in read_parts(file, wanted[file]):
-                target.copy_(part)
-                progress.update(part.numel() * dtype.itemsize)
-    return as_parameters(specs, values)
+            for part, piece in read_parts(file, wanted[file]):
+                piece.store(part)
+                progress.update(part.nbytes)
+    return Parameters({spec.name: as_parameter(spec, stored, values[spec.name], dtype) for spec in specs})
+
+
+def as_parameter(
+    spec: ParameterSpec, stored: StoredModel, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor | Weight:
+    if spec.role is Role.MATRIX:
+        return stored.weight_type(spec)(**tensors)
+    if not stored.is_quantized(spec):
+        return tensors["data"]
+    logger.warning("%s", one_line(f"{spec.name} is quantised in the checkpoint and dequantised to {dtype} here"))
+    return dequantize(stored.weight_type(spec)(**tensors), dtype)
 
 
 def random_parameters(
-    specs: list[ParameterSpec], dtype: torch.dtype, device: torch.device, std: float, seed: int = 0
+    specs: list[ParameterSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+    std: float,
+    seed: int = 0,
+    scheme: Scheme | None = None,
 ) -> Parameters:
     """Initializes the parameters `specs` with normal random numbers on the device; norm weights are ones.
 
-    The seed of each tensor derives from its checkpoint name, so that all ranks hold shards of the same model.
+    The seed of each tensor derives from its checkpoint name, so that all ranks hold shards of the same model. Modules
+    that `scheme` declares as quantised are rounded to their format.
     """
     generator = torch.Generator(device)
-    values = {}
+    values: dict[str, torch.Tensor | Weight] = {}
     for spec in specs:
-        values[spec.name] = torch.ones(spec.shape, dtype=dtype, device=device)
+        value = torch.ones(spec.shape, dtype=dtype, device=device)
         for source in spec.sources if spec.role is not Role.NORM else ():
             generator.manual_seed(seed + zlib.crc32(source.name.encode()))
             whole = torch.empty(source.shape, dtype=dtype, device=device).normal_(0, std, generator=generator)
-            values[spec.name][source.region] = whole[source.part]
-    return as_parameters(specs, values)
+            value[source.region] = whole[source.part]
+        values[spec.name] = value
+        if spec.role is Role.MATRIX:
+            round_weight = rounding_of(spec.sources[0].name.removesuffix(".weight"), scheme or Scheme())
+            values[spec.name] = DenseWeight(value) if round_weight is None else round_weight(value)
+    return Parameters(values)
 
 
-def as_parameters(specs: list[ParameterSpec], values: dict[str, torch.Tensor]) -> Parameters:
+def as_parameters(specs: list[ParameterSpec], values: Mapping[str, torch.Tensor]) -> Parameters:
+    """Parameters of an unquantised model."""
     return Parameters(
         {spec.name: DenseWeight(values[spec.name]) if spec.role is Role.MATRIX else values[spec.name] for spec in specs}
     )
 
 
 def parameter_bytes(specs: list[ParameterSpec], dtype: torch.dtype) -> int:
-    """Total size of the parameters in bytes."""
+    """Total size of unquantised parameters in bytes."""
     return sum(torch.Size(spec.shape).numel() for spec in specs) * dtype.itemsize
 
 
-def check_tensors(model_path: Path, whole_model: list[ParameterSpec]) -> dict[str, StoredTensor]:
-    """Checks the checkpoint's tensors against the model (headers only); returns them by their names in the model."""
-    needed = {source.name for spec in whole_model for source in (*spec.sources, *spec.stacked)}
-    found: dict[str, StoredTensor] = {}
-    for tensor in read_headers(weight_files(model_path)).values():
-        name = name_in_model(tensor.name, needed)
-        if name in found:
-            raise ValueError(one_line(f"{tensor.file}: tensor {tensor.name} is in the checkpoint under two names"))
-        found[name] = tensor
-    skipped = [name for name in found if name not in needed and NOT_A_WEIGHT.fullmatch(name)]
-    for name in skipped:
-        del found[name]
-    tied = found.pop(HEAD) if HEAD in found and HEAD not in needed else None
-    if tied is not None and EMBEDDING not in found:  # lm_head serves as the embedding, as in transformers
-        found[EMBEDDING], tied = tied, None
-    sources = {source.name: source for spec in whole_model for source in stored_sources(spec, found)}
-    check_shapes(model_path, found, sources)
-    if tied is not None:
-        check_equal(tied, found[EMBEDDING])
-        skipped.append(f"{HEAD} (equals the embedding)")
-    if skipped:
-        logger.info("%s", one_line(f"{model_path}: tensors that are not needed: {some(skipped, 8)}"))
-    return found
+def random_bytes(spec: ParameterSpec, dtype: torch.dtype, scheme: Scheme, dequantized: tuple[type[Weight], ...]) -> int:
+    """Bytes of a random parameter for a backend that converts the weight types `dequantized` to unquantised ones."""
+    one = torch.empty(spec.shape[-2:], dtype=dtype, device="meta")
+    round_weight = rounding_of(spec.sources[0].name.removesuffix(".weight"), scheme)
+    rounded = None if spec.role is not Role.MATRIX or round_weight is None else round_weight(one)
+    size = one.nbytes if rounded is None or isinstance(rounded, dequantized) else rounded.nbytes
+    return size * torch.Size(spec.shape[:-2]).numel()
 
 
-def stored_sources(spec: ParameterSpec, found: Collection[str]) -> tuple[Source, ...]:
-    """Selects where the checkpoint stores a parameter: all experts stacked in one tensor, or one tensor per expert."""
-    return spec.stacked if any(source.name in found for source in spec.stacked) else spec.sources
-
-
-def check_shapes(model_path: Path, found: dict[str, StoredTensor], sources: dict[str, Source]) -> None:
-    """Raises ValueError that lists missing tensors, unexpected tensors, wrong shapes and wrong dtypes."""
-    wrong_shape = [
-        f"{name} is {list(found[name].shape)} instead of {list(source.shape)}"
-        for name, source in sources.items()
-        if name in found and found[name].shape != source.shape
-    ]
-    wrong_dtype = [
-        f"{name} is {found[name].dtype} instead of {', '.join(LOADABLE_BYTES)}"
-        for name in sources
-        if name in found and found[name].dtype not in LOADABLE_BYTES
-    ]
-    problems = {
-        "missing": [name for name in sources if name not in found],
-        "not expected": [found[name].name for name in found if name not in sources],
-        "of wrong shape": wrong_shape,
-        "of wrong dtype": wrong_dtype,
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(names)} {problem}: {some(names)}" for problem, names in problems.items() if names)
-        raise ValueError(one_line(f"{model_path}: tensors do not fit the config: {text}"))
-
-
-def check_equal(tied: StoredTensor, embedding: StoredTensor) -> None:
-    """Raises ValueError if the config ties lm_head to an embedding that differs; transformers would not tie them."""
-    equal = tied.shape == embedding.shape and tied.dtype == embedding.dtype
-    rows = 1 + (MAPPED_BYTES - 1) // (embedding.shape[1] * LOADABLE_BYTES[embedding.dtype])
-    for start in range(0, embedding.shape[0] if equal else 0, rows):
-        with open_checked(tied.file) as first, open_checked(embedding.file) as second:
-            one, other = (
-                handle.get_slice(tensor.name)[start : start + rows]
-                for handle, tensor in ((first, tied), (second, embedding))
-            )
-            equal = equal and torch.equal(one, other)
-    if not equal:
-        raise ValueError(
-            one_line(
-                f"{tied.file}: {tied.name} differs from the embedding {embedding.name}, but the config ties them: "
-                "tie_word_embeddings must be false"
-            )
-        )
-
-
-def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (slice, destination) of the wanted pieces of a file, with at most about MAPPED_BYTES mapped."""
+def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, Piece]]:
+    """Reads the wanted pieces of a file, with at most about MAPPED_BYTES mapped."""
     remaining = sorted(wanted, key=lambda piece: piece.name, reverse=True)
     while remaining:
         mapped = 0
@@ -177,17 +134,78 @@ def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, 
             while remaining and mapped < MAPPED_BYTES:
                 piece = remaining.pop()
                 mapped += piece.mapped_bytes
-                yield handle.get_slice(piece.name)[piece.part], piece.target
+                yield handle.get_slice(piece.name)[piece.part or ...], piece
 
 
-def pieces(tensor: StoredTensor, source: Source, target: torch.Tensor) -> Iterator[Piece]:
+def pieces_of(
+    spec: ParameterSpec, stored: StoredModel, fields: dict[str, Field], tensors: dict[str, torch.Tensor]
+) -> Iterator[tuple[StoredTensor, Piece]]:
+    """Everything to read for a parameter: stored tensors, and pieces of them that fill `tensors`."""
+    if not stored.is_quantized(spec):
+        for source in stored.sources(spec):
+            tensor = stored.tensors[source.name]
+            yield from ((tensor, piece) for piece in dense_pieces(tensor, source, tensors["data"][source.region]))
+        return
+    for source in spec.sources:
+        found = stored.formats[source.name]
+        for component in found.components:
+            tensor, unit = stored.tensors[component.name], fields[component.field].unit
+            target = tensors[component.field][region_of(source, len(spec.shape), unit)]
+            yield tensor, component_piece(tensor, component, source, target, unit)
+        for shared in found.shared:
+            store = partial(fill_shared, shared, spec.sources[0] is source, tensors[shared.field])
+            yield whole_piece(stored.tensors[shared.name], store)
+        for check in found.checks:
+            yield whole_piece(stored.tensors[check.name], partial(refuse_unless, check))
+
+
+def component_piece(
+    tensor: StoredTensor, component: Component, source: Source, target: torch.Tensor, unit: tuple[int, int]
+) -> Piece:
+    """The part of a stored component that a rank needs, in one piece: a matrix has a few MB."""
+    ranges = ranges_of(source)
+    part = component.stored_part(ranges)
+
+    def store(found: torch.Tensor) -> None:
+        target.copy_(component.fit(found.to(target.device), ranges, unit))
+
+    first = part[0].stop - part[0].start
+    row_bytes = DTYPES[tensor.dtype].itemsize * torch.Size(tensor.shape[1:]).numel()
+    return Piece(tensor.name, part, store, first * row_bytes)
+
+
+def whole_piece(tensor: StoredTensor, store: Callable[[torch.Tensor], None]) -> tuple[StoredTensor, Piece]:
+    size = torch.Size(tensor.shape).numel() * DTYPES[tensor.dtype].itemsize
+    return tensor, Piece(tensor.name, tuple(slice(None) for _ in tensor.shape), store, size)
+
+
+def fill_shared(shared: Shared, is_first: bool, target: torch.Tensor, found: torch.Tensor) -> None:
+    """Fills a tensor that all sources of a parameter share; ValueError if they differ."""
+    values = shared.decode(found).to(target)
+    if is_first:
+        target.copy_(values)
+    elif not torch.equal(values, target):
+        raise ValueError(f"{shared.name} differs from that of the modules that it is merged with")
+
+
+def refuse_unless(check: Check, found: torch.Tensor) -> None:
+    """Raises ValueError if the values of a stored tensor are not supported."""
+    if not check.accepts(found):
+        raise ValueError(one_line(f"{check.name}: {check.refusal}"))
+
+
+def dense_pieces(tensor: StoredTensor, source: Source, target: torch.Tensor) -> Iterator[Piece]:
     """Splits the slice of a tensor that fills `target` along dimension 0 into pieces of about MAPPED_BYTES."""
     first, *others = source.part or (slice(None),)
     start, stop, _ = first.indices(source.shape[0])
     columns_apart = source.shape[-1] // target.shape[-1]  # column shard: most pages of the whole rows are touched
-    row_bytes = target[0].numel() * columns_apart * LOADABLE_BYTES[tensor.dtype]
+    row_bytes = target[0].numel() * columns_apart * DTYPES[tensor.dtype].itemsize
     count = max(1, MAPPED_BYTES // row_bytes)
     for at in range(start, stop, count):
         run = slice(at, min(at + count, stop))
         region = target[run.start - start : run.stop - start]
-        yield Piece(tensor.name, (run, *others), region, (run.stop - run.start) * row_bytes)
+        yield Piece(tensor.name, (run, *others), partial(copy_into, region), (run.stop - run.start) * row_bytes)
+
+
+def copy_into(target: torch.Tensor, found: torch.Tensor) -> None:
+    target.copy_(found)

@@ -11,8 +11,11 @@ from transformers import Qwen3MoeConfig
 
 from executor.config import Settings
 from executor.engine.kv_cache import block_bytes, cache_tensors
+from executor.loading.before_loading import load_scheme
+from executor.loading.checkpoint import read_unique_object
 from executor.loading.device import free_memory_bytes
-from executor.loading.loader import load_parameters, parameter_bytes, random_parameters
+from executor.loading.loader import load_parameters, random_bytes, random_parameters
+from executor.loading.stored_model import check_tensors
 from models.layers.attention import KVCache
 from models.layers.parameter import Parameters
 from models.qwen3_moe.sharding import Layout
@@ -31,20 +34,29 @@ def fill_parameters(
     parallel: ParallelContext,
     dtype: torch.dtype,
     device: torch.device,
+    ops: Ops,
 ) -> Parameters:
     """Loads this rank's weights, or initializes them randomly; ValueError if they do not fit into free memory."""
     specs = parameter_specs(config, Layout.of(parallel))
-    needed, free = parameter_bytes(specs, dtype), free_memory_bytes(device)
+    file = model_path / "config.json" if model_path.is_dir() else model_path
+    scheme = load_scheme(file.parent, read_unique_object(file))
+    if not settings.model_config.with_ckpt:
+        check_fits(sum(random_bytes(spec, dtype, scheme, ops.dequantizes) for spec in specs), dtype, device)
+        return random_parameters(specs, dtype, device, std=config.initializer_range, scheme=scheme)
+    stored = check_tensors(model_path, parameter_specs(config, Layout()), scheme)
+    check_fits(sum(stored.prepared_bytes(spec, dtype, ops.dequantizes) for spec in specs), dtype, device)
+    return load_parameters(stored, specs, dtype, device, quiet=parallel.world.index > 0)
+
+
+def check_fits(needed: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError if the weights do not fit into free memory."""
+    free = free_memory_bytes(device)
     logger.info("weights: %.2f GB in %s, free memory: %.2f GB", needed / 1e9, dtype, free / 1e9)
     if needed > free:
         raise ValueError(
-            f"model_path: the weights need {needed / 1e9:.1f} GB in {settings.model_config.dtype}, "
+            f"model_path: the weights need {needed / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, "
             f"{device} has {free / 1e9:.1f} GB free"
         )
-    if settings.model_config.with_ckpt:
-        whole_model = parameter_specs(config, Layout())
-        return load_parameters(model_path, specs, whole_model, dtype, device, quiet=parallel.world.index > 0)
-    return random_parameters(specs, dtype, device, std=config.initializer_range)
 
 
 def allocate_cache(

@@ -50,11 +50,15 @@ class Parameters:
     def __getitem__(self, name: str) -> torch.Tensor | Weight:
         return self.values[self.prefix + name]
 
-    def prepare(self, ops: Ops) -> None:
+    def prepare(self, ops: Ops, dtype: torch.dtype) -> None:
         """Converts the weights to the layout of backend `ops`, one at a time to limit peak memory."""
         for name, value in self.values.items():
             if not isinstance(value, torch.Tensor):
-                self.values[name] = ops.prepare_weight(value)
+                self.values[name] = ops.prepare_weight(value, dtype)
+
+    def formats(self) -> list[str]:
+        """Names of the number formats of the weights."""
+        return sorted({value.format_name for value in self.values.values() if isinstance(value, Weight)})
 
     def within(self, part: str) -> "Parameters":
         return Parameters(self.values, f"{self.prefix}{part}.")

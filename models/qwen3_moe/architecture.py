@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Qwen3MoeConfig
 
 from models.layers.rotary import ROPE_TYPES, inverse_frequencies
+from models.quantization.scheme import parse_scheme
 from models.qwen3_moe.config_keys import FLAGS, NETWORK_KEYS, ROPE_KEYS, SIZES, TOKEN_KEYS
 
 ARCHITECTURES = ("Qwen3MoeForCausalLM", "Qwen3MoeModel")
@@ -58,7 +59,7 @@ def shown(value: object) -> str:
 
 
 def check_supported(raw: dict[str, Any]) -> None:
-    """Rejects other architectures, quantised checkpoints, and config features that the model does not implement."""
+    """Rejects other architectures, number formats, and config features that the model does not implement."""
     if raw.get("model_type") != "qwen3_moe":
         raise ValueError(f"model_type {shown(raw.get('model_type'))} is not supported, only 'qwen3_moe'")
     architectures = raw.get("architectures") or [ARCHITECTURES[0]]
@@ -66,10 +67,7 @@ def check_supported(raw: dict[str, Any]) -> None:
         raise ValueError(f"architectures {shown(architectures)} is not supported, only {' or '.join(ARCHITECTURES)}")
     if raw.get("hidden_act", "silu") not in ("silu", "swish"):  # aliases
         raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported, only 'silu'")
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"quantization_config (quant_method {shown(method)}) is not supported")
+    parse_scheme(raw)
     for key in ("per_layer_config", "is_encoder_decoder", "add_cross_attention", "pruned_heads"):
         if raw.get(key):
             raise ValueError(f"{key} {shown(raw[key])} is not supported: leave it out")

@@ -39,9 +39,9 @@ NETWORK_KEYS = (
 ROPE_KEYS = {"type", "mscale", "mscale_all_dim", "truncate", *ROPE_PARAMETER_KEYS}
 # Keys that are validated against what the network implements, or parsed elsewhere.
 CHECKED_KEYS = (
-    *("add_cross_attention", "architectures", "dual_chunk_attention_config", "hidden_act", "is_encoder_decoder"),
-    *("layer_types", "model_type", "per_layer_config", "pruned_heads", "quantization_config", "rope_parameters"),
-    *("rope_scaling", "transformers_weights"),
+    *("add_cross_attention", "architectures", "compression_config", "dual_chunk_attention_config", "hidden_act"),
+    *("is_encoder_decoder", "layer_types", "model_type", "per_layer_config", "pruned_heads", "quantization_config"),
+    *("rope_parameters", "rope_scaling", "transformers_weights"),
 )
 # Keys for training, other tasks, execution options and metadata; transformers' network does not read them either.
 HARMLESS_KEYS = (

@@ -60,6 +60,11 @@ class Layout:
         return range(index * count, (index + 1) * count)
 
 
+def group_of(name: str) -> str:
+    """Name of the group over which a checkpoint tensor is sharded."""
+    return next(group for pattern, _, group in SHARDING if re.fullmatch(pattern, name))
+
+
 def check_layout(config: Qwen3MoeConfig, world_size: int, sizes: dict[str, int]) -> None:
     """Validates parallel sizes against the model and world size; raises ValueError that lists the allowed sizes.
 

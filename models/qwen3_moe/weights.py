@@ -26,10 +26,11 @@ def is_sparse_layer(config: Qwen3MoeConfig, layer_id: int) -> bool:
     )
 
 
-def name_in_model(stored_name: str, needed: Collection[str]) -> str:
-    """Maps a checkpoint tensor's name to that in `needed`: checkpoints of the base model lack the prefix "model."."""
-    prefixed = f"model.{stored_name}"
-    return prefixed if stored_name not in needed and prefixed in needed else stored_name
+def name_in_model(stored_name: str, modules: Collection[str]) -> str:
+    """Maps a checkpoint tensor's name to the model's: checkpoints of the base model lack the prefix "model."."""
+    module = stored_name.rpartition(".")[0]
+    lacks_prefix = module not in modules and f"model.{module}" in modules
+    return f"model.{stored_name}" if lacks_prefix else stored_name
 
 
 def parameter_specs(config: Qwen3MoeConfig, layout: Layout) -> list[ParameterSpec]:

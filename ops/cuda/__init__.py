@@ -8,7 +8,7 @@ GEMM kernels for the experts.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata
+from ops import OPERATIONS, GroupedRows, RouterLogits, Routing, StepMetadata, reference_formats
 from ops.cuda.attention import DecodeAttentionCall, attention_supports
 from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import BatchedExpertsCall, ExpertsCall, experts_support
@@ -31,7 +31,7 @@ from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAtte
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
 from ops.cuda.triton_internals import KNOWS_LAUNCHER
 from ops.reference import ReferenceOps
-from ops.weight import Weight
+from ops.weight import DenseWeight, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class CudaOps(ReferenceOps):
 
     name = "cuda"
     runs_ahead = True
+    dequantizes = ()
     embedding = ReferenceOps.embedding  # torch runs it as one kernel
 
     def __init__(self) -> None:
@@ -71,8 +72,11 @@ class CudaOps(ReferenceOps):
                 f"{least} or later; device: cpu runs anywhere"
             )
 
-    def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        return super().fallbacks(dtype) if dtype in DTYPES else OPERATIONS
+    def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
+        """As in the interface; quantised formats have no kernels: what a step reads is dequantised first."""
+        if dtype not in DTYPES:
+            return OPERATIONS
+        return super().fallbacks(dtype) + reference_formats(formats)
 
     def add_norm(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
@@ -100,7 +104,7 @@ class CudaOps(ReferenceOps):
         return output
 
     def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if not 0 < hidden_states.shape[0] <= MAX_TOKENS:
+        if not isinstance(weight, DenseWeight) or not 0 < hidden_states.shape[0] <= MAX_TOKENS:
             return super().linear(hidden_states, weight, bias)
         key = ("linear", id(weight), hidden_states.shape[0])
         call = self.calls.get(key)
@@ -125,7 +129,7 @@ class CudaOps(ReferenceOps):
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         num_tokens = hidden_states.shape[0]
-        if not 0 < num_tokens <= MAX_TOKENS:
+        if not isinstance(weight, DenseWeight) or not 0 < num_tokens <= MAX_TOKENS:
             return super().norm_linear(hidden_states, residual, norm_weight, eps, weight, bias)
         key = ("norm_linear" if residual is None else "add_norm_linear", id(weight), num_tokens)
         call = self.calls.get(key)
@@ -261,6 +265,8 @@ class CudaOps(ReferenceOps):
         self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]
+        if not isinstance(gate_up, DenseWeight) or not isinstance(down, DenseWeight):
+            return super().experts(hidden_states, routing, gate_up, down)
         if not isinstance(routing, RouterLogits) or not 0 < num_tokens <= MAX_TOKENS:
             return self.experts_sorted(hidden_states, routing, gate_up, down)
         key = ("experts", id(gate_up), num_tokens)
@@ -275,7 +281,11 @@ class CudaOps(ReferenceOps):
         return call(hidden_states, routing)
 
     def experts_sorted(
-        self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
+        self,
+        hidden_states: torch.Tensor,
+        routing: Routing | RouterLogits | GroupedRows,
+        gate_up: DenseWeight,
+        down: DenseWeight,
     ) -> torch.Tensor:
         """`experts` for any number of tokens: sort by expert, then grouped GEMMs."""
         if not isinstance(routing, GroupedRows):
@@ -291,7 +301,7 @@ class CudaOps(ReferenceOps):
         return call(hidden_states, routing)
 
     def sorted_experts_call(
-        self, hidden_states: torch.Tensor, gate_up: Weight, down: Weight, top_k: int | None
+        self, hidden_states: torch.Tensor, gate_up: DenseWeight, down: DenseWeight, top_k: int | None
     ) -> Callable[..., Any]:
         """Returns the bound call of `experts_sorted` for these weights; top_k None: rows already in expert order."""
         if not grouped_experts_support(hidden_states, gate_up.data, down.data):

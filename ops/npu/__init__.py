@@ -9,7 +9,7 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.14; where an install
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import accumulate
 from typing import Any
 
@@ -39,7 +39,7 @@ from ops.npu.variants import (
     REGROUP,
     ROTARY,
 )
-from ops.reference import ReferenceOps
+from ops.reference import ReferenceOps, unknown_weight
 from ops.step import BLOCK_SIZE
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
@@ -136,8 +136,8 @@ class NpuOps(NpuExperts):
         finally:
             self.paged_views.clear()
 
-    def fallbacks(self, dtype: torch.dtype) -> list[str]:
-        return super().fallbacks(dtype) + self.replaced
+    def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
+        return super().fallbacks(dtype, formats) + self.replaced
 
     def plan_dispatch(self, sizes: ExchangeSizes) -> DispatchPlan | None:
         missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
@@ -158,11 +158,14 @@ class NpuOps(NpuExperts):
         if head_dim != HEAD_DIM:
             raise ValueError(f"model_path: head_dim {head_dim} is not possible on device npu, only {HEAD_DIM}")
 
-    def prepare_weight(self, weight: Weight) -> Weight:
+    def prepare_weight(self, weight: Weight, dtype: torch.dtype) -> Weight:
         """Transposes and casts to FRACTAL_NZ where no padding is needed: [N, K] -> [K, N], or [E, N, K] -> [E, K, N].
 
         A FRACTAL_NZ tensor must not be sliced or viewed afterwards.
         """
+        weight = super().prepare_weight(weight, dtype)
+        if not isinstance(weight, DenseWeight):
+            raise unknown_weight(weight)
         if any(size % 16 or size > MAX_INNER_SIZE for size in weight.data.shape[-2:]):
             return weight
         data = npu.npu_format_cast(weight.data.transpose(-1, -2).contiguous(), FRACTAL_NZ)
@@ -199,6 +202,8 @@ class NpuOps(NpuExperts):
     def linear(self, hidden_states: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         if isinstance(weight, DenseWeight):
             return F.linear(hidden_states, weight.data, bias)
+        if not isinstance(weight, TransposedWeight):
+            raise unknown_weight(weight)
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty(0, weight.data.shape[1])
         if bias is None:

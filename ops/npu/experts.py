@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ops import GroupedRows, RouterLogits, Routing
 from ops.npu.calls import npu
-from ops.reference import ReferenceOps
+from ops.reference import ReferenceOps, unknown_weight
 from ops.routing import NO_EXPERT
-from ops.weight import DenseWeight, Weight
+from ops.weight import DenseWeight, TransposedWeight, Weight
 
 EXPERT_IDS = NO_EXPERT + 1  # the most that npu_moe_init_routing_v2 takes
 MAX_EXPERT_TOKENS = 8192  # per chunk, to limit memory: the top-k rows take K times that of the tokens
@@ -46,7 +46,7 @@ class NpuExperts(ReferenceOps):
         """`experts` of at most MAX_EXPERT_TOKENS tokens."""
         if self.combine_local is None or not routing.has_elsewhere:
             return super().experts(hidden_states, routing, gate_up, down)
-        count = gate_up.data.shape[0]
+        count = gate_up.shape[0]
         local = [routing.first, routing.first + count]
         rows, row_index, counts = self.sort_experts(hidden_states, routing.topk_ids, local, EXPERT_IDS)
         output = self.grouped_experts(rows, counts, gate_up, down)
@@ -101,6 +101,8 @@ class NpuExperts(ReferenceOps):
         return output
 
     def grouped_linear(self, rows: Tensor, weight: Weight, tokens_per_expert: Tensor) -> Tensor:
+        if not isinstance(weight, DenseWeight | TransposedWeight):
+            raise unknown_weight(weight)
         data = weight.data.transpose(1, 2) if isinstance(weight, DenseWeight) else weight.data  # [E, K, N]
         return npu.npu_grouped_matmul(
             [rows],

@@ -16,6 +16,8 @@ from executor.config import settings_from_dict
 from executor.loading.before_loading import check_before_launch, load_config
 from executor.loading.checkpoint import INDEX_NAME, SINGLE_NAME
 from executor.loading.loader import load_parameters
+from executor.loading.stored_model import check_tensors
+from models.quantization.scheme import Scheme
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 from tests.checkpoints import make_checkpoint
@@ -57,7 +59,7 @@ def in_time() -> Iterator[None]:
 def refusal(folder: Path) -> str:
     with pytest.raises(ValueError) as error:
         specs = parameter_specs(load_config(folder), Layout())
-        load_parameters(folder, specs, specs, torch.float32, torch.device("cpu"))
+        load_parameters(check_tensors(folder, specs, Scheme()), specs, torch.float32, torch.device("cpu"))
     line = str(error.value)
     assert line.isprintable() and len(line) <= 500, line
     return line
@@ -181,13 +183,17 @@ def test_config_too_large(single):
     assert f"{single / 'config.json'}: cannot be read: larger than" in refusal(single)
 
 
-@pytest.mark.parametrize("name", ["quant_model_description.json", "quant_model_description_w8a8.json"])
-@pytest.mark.parametrize("kind", ["{}", "dangling", "folder"])
-def test_quantised_checkpoint_is_rejected(name, kind, single):
-    (single / name).write_text("{}")
-    if kind != "{}":
-        put(single / name, kind)
-    assert refusal(single) == f"{single / name}: quantised checkpoints are not supported"
+@pytest.mark.parametrize("kind", JSONS)
+def test_invalid_description_of_quantised_tensors(kind, single):
+    file = single / "quant_model_description.json"
+    file.write_bytes(JSONS[kind])
+    assert refusal(single).startswith(str(file))
+
+
+def test_several_descriptions_of_quantised_tensors(single):
+    for name in ("quant_model_description.json", "quant_model_description_w8a8.json"):
+        (single / name).write_text("{}")
+    assert "has several descriptions (quant_model_description.json, quant_model_description_w8a8" in refusal(single)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from transformers import Qwen3MoeConfig
 from executor.config import REPOSITORY
 from executor.loading.before_loading import load_config
 from executor.loading.loader import MAPPED_BYTES, load_parameters, parameter_bytes, random_parameters
+from executor.loading.stored_model import check_tensors
 from models.layers.parameter import Parameters, ParameterSpec, Role
+from models.quantization.scheme import Scheme
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
 from ops import DenseWeight
@@ -54,7 +56,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Parameters:
 
 
 def load_whole(folder: Path, specs: list[ParameterSpec], dtype: torch.dtype) -> Parameters:
-    return load_parameters(folder, specs, specs, dtype, CPU)
+    return load_parameters(check_tensors(folder, specs, Scheme()), specs, dtype, CPU)
 
 
 def tensor(value: torch.Tensor | DenseWeight) -> torch.Tensor:
@@ -123,9 +125,9 @@ def test_file_larger_than_one_mapping(single, monkeypatch):
             f"of wrong shape: {EXPERT} is [48, 40] instead of [40, 48]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.ones(1, 48)}), "model.norm.weight is [1, 48] instead of [48]"),
-        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.int8)}), f"1 of wrong dtype: {EXPERT} is I8"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.int8)}), f"{EXPERT} of int8 without weight_scale is not supported; supported are AWQ"),
         (lambda t: t.update({EXPERT: torch.ones(40, 48).long()}), f"1 of wrong dtype: {EXPERT} is I64"),
-        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.float8_e4m3fn)}), f"{EXPERT} is F8_E4M3"),
+        (lambda t: t.update({EXPERT: torch.ones(40, 48).to(torch.float8_e4m3fn)}), f"{EXPERT} of FP8 without weight_scale_inv"),
         (lambda t: t.update({"renamed": t.pop(EXPERT)}), f"1 missing: {EXPERT}; 1 not expected: renamed"),
     ],
 )
@@ -219,6 +221,8 @@ from pathlib import Path
 import torch
 from executor.loading import loader
 from executor.loading.loader import load_parameters, parameter_bytes
+from executor.loading.stored_model import check_tensors
+from models.quantization.scheme import Scheme
 from executor.loading.before_loading import load_config
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
@@ -239,13 +243,14 @@ def memory(key):
 folder, warm_up = map(Path, sys.argv[1:3])
 layout = Layout(**json.loads(sys.argv[3]))
 specs = parameter_specs(load_config(warm_up), Layout())
-load_parameters(warm_up, specs, specs, torch.bfloat16, torch.device("cpu"))
+load_parameters(check_tensors(warm_up, specs, Scheme()), specs, torch.bfloat16, torch.device("cpu"))
 whole_model = parameter_specs(load_config(folder), Layout())
 specs = parameter_specs(load_config(folder), layout)
 read_bytes = 0
 before = memory("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # resets the peak memory
-parameters = load_parameters(folder, specs, whole_model, torch.bfloat16, torch.device("cpu"))
+stored = check_tensors(folder, whole_model, Scheme())
+parameters = load_parameters(stored, specs, torch.bfloat16, torch.device("cpu"))
 print(json.dumps([parameter_bytes(specs, torch.bfloat16), memory("VmHWM") - before, read_bytes]))
 """
 

@@ -181,7 +181,7 @@ class Case:
         specs = parameter_specs(self.config, Layout.of(self.parallel))
         values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
         self.parameters: Parameters = as_parameters(specs, values)
-        self.parameters.prepare(ops)
+        self.parameters.prepare(ops, torch.bfloat16)
         ops.product = LAYOUTS[layout][3]
         build = Building(
             config=self.config,

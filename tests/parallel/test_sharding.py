@@ -11,6 +11,8 @@ from executor.bench.common import CONFIG_FOLDER
 from executor.config import load_settings
 from executor.loading.before_loading import check_before_launch
 from executor.loading.loader import load_parameters
+from executor.loading.stored_model import check_tensors
+from models.quantization.scheme import Scheme
 from models.qwen3_moe.sharding import Layout, check_layout
 from models.qwen3_moe.weights import parameter_specs
 from ops.comm import group_members
@@ -53,10 +55,10 @@ def test_parts_glued_together_are_the_checkpoint(sizes, stacked, tmp_path):
     model = make_checkpoint(tmp_path, stacked=stacked, **CONFIG)
     stored = load_file(tmp_path / "model.safetensors")
     full = {}
-    whole_model = parameter_specs(model.config, Layout())
+    checked = check_tensors(tmp_path, parameter_specs(model.config, Layout()), Scheme())
     for layout in layouts(8, **sizes):
         specs = parameter_specs(model.config, layout)
-        loaded = load_parameters(tmp_path, specs, whole_model, torch.float32, torch.device("cpu"))
+        loaded = load_parameters(checked, specs, torch.float32, torch.device("cpu"))
         for spec in specs:
             value = loaded[spec.name]
             tensor = value if isinstance(value, torch.Tensor) else value.data

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""float8 weights in blocks, as Qwen publishes them: e4m3, `weight_scale_inv` holds the factor of each block."""
+
+import torch
+
+from models.quantization.format import Component, Format
+from ops.weight import Fp8Weight
+
+
+def fp8_blocks(module: str, block: tuple[int, int]) -> Format:
+    """FP8 weight [N, K] with weight_scale_inv [ceil(N / rows), ceil(K / columns)]."""
+    components = (
+        Component(name=f"{module}.weight", field="data", dtypes=("F8_E4M3",), unit=(1, 1), dtype=torch.float8_e4m3fn),
+        Component(name=f"{module}.weight_scale_inv", field="scales", dtypes=("F32", "BF16", "F16"), span=block),
+    )
+    return Format(name=f"FP8, blocks of {block[0]} x {block[1]}", weight=Fp8Weight, components=components)
