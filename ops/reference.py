@@ -12,13 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from ops import OPERATIONS, GroupedRows, Ops, RouterLogits, Routing, StepMetadata
+from ops.quantized_matmul import quantized_matmul, unknown_weight
 from ops.weight import DenseWeight, Fp8Weight, Int4Weight, Int8StaticWeight, Int8Weight, Weight, dequantize
 
 # torch 2.8 and 2.9 have only the private one
 grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 MAX_GATHERED_ROWS = 1024  # larger steps are prefill, which is not captured in a graph
 GATHER_CHUNK = 32  # rows per chunk of gathered weights
-INT8_MAX = 127
 DEQUANTIZED_CHUNK = 8  # the same for quantised ones, which are dequantised
 
 
@@ -259,41 +259,6 @@ def gathered_linear(rows: torch.Tensor, weight: Weight, tokens_per_expert: torch
         else:
             outputs.append(quantized_matmul(part[:, None], gathered)[:, 0])
     return torch.cat(outputs)
-
-
-def quantized_matmul(rows: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """Matmul with a quantised weight: [T, K] x [N, K] -> [T, N], or [B, T, K] x [B, N, K] -> [B, T, N].
-
-    Weight-only formats are dequantised to the dtype of the rows. Integer formats follow their documented arithmetic:
-    the sums of products of int8 are exact, here in float64, where rows that are not finite stay so.
-    """
-    match weight:
-        case Int8Weight():
-            values, row_scales = dynamic_int8(rows)
-            sums = torch.matmul(values.double(), weight.data.double().transpose(-1, -2)).float()
-            return (sums * weight.scales.float().transpose(-1, -2) * row_scales).to(rows.dtype)
-        case Int8StaticWeight():
-            values = static_int8(rows, weight).double()
-            sums = torch.matmul(values, weight.data.double().t()) + weight.quant_bias.double().t()
-            return (sums.float() * weight.scales.t()).to(rows.dtype)
-    return torch.matmul(rows, dequantize(weight, rows.dtype).transpose(-1, -2))
-
-
-def dynamic_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds each row [..., K] to whole numbers from -127 to 127: float32 values, and scales [..., 1]."""
-    rows = rows.float()
-    scales = rows.abs().amax(-1, keepdim=True) / INT8_MAX
-    return (rows / scales.masked_fill(scales == 0, 1.0)).round(), scales
-
-
-def static_int8(rows: torch.Tensor, weight: Int8StaticWeight) -> torch.Tensor:
-    """Rounds rows [T, K] with the scale and offset of the weight: float32 whole numbers from -128 to 127."""
-    rows = rows.float() if weight.input_bias is None else rows.float() + weight.input_bias.float()
-    return ((rows / weight.input_scale).round() + weight.input_offset).clamp(-INT8_MAX - 1, INT8_MAX)
-
-
-def unknown_weight(weight: object) -> TypeError:
-    return TypeError(f"weights of type {type(weight).__name__} are not supported by this operation")
 
 
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -5,11 +5,12 @@ N output width, K input width, E experts; a dimension E comes first in the tenso
 hold one scale for a block of N / scales.shape[-2] rows and K / scales.shape[-1] columns.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 
+from ops.comm import Group
 from ops.int4 import PER_WORD, unpack_int4
 
 DENSE = "dense"  # format_name of unquantised weights
@@ -27,9 +28,9 @@ class Weight:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors by field name, without those that are None."""
+        """Tensors by field name, without absent ones."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +38,11 @@ class Weight:
 
     def __getitem__(self, experts: Any) -> "Weight":
         """Selects experts: an index, a slice or a tensor of ids."""
-        return type(self)(**{name: tensor[experts] for name, tensor in self.tensors.items()})
+        return replace(self, **{name: tensor[experts] for name, tensor in self.tensors.items()})  # type: ignore[type-var]
+
+    def with_columns_over(self, group: Group) -> "Weight":
+        """Tells the weight that its columns, and those of its input, are sharded over `group`."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,14 @@ class Int8Weight(Weight):
     format_name = "w8a8"
     data: torch.Tensor  # int8 [N, K]
     scales: torch.Tensor  # floating point [N, 1]
+    column_group: Group | None = None  # whose ranks hold the other columns: max |x| is over all of them
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.data.shape)
+
+    def with_columns_over(self, group: Group) -> Weight:
+        return replace(self, column_group=group) if group.size > 1 else self
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ CONFIG = {
     "head_dim": 16,
     "num_experts": 8,
     "num_experts_per_tok": 3,
-    "moe_intermediate_size": 48,
+    "moe_intermediate_size": 64,
     "num_hidden_layers": 2,
 }
 Written = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -213,6 +213,56 @@ class IntegerExperts(torch.nn.Module):
                 gate, up = gate_up(hidden_states[token : token + 1]).chunk(2, dim=-1)
                 output[token] += weight * down(torch.nn.functional.silu(gate) * up)[0]
         return output
+
+
+class StaticLinear(torch.nn.Module):
+    """msModelSlim's static W8A8 in whole numbers, from its stored tensors."""
+
+    def __init__(self, stored: dict[str, torch.Tensor], module: str, norm_bias: torch.Tensor | float):
+        super().__init__()
+        for name in ("weight", "deq_scale", "quant_bias", "input_scale", "input_offset"):
+            setattr(self, name, stored[f"{module}.{name}"])
+        if self.deq_scale.dtype is torch.int64:
+            self.deq_scale = torch.tensor(self.deq_scale.int().numpy().view("float32"))
+        self.norm_bias = norm_bias
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        values = ((rows + self.norm_bias) / self.input_scale).round().long() + self.input_offset.long()
+        sums = values.clamp(-128, 127) @ self.weight.long().t() + self.quant_bias
+        return sums.float() * self.deq_scale
+
+
+def quantize_static(folder: Path, as_bits: bool, **config: Any) -> Qwen3MoeForCausalLM:
+    """Writes msModelSlim's mixture: experts W8A8_DYNAMIC, attention static W8A8, norms with biases."""
+    model = with_integer_layers(quantize(folder, modelslim, None, **config))
+    stored = load_file(folder / "model.safetensors")
+    description = json.loads((folder / "quant_model_description.json").read_text())
+    for layer_id, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{layer_id}"
+        norm_bias = torch.randn(model.config.hidden_size) / 10
+        input_scale = torch.rand(1) / 20 + 0.02
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            module = f"{prefix}.self_attn.{name}"
+            scales = stored.pop(f"{module}.weight_scale")[:, 0] * input_scale
+            del stored[f"{module}.weight_offset"]
+            bits = torch.tensor(scales.numpy().view("int32")).long()
+            stored |= {
+                f"{module}.deq_scale": bits if as_bits else scales,
+                f"{module}.quant_bias": torch.randint(-3000, 3000, scales.shape, dtype=torch.int32),
+                f"{module}.input_scale": input_scale.clone(),
+                f"{module}.input_offset": torch.full((1,), 5.0),
+            }
+            if name != "o_proj":
+                stored[f"{module}.bias"] = torch.randn(scales.shape)  # within quant_bias
+            linear = StaticLinear(stored, module, 0.0 if name == "o_proj" else norm_bias)
+            setattr(layer.self_attn, name, linear)
+            description |= {key: "W8A8" for key in stored if key.startswith(module)}
+        stored[f"{prefix}.input_layernorm.bias"] = norm_bias
+        for name in ("post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm"):
+            stored[f"{prefix}.{name}.bias"] = torch.zeros_like(stored[f"{prefix}.{name}.weight"])
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+    return model
 
 
 def with_integer_layers(model: Qwen3MoeForCausalLM) -> Qwen3MoeForCausalLM:

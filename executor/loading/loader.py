@@ -146,6 +146,7 @@ def pieces_of(
             tensor = stored.tensors[source.name]
             yield from ((tensor, piece) for piece in dense_pieces(tensor, source, tensors["data"][source.region]))
         return
+    filled: set[str] = set()  # shared fields
     for source in spec.sources:
         found = stored.formats[source.name]
         for component in found.components:
@@ -153,7 +154,7 @@ def pieces_of(
             target = tensors[component.field][region_of(source, len(spec.shape), unit)]
             yield tensor, component_piece(tensor, component, source, target, unit)
         for shared in found.shared:
-            store = partial(fill_shared, shared, spec.sources[0] is source, tensors[shared.field])
+            store = partial(fill_shared, shared, filled, tensors[shared.field])
             yield whole_piece(stored.tensors[shared.name], store)
         for check in found.checks:
             yield whole_piece(stored.tensors[check.name], partial(refuse_unless, check))
@@ -179,13 +180,14 @@ def whole_piece(tensor: StoredTensor, store: Callable[[torch.Tensor], None]) -> 
     return tensor, Piece(tensor.name, tuple(slice(None) for _ in tensor.shape), store, size)
 
 
-def fill_shared(shared: Shared, is_first: bool, target: torch.Tensor, found: torch.Tensor) -> None:
-    """Fills a tensor that all sources of a parameter share; ValueError if they differ."""
+def fill_shared(shared: Shared, filled: set[str], target: torch.Tensor, found: torch.Tensor) -> None:
+    """Fills a tensor that all sources of a parameter share; ValueError if they differ. filled: fields that are."""
     values = shared.decode(found).to(target)
-    if is_first:
+    if shared.field not in filled:
         target.copy_(values)
+        filled.add(shared.field)
     elif not torch.equal(values, target):
-        raise ValueError(f"{shared.name} differs from that of the modules that it is merged with")
+        raise ValueError(one_line(f"{shared.name} differs from that of the modules that it is merged with"))
 
 
 def refuse_unless(check: Check, found: torch.Tensor) -> None:

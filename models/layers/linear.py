@@ -15,7 +15,7 @@ class RowLinear:
     """
 
     def __init__(self, weight: Weight, bias: torch.Tensor | None, group: Group, ops: Ops):
-        self.weight = weight
+        self.weight = weight.with_columns_over(group)
         self.bias = bias
         self.group = group
         self.ops = ops

@@ -132,7 +132,7 @@ def build_sparse_moe(build: Building, norm_weight: torch.Tensor, parameters: Par
         top_k=build.config.num_experts_per_tok,
         renormalize=build.config.norm_topk_prob,
         gate_up_proj=parameters["experts.gate_up_proj"],
-        down_proj=parameters["experts.down_proj"],
+        down_proj=parameters["experts.down_proj"].with_columns_over(build.parallel.moe_tp),
         decode_exchange=build.decode_exchange,
         prefill_exchange=build.prefill_exchange,
         ops=build.ops,

@@ -39,7 +39,8 @@ from ops.npu.variants import (
     REGROUP,
     ROTARY,
 )
-from ops.reference import ReferenceOps, unknown_weight
+from ops.quantized_matmul import unknown_weight
+from ops.reference import ReferenceOps
 from ops.step import BLOCK_SIZE
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
