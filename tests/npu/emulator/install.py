@@ -15,10 +15,13 @@ from tests.npu.emulator import (
     exchange,
     formats,
     fused_attention,
+    grouped_quant,
     matmul,
     norms,
     permute,
     quant,
+    quant_matmul,
+    quant_norms,
     registry,
     routing,
     stand_in,
@@ -28,7 +31,10 @@ from tests.npu.emulator.schemas import read_schemas, read_version
 
 logger = logging.getLogger(__name__)
 # importing them registers their operations
-SUBJECTS = (cache, exchange, formats, fused_attention, matmul, norms, permute, quant, routing)
+SUBJECTS = (
+    *(cache, exchange, formats, fused_attention, matmul, norms, permute, routing),
+    *(grouped_quant, quant, quant_matmul, quant_norms),
+)
 SOC_NAMES = {"A2": "Ascend910B3", "A3": "Ascend910_9391"}
 
 _installed: dict[str, Any] = {}

@@ -2,16 +2,19 @@
 """The grouped matmul of the experts (op-plugin docs: npu_grouped_matmul).
 
 R rows, K in width, N out width, E groups. Plain fp16/bf16/fp32, int8 with scales per channel and token, and int8 or
-int4 (packed in int32) weights with antiquant scales.
+int4 (packed along N in int32) weights with antiquant scales, which the page takes in ND only.
 """
 
 import torch
 
-from tests.npu.emulator.quant import dtype_of, int8_product
+from tests.npu.emulator.quant import dtype_of, int8_product, unpack_int4
 from tests.npu.emulator.registry import (
     FLOATS,
     HALVES,
+    ND,
+    is_transposed,
     kernel,
+    npu_format,
     poison,
     require,
     require_contiguous,
@@ -36,33 +39,32 @@ def _only(name: str, tensors: Tensors | None) -> torch.Tensor | None:
     return None if tensors is None else tensors[0]
 
 
-def _is_transposed(weight: torch.Tensor) -> bool:
-    return not weight.is_contiguous() and weight.transpose(-1, -2).is_contiguous()
-
-
 def _check_operands(x: torch.Tensor, weight: torch.Tensor) -> None:
     """x [R, K] and weight [E, K, N] (or [K, N]): shapes, strides and dtypes that go together."""
     require_not_empty(x=x, weight=weight)
     require_contiguous(x=x)
     require(x.dim() == 2 and weight.dim() in (2, 3), f"x {list(x.shape)}, weight {list(weight.shape)}")
-    require(weight.is_contiguous() or _is_transposed(weight), f"weight has strides {weight.stride()}")
+    require(weight.is_contiguous() or is_transposed(weight), f"weight has strides {weight.stride()}")
     require(x.shape[1] == weight.shape[-2], f"K differs: x {list(x.shape)}, weight {list(weight.shape)}")
-    weight_inner = weight.shape[-2] if _is_transposed(weight) else weight.shape[-1]
+    weight_inner = weight.shape[-2] if is_transposed(weight) else weight.shape[-1]
     require(max(x.shape[1], weight_inner) < INNER_LIMIT, f"an inner axis reaches {INNER_LIMIT}")
     if x.dtype in HALVES and weight.dtype in (torch.int8, torch.int32):
+        require(npu_format(weight) == ND, "an int weight with antiquant scales is FRACTAL_NZ; only ND is allowed")
+        packed_rows = weight.dtype == torch.int32 and is_transposed(weight)
+        require(not packed_rows, "an int4 weight packed along N is transposed: its width is not multiplied by 8")
         return
     require_dtype("x", x, (*FLOATS, torch.int8))
     require_same_dtype(x=x, weight=weight)
 
 
-def _bounds(group_list: torch.Tensor, kind: int, groups: int, rows: int) -> list[int]:
-    """Where each group ends."""
+def bounds(group_list: torch.Tensor, kind: int, groups: int, rows: int, one_count: bool = False) -> list[int]:
+    """Where each group ends; `one_count`: whether a single count (kind 1) is allowed."""
     require_dtype("group_list", group_list, (torch.int64,))
     require_shape("group_list", group_list, groups)
     require(kind in (0, 1), f"group_list_type {kind}: 0 (cumulative) or 1 (counts)")
     require(bool((group_list >= 0).all()), "group_list has a negative number")
     if kind == 1:
-        require(groups != 1, "group_list of counts (type 1) must not have length 1")
+        require(one_count or groups != 1, "group_list of counts (type 1) must not have length 1")
         ends = group_list.cumsum(0).tolist()
     else:
         ends = group_list.tolist()
@@ -71,17 +73,11 @@ def _bounds(group_list: torch.Tensor, kind: int, groups: int, rows: int) -> list
     return ends
 
 
-def _unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """int32 [..., N / 8] to int8 [..., N] in [-8, 7]: the lowest four bits are the first column."""
-    nibbles = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
-    return ((nibbles ^ 8) - 8).flatten(-2).to(torch.int8)
-
-
 def _antiquant(weight: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None, dtype: torch.dtype):
     """(weight + offset) * scale of [E, K, N], rounded to `dtype`; scales are [E, N] or (int4) [E, K / g, N]."""
     require(scale is not None and offset is not None, "an int weight needs antiquant_scale and antiquant_offset")
     packed = weight.dtype == torch.int32
-    weight = _unpack_int4(weight) if packed else weight
+    weight = unpack_int4(weight) if packed else weight
     for name, tensor in (("antiquant_scale", scale), ("antiquant_offset", offset)):
         require_dtype(name, tensor, (dtype,))
     groups, depth, width = weight.shape
@@ -94,7 +90,10 @@ def _antiquant(weight: torch.Tensor, scale: torch.Tensor | None, offset: torch.T
     else:
         require_shape("antiquant_scale", scale, groups, width)
         scale, offset = scale[:, None], offset[:, None]
-    return ((weight.float() + offset.float()) * scale.float()).to(dtype)
+    wide = weight.float() + offset.float()
+    if dtype == torch.float16:  # the golden adds and multiplies in fp16, but in fp32 for bf16
+        wide = wide.half().float()
+    return (wide * scale.float()).to(dtype)
 
 
 def _int8_out(x: torch.Tensor, scale: torch.Tensor | None, token_scale: torch.Tensor | None, code: int | None):
@@ -110,6 +109,13 @@ def _int8_out(x: torch.Tensor, scale: torch.Tensor | None, token_scale: torch.Te
         require_dtype("per_token_scale", token_scale, (torch.float32,))
         require_shape("per_token_scale", token_scale, len(x))
     return dtype
+
+
+def _check_hint(tuning_config: list[int] | None, x: torch.Tensor) -> None:
+    """The rows expected of each group, for int8 operands only."""
+    if tuning_config:
+        require(x.dtype == torch.int8, f"tuning_config {tuning_config} goes with int8, not {x.dtype}")
+        require(0 <= tuning_config[0] <= len(x), f"tuning_config {tuning_config}: 0 to the {len(x)} rows")
 
 
 def _grouped(
@@ -174,7 +180,8 @@ def npu_grouped_matmul(
     require(len(matrix) <= 1024, f"{len(matrix)} groups: at most 1024")
     require(group_list is not None, "group_type 0 needs group_list")
     _check_operands(rows, matrix)
-    ends = _bounds(group_list, group_list_type, len(matrix), len(rows))
+    _check_hint(tuning_config, rows)
+    ends = bounds(group_list, group_list_type, len(matrix), len(rows))
     bias_, scale_, token_scale = _only("bias", bias), _only("scale", scale), _only("per_token_scale", per_token_scale)
     if rows.dtype in HALVES and matrix.dtype in (torch.int8, torch.int32):
         matrix = _antiquant(matrix, _only("scales", antiquant_scale), _only("offsets", antiquant_offset), rows.dtype)

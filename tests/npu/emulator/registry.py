@@ -79,6 +79,11 @@ def require_contiguous(**tensors: torch.Tensor | None) -> None:
         require(tensor is None or tensor.is_contiguous(), f"{name} is not contiguous")
 
 
+def is_transposed(tensor: torch.Tensor) -> bool:
+    """Whether the last two dimensions are swapped in memory, which matmuls read as a transposed operand."""
+    return not tensor.is_contiguous() and tensor.transpose(-1, -2).is_contiguous()
+
+
 def require_not_empty(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         require(tensor.numel() > 0, f"{name} {list(tensor.shape)} is empty")

@@ -6,6 +6,7 @@ T tokens, H hidden, E experts, K experts per token, R = T * K.
 
 import torch
 
+from tests.npu.emulator.quant import quantise_rows
 from tests.npu.emulator.registry import (
     FLOATS,
     kernel,
@@ -139,8 +140,7 @@ def npu_moe_init_routing_v2(
             fits = scale.dim() == 2 and scale.shape[1] == x.shape[1] and len(scale) in (1, last - first)
             require(fits, f"scale {list(scale.shape)}, not [{last - first}, {x.shape[1]}]")
             wide = wide * (scale if len(scale) == 1 else scale[flat[chosen] - first])
-        scales[:valid] = wide.abs().amax(-1) / 127
-        values = (wide / scales[:valid, None]).nan_to_num(0).round().to(torch.int8)
+        values, scales[:valid] = quantise_rows(wide)
     elif scale is not None:
         require_dtype("scale", scale, (torch.float32,))
         require_shape("scale", scale, len(x))
