@@ -1,13 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapter for the undocumented parts of transformers that the project depends on."""
 
+import importlib
+import importlib.util
 import sys
+import types
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-MODEL_CLASSES = "transformers.models.auto.modeling_auto"
+MODELS = "transformers.models"
+MODEL_CLASSES = f"{MODELS}.auto.modeling_auto"
+
+
+class UnreadModels(types.ModuleType):
+    """Package `transformers.models`, executed when one of its names, other than a submodule's, is first looked up.
+
+    Executing it reads the sources of all models, 0.5 s of CPU, to list their classes: `transformers` has done so
+    already, and imports of submodules do not need it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {MODELS!r} has no attribute {name!r}")
+        if importlib.util.find_spec(f"{MODELS}.{name}"):
+            return importlib.import_module(f"{MODELS}.{name}")
+        if type(sys.modules[MODELS]) is UnreadModels:
+            del sys.modules[MODELS]
+        return getattr(importlib.import_module(MODELS), name)
+
+
+if MODELS not in sys.modules:
+    spec = importlib.util.find_spec(MODELS)
+    assert spec is not None
+    sys.modules[MODELS] = importlib.util.module_from_spec(spec)
+    sys.modules[MODELS].__class__ = UnreadModels
 
 if MODEL_CLASSES not in sys.modules:
     # transformers imports them, for seconds, to name one in the docstring of the config class, or does without

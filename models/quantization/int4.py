@@ -14,15 +14,17 @@ from ops.int4 import PER_WORD, pack_int4, unpack_int4
 from ops.weight import Int4Weight
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # position within a word, from the lowest bits, of each of eight columns
 
 
-def unpack_columns(words: torch.Tensor, order: tuple[int, ...] = tuple(range(PER_WORD))) -> torch.Tensor:
-    """Unpacks words that hold eight output columns: int32 [K, N / 8] -> uint8 [N, K]."""
-    values = unpack_int4(words).unflatten(-1, (-1, PER_WORD))
-    if order != tuple(range(PER_WORD)):
-        values = values[..., list(order)]
-    return values.flatten(-2).t()
+def unpack_columns(words: torch.Tensor, is_awq: bool = False) -> torch.Tensor:
+    """Unpacks words that hold eight output columns: int32 [K, N / 8] -> uint8 [N, K].
+
+    AWQ's hold the four even columns in the lower half and the odd ones in the upper half.
+    """
+    values = unpack_int4(words)
+    if is_awq:
+        values = values.unflatten(-1, (-1, 2, PER_WORD // 2)).transpose(-1, -2).flatten(-3)
+    return values.t()
 
 
 def unpack_rows(words: torch.Tensor) -> torch.Tensor:
@@ -32,11 +34,11 @@ def unpack_rows(words: torch.Tensor) -> torch.Tensor:
 
 def repack_awq(words: torch.Tensor) -> torch.Tensor:
     """AWQ's qweight int32 [K, N / 8] -> int32 [N, K / 8]."""
-    return pack_int4(unpack_columns(words, AWQ_ORDER))
+    return pack_int4(unpack_columns(words, is_awq=True))
 
 
 def awq_zeros(words: torch.Tensor) -> torch.Tensor:
-    return unpack_columns(words, AWQ_ORDER)
+    return unpack_columns(words, is_awq=True)
 
 
 def plus_one(words: torch.Tensor) -> torch.Tensor:
@@ -62,7 +64,8 @@ def awq(module: str, group_size: int, has_zeros: bool) -> Format:
     ]
     if has_zeros:
         components.append(zeros_by_group(f"{module}.qzeros", group_size, awq_zeros))
-    return Format(name=f"AWQ, groups of {group_size}", weight=Int4Weight, components=tuple(components))
+    name = f"AWQ, groups of {group_size}" + ("" if has_zeros else ", no zero points")
+    return Format(name=name, weight=Int4Weight, components=tuple(components))
 
 
 def gptq(module: str, group_size: int, columns: int, zeros_less_one: bool, has_g_idx: bool) -> Format:
