@@ -139,7 +139,14 @@ def test_import_without_optional_packages():
     hidden = "".join(f"sys.modules[{module!r}] = None\n" for module in (*VENDORS, *OPTIONAL))  # fail to import
     loaded = loaded_by(
         f"import sys\n{hidden}import executor\nfrom executor import LLM, RequestOutput, SamplingParams\n"
-        "import executor.infer"
+        "import executor.infer, executor.llm\n"
+        "assert type(sys.modules['transformers.models']).__name__ == 'UnreadModels'\n"
+        "import transformers\n"
+        "assert transformers.models.gpt2.GPT2Config is transformers.GPT2Config\n"  # a submodule, not imported yet
+        "from transformers.models import LlamaConfig, llama, qwen3_moe\n"
+        "assert type(sys.modules['transformers.models']).__name__ != 'UnreadModels'\n"
+        "assert LlamaConfig is llama.LlamaConfig and qwen3_moe.Qwen3MoeConfig is transformers.Qwen3MoeConfig\n"
+        "assert not hasattr(transformers.models, 'Llama0Config')"
     )
     assert {"executor", "models", "ops", "torch", "transformers"} <= loaded
 
