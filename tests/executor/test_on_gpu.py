@@ -15,6 +15,7 @@ from tests.checkpoints import reference_logits
 from tests.engine.engines import reset
 from tests.logits import decode_logits, relative_error
 from tests.parallel.ranks import run_ranks, settings_of
+from tests.quantized_checkpoints import CONFIG, FORMATS, quantize, quantize_static
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -158,3 +159,32 @@ def test_requests_beside_each_other(exe_mode):
         rows = logits[len(prompt) - 1 : -1]
         chosen = rows.gather(1, torch.tensor(output.token_ids)[:, None])[:, 0]
         assert (rows.amax(-1) - chosen).max() <= 2 * MORE_THAN_TRANSFORMERS * their_error
+
+
+@pytest.mark.parametrize("name", ["awq", "w4a16", "fp8", "w8a8", "modelslim_static"])
+def test_quantised_checkpoints(name, tmp_path):
+    """Prefill and decode in both modes against float32 on the CPU; FP8 weights stay FP8 in memory."""
+    config = {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 128, "moe_intermediate_size": 128}
+    if name == "modelslim_static":
+        quantize_static(tmp_path, as_bits=True, **config)
+    else:
+        quantize(tmp_path, *FORMATS[name], **config)
+    new_tokens, errors, found = 12, {}, []
+    prompts = torch.randint(0, CONFIG["vocab_size"], (3, 40)).tolist()
+    exact = LLM(tmp_path, "cpu", dtype="float32")
+    for exe_mode in MODES:
+        llm = LLM(tmp_path, "cuda", exe_mode=exe_mode, max_new_tokens=new_tokens, batch_size=4, prefix_cache=False)
+        assert llm.parameters.formats() == sorted({"dense", *exact_formats(name)})
+        sequences, decoded = decode_logits(llm, prompts, new_tokens)
+        expected = [exact.logits(sequence)[-new_tokens:-1] for sequence in sequences]
+        errors[exe_mode] = relative_error(torch.cat(decoded), torch.cat(expected))
+        errors[f"{exe_mode} prefill"] = relative_error(llm.logits(sequences[0]).cpu(), exact.logits(sequences[0]))
+        found.append(sequences)
+    print(f"\n{name}: relative errors {errors}")
+    # bfloat16 activations round to other whole numbers than float32 ones: of the size of the rounding itself
+    assert max(errors.values()) < (0.1 if name in ("w8a8", "modelslim_static") else 0.05)
+    assert found[0] == found[1]
+
+
+def exact_formats(name: str) -> list[str]:
+    return {"awq": ["w4a16"], "modelslim_static": ["w8a8", "w8a8-static"]}.get(name, [name])
