@@ -134,7 +134,8 @@ def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, 
             while remaining and mapped < MAPPED_BYTES:
                 piece = remaining.pop()
                 mapped += piece.mapped_bytes
-                yield handle.get_slice(piece.name)[piece.part or ...], piece
+                whole = not piece.part  # of which a scalar has no other slice
+                yield handle.get_tensor(piece.name) if whole else handle.get_slice(piece.name)[piece.part], piece
 
 
 def pieces_of(
@@ -170,14 +171,14 @@ def component_piece(
     def store(found: torch.Tensor) -> None:
         target.copy_(component.fit(found.to(target.device), ranges, unit))
 
-    first = part[0].stop - part[0].start
+    rows = part[0].stop - part[0].start if part else 1
     row_bytes = DTYPES[tensor.dtype].itemsize * torch.Size(tensor.shape[1:]).numel()
-    return Piece(tensor.name, part, store, first * row_bytes)
+    return Piece(tensor.name, part, store, rows * row_bytes)
 
 
 def whole_piece(tensor: StoredTensor, store: Callable[[torch.Tensor], None]) -> tuple[StoredTensor, Piece]:
     size = torch.Size(tensor.shape).numel() * DTYPES[tensor.dtype].itemsize
-    return tensor, Piece(tensor.name, tuple(slice(None) for _ in tensor.shape), store, size)
+    return tensor, Piece(tensor.name, (), store, size)
 
 
 def fill_shared(shared: Shared, filled: set[str], target: torch.Tensor, found: torch.Tensor) -> None:

@@ -103,7 +103,7 @@ def static_format(
 def fp8_format(module: str, stored: dict[str, Stored], scheme: Scheme) -> Format:
     if "weight_scale_inv" not in stored:
         raise not_supported(f"{module}.weight of FP8 without weight_scale_inv (scales by tensor or channel)")
-    return fp8_blocks(module, scheme.block)
+    return fp8_blocks(module, scheme.block, is_scalar=stored["weight_scale_inv"].shape == ())
 
 
 def group_size(module: str, name: str, k: int, stored: dict[str, Stored], axis: int) -> int:

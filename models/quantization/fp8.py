@@ -7,10 +7,21 @@ from models.quantization.format import Component, Format
 from ops.weight import Fp8Weight
 
 
-def fp8_blocks(module: str, block: tuple[int, int]) -> Format:
-    """FP8 weight [N, K] with weight_scale_inv [ceil(N / rows), ceil(K / columns)]."""
+def fp8_blocks(module: str, block: tuple[int, int], is_scalar: bool) -> Format:
+    """FP8 weight [N, K] with weight_scale_inv [ceil(N / rows), ceil(K / columns)].
+
+    is_scalar: transformers stores a scalar for a matrix that is no larger than a block.
+    """
+    name, dtypes = f"{module}.weight_scale_inv", ("F32", "BF16", "F16")
+    scales = Component(name=name, field="scales", dtypes=dtypes, span=block)
+    if is_scalar:
+        scales = Component(name=name, field="scales", dtypes=dtypes, axes=(), span=(), decode=as_matrix)
     components = (
         Component(name=f"{module}.weight", field="data", dtypes=("F8_E4M3",), unit=(1, 1), dtype=torch.float8_e4m3fn),
-        Component(name=f"{module}.weight_scale_inv", field="scales", dtypes=("F32", "BF16", "F16"), span=block),
+        scales,
     )
     return Format(name=f"FP8, blocks of {block[0]} x {block[1]}", weight=Fp8Weight, components=components)
+
+
+def as_matrix(scalar: torch.Tensor) -> torch.Tensor:
+    return scalar.view(1, 1)
