@@ -171,6 +171,9 @@ def summary(arguments: dict[str, Any]) -> str:
 
 def modelslim_scheme(description: Mapping[str, Any]) -> Scheme:
     """Scheme of msModelSlim's quant_model_description*.json: the type of every tensor."""
+    metadata = description.get("metadata")
+    if isinstance(metadata, dict) and metadata.get("quarot"):  # offline rotations are folded into the weights
+        raise not_supported("msModelSlim with online rotations (metadata.quarot)")
     types = {name: value for name, value in description.items() if "." in name and isinstance(value, str)}
     other = next((name for name, value in types.items() if value not in MODELSLIM_TYPES), None)
     if other is not None:

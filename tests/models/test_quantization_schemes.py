@@ -169,6 +169,13 @@ def test_unsupported_types_of_modelslim(value, tmp_path):
         parse_scheme({}, {"model.x.weight": value, "version": "1.0.0", "metadata": {}, "group_size": 0})
 
 
+def test_rotations_of_modelslim():
+    """Those that are folded into the weights need nothing."""
+    assert parse_scheme({}, {"optional": {"quarot": {"rotation_map": {}}}, "metadata": {}}).method == "msmodelslim"
+    with pytest.raises(ValueError, match=r"online rotations \(metadata.quarot\) is not supported"):
+        parse_scheme({}, {"metadata": {"quarot": {"heads_rotation": {}}}})
+
+
 Tensors = dict[str, torch.Tensor]
 
 
