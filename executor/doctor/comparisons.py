@@ -10,6 +10,7 @@ import torch
 from executor.doctor import experts, layers
 from executor.doctor.findings import ROUNDED_OFTEN, Context, Finding, first_line
 from executor.doctor.inputs import Shapes
+from executor.doctor.quantized import compare_quantized
 from executor.loading.device import synchronize
 from ops.npu import NpuOps
 from ops.npu.fused_qkv import QKV
@@ -54,6 +55,7 @@ def compare_all(ops: NpuOps, device: torch.device, shapes: Shapes) -> Iterator[F
                 usable[what].append(name)
                 for comparison in comparisons:
                     yield from comparison(context, name)
+    yield from compare_quantized(context)
     for what in CAPTURED:
         for name in usable[what]:
             with using(ops, what, FAMILIES[what][1][name]):

@@ -4,11 +4,15 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from executor.doctor.inputs import Inputs, Pair, Shapes
 from ops.reference import ReferenceOps
+
+if TYPE_CHECKING:
+    from ops.npu import NpuOps
 
 EPS = 1e-6
 ROUNDED_ONCE, ROUNDED_OFTEN = 0.01, 0.02  # limits of the relative error; bfloat16 rounds by up to 0.4 %
@@ -67,7 +71,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 class Context:
     """Backend, reference and inputs of the comparisons at one shape. The reference runs in float32 on the CPU."""
 
-    def __init__(self, ops: ReferenceOps, device: torch.device, shapes: Shapes):
+    def __init__(self, ops: "NpuOps", device: torch.device, shapes: Shapes):
         self.ops = ops
         self.reference = ReferenceOps()
         self.shapes = shapes

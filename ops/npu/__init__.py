@@ -9,9 +9,7 @@ docs/npu.md lists how they are verified. torch_npu 2.8 to 2.14; where an install
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Collection
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch_npu
@@ -35,20 +33,17 @@ from ops.npu.variants import (
     HEAD_DIM,
     LENGTHS_ARGUMENT,
     LOCAL_EXPERTS,
-    PROBES,
     REGROUP,
     ROTARY,
 )
-from ops.quantized_matmul import unknown_weight
+from ops.npu.weights import cast_to_nz, is_tiled_exactly
 from ops.reference import ReferenceOps
 from ops.step import BLOCK_SIZE
 from ops.weight import DenseWeight, TransposedWeight, Weight
 
 logger = logging.getLogger(__name__)
 
-FRACTAL_NZ = 29  # ACL format id of the tiled layout that the cube units read directly
 STEP_FIELDS = [field.name for field in dataclasses.fields(StepMetadata)]
-MAX_INNER_SIZE = 65535  # maximum of K and N in a matmul with a FRACTAL_NZ weight
 MAX_GRAPHS_A3 = 6  # with HCCL's default expansion there, on the AI CPU (page of HCCL_OP_EXPANSION_MODE)
 REQUIRED = (
     "npu_rms_norm",
@@ -75,53 +70,30 @@ class NpuOps(NpuExperts):
 
     name = "npu"
     embedding = ReferenceOps.embedding  # a single torch operation
-    norm_linear = ReferenceOps.norm_linear  # add_norm and linear
+    norm_linear = NpuExperts.norm_linear
     experts = NpuExperts.experts
     decode_without_host_sync = True
 
     def __init__(self, device: str = "npu"):
-        super().__init__(grouped_mm=True)
+        super().__init__(device)
         missing = [name for name in REQUIRED if not hasattr(npu, name)]
         if missing:
             raise ValueError(f"device: npu needs a newer torch_npu: {', '.join(missing)} is not in the installed one")
-        self.on_npu = torch.device(device).type == "npu"
-        if self.on_npu:
+        if hasattr(torch, "npu"):  # not on meta tensors
             torch.npu.config.allow_internal_format = True  # else the cast to FRACTAL_NZ silently does nothing
         # 1 = masked; sparse_mode 3 (causal) requires this size for any sequence length
         self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1).to(device)
         self.product = product_of(torch_npu.npu.get_device_name())
         self.paged_views: dict[int, tuple[Tensor, Tensor]] = {}
-        self.bindings: dict[str, str] = {}  # family -> variant in use
-        self.replaced: list[str] = []  # families that use a variant other than the preferred one
-        self.rotate = self.select_variant("rotary", ROTARY, device)
-        self.write_cache = self.select_variant("cache write", CACHE_WRITE, device)
-        self.attend = self.select_variant("attention", ATTENTION, device)
-        self.gating = self.select_variant("gating", GATING, device)
-        self.combine = self.select_variant("combine", COMBINE, device)
-        self.combine_local = self.select_variant("local experts", LOCAL_EXPERTS, device)
-        self.regroup_rows = self.select_variant("regroup", REGROUP, device)
-        self.fused_qkv: FusedQkv | None = self.select_variant("qkv", QKV, device, self.probe_qkv)
+        self.rotate = self.select_variant("rotary", ROTARY)
+        self.write_cache = self.select_variant("cache write", CACHE_WRITE)
+        self.attend = self.select_variant("attention", ATTENTION)
+        self.gating = self.select_variant("gating", GATING)
+        self.combine = self.select_variant("combine", COMBINE)
+        self.combine_local = self.select_variant("local experts", LOCAL_EXPERTS)
+        self.regroup_rows = self.select_variant("regroup", REGROUP)
+        self.fused_qkv: FusedQkv | None = self.select_variant("qkv", QKV, self.probe_qkv)
         logger.info("ops: npu, %s", ", ".join(f"{what}: {name}" for what, name in self.bindings.items()))
-
-    def select_variant(
-        self, what: str, variants: dict[str, Any], device: str, probe_variant: Callable[[Any, str], None] | None = None
-    ) -> Any:
-        """Returns the first variant that is installed and passes its probe call; RuntimeError if there is none."""
-        errors = []
-        for name, variant in variants.items():
-            try:
-                (probe_variant or PROBES[what])(variant, device)
-                if self.on_npu:
-                    torch.npu.synchronize()  # launch errors are asynchronous
-            except (RuntimeError, AttributeError) as error:
-                errors.append(f"{name}: {str(error).splitlines()[0]}")
-                logger.info("ops: npu lacks %s", errors[-1])
-                continue
-            self.bindings[what] = name
-            if errors and what != "qkv":  # that of older CANN versions is no worse, only more launches
-                self.replaced.append(f"{what} ({name})")
-            return variant
-        raise RuntimeError(f"device: npu has no working operation for {what}: {'; '.join(errors)}")
 
     def probe_qkv(self, variant: FusedQkv | None, device: str) -> None:
         """Tries a variant of QKV, which stays bound; RuntimeError where attention then differs from the reference."""
@@ -136,9 +108,6 @@ class NpuOps(NpuExperts):
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         finally:
             self.paged_views.clear()
-
-    def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
-        return super().fallbacks(dtype, formats) + self.replaced
 
     def plan_dispatch(self, sizes: ExchangeSizes) -> DispatchPlan | None:
         missing = [name for name in DISPATCH_AND_COMBINE if not hasattr(npu, name)]
@@ -162,17 +131,13 @@ class NpuOps(NpuExperts):
     def prepare_weight(self, weight: Weight, dtype: torch.dtype) -> Weight:
         """Transposes and casts to FRACTAL_NZ where no padding is needed: [N, K] -> [K, N], or [E, N, K] -> [E, K, N].
 
-        A FRACTAL_NZ tensor must not be sliced or viewed afterwards.
+        For quantised weights see `NpuQuantized.prepare_weight`.
         """
-        weight = super().prepare_weight(weight, dtype)
         if not isinstance(weight, DenseWeight):
-            raise unknown_weight(weight)
-        if any(size % 16 or size > MAX_INNER_SIZE for size in weight.data.shape[-2:]):
+            weight = super().prepare_weight(weight, dtype)
+        if not isinstance(weight, DenseWeight) or not is_tiled_exactly(weight.data.transpose(-1, -2)):
             return weight
-        data = npu.npu_format_cast(weight.data.transpose(-1, -2).contiguous(), FRACTAL_NZ)
-        if self.on_npu and npu.get_npu_format(data) != FRACTAL_NZ:
-            raise RuntimeError("npu_format_cast did not change a weight's format: is allow_internal_format disabled?")
-        return TransposedWeight(data)
+        return TransposedWeight(cast_to_nz(weight.data.transpose(-1, -2).contiguous()))
 
     def prepare_attention(
         self, cos_sin: tuple[Tensor, Tensor], step: StepMetadata, dtype: torch.dtype
@@ -204,7 +169,7 @@ class NpuOps(NpuExperts):
         if isinstance(weight, DenseWeight):
             return F.linear(hidden_states, weight.data, bias)
         if not isinstance(weight, TransposedWeight):
-            raise unknown_weight(weight)
+            return super().linear(hidden_states, weight, bias)
         if hidden_states.shape[0] == 0:
             return hidden_states.new_empty(0, weight.data.shape[1])
         if bias is None:

@@ -4,7 +4,9 @@
 Needs a process of its own, as tests.npu.schemas.load replaces torch.ops.npu.
 """
 
+import re
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from executor.engine.kv_cache import cache_tensors
 from executor.loading.before_loading import load_config
 from executor.loading.loader import as_parameters
 from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share
-from models.layers.parameter import Parameters
+from models.layers.parameter import Parameters, ParameterSpec
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.model import Building, Qwen3Moe
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
-from ops import GroupedRows, StepMetadata
+from ops import GroupedRows, StepMetadata, Weight
 from ops.ascend import ExchangeSizes
 from ops.comm import Group, ParallelContext, group_members
 from ops.step import Span, blocks_for, step_inputs
@@ -169,10 +171,18 @@ def make_step(name: str, parallel: ParallelContext) -> StepMetadata:
     return step
 
 
-class Case:
-    """One rank's part of a two-layer model in a layout, on meta tensors."""
+def plain(spec: ParameterSpec) -> Weight | None:
+    """No weight of a format of its own: all stay unquantised."""
+    return None
 
-    def __init__(self, model: str, layout: str, ops: Any):
+
+class Case:
+    """One rank's part of a two-layer model in a layout, on meta tensors.
+
+    weight_of: weight of a parameter in its number format, None if it is unquantised.
+    """
+
+    def __init__(self, model: str, layout: str, ops: Any, weight_of: Callable[[ParameterSpec], Weight | None] = plain):
         self.ops = ops
         self.config = load_config(ROOT / "models/qwen3_moe/shapes" / MODELS[model], None)
         self.config.num_hidden_layers = 2
@@ -181,6 +191,7 @@ class Case:
         specs = parameter_specs(self.config, Layout.of(self.parallel))
         values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
         self.parameters: Parameters = as_parameters(specs, values)
+        self.parameters.values |= {spec.name: found for spec in specs if (found := weight_of(spec)) is not None}
         self.parameters.prepare(ops, torch.bfloat16)
         ops.product = LAYOUTS[layout][3]
         build = Building(
@@ -217,7 +228,7 @@ class Case:
         """Calls of the experts on rows already grouped by expert; no rows, no calls."""
         rows = torch.empty(37, self.config.hidden_size, dtype=torch.bfloat16, device=META)
         weights = [self.parameters[f"layers.0.mlp.experts.{name}"] for name in ("gate_up_proj", "down_proj")]
-        routing = GroupedRows(torch.empty(weights[0].data.shape[0], dtype=torch.int64, device=META))
+        routing = GroupedRows(torch.empty(weights[0].shape[0], dtype=torch.int64, device=META))
         with Recorder() as recorder:
             output = self.ops.experts(rows, routing, *weights)
             assert self.ops.experts(rows[:0], routing, *weights).shape == rows[:0].shape
@@ -254,11 +265,15 @@ def run_all(wheel: Path) -> dict[str, Any]:
 
 
 def backend_of(sources: dict[str, str]) -> Any:
-    """Builds the package ops.npu from the source of each of its modules."""
-    package = module("ops.npu")
-    for name in sorted(sources, key=lambda name: (name == "__init__", name)):  # which imports the others, in this order
+    """Builds the package ops.npu from the source of each of its modules, after those that it imports."""
+    package, missing = module("ops.npu"), dict(sources)
+    while missing:
+        needed = {
+            name: set(re.findall(r"^from ops\.npu\.(\w+) import", missing[name], re.MULTILINE)) for name in missing
+        }
+        name = next(name for name in missing if not needed[name] & missing.keys())
         made = package if name == "__init__" else module(f"ops.npu.{name}")
-        exec(compile(sources[name], f"ops/npu/{name}.py", "exec"), made.__dict__)
+        exec(compile(missing.pop(name), f"ops/npu/{name}.py", "exec"), made.__dict__)
     return package
 
 

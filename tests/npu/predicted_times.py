@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from executor.bench.floor import held_bytes, is_experts
+from executor.bench.floor import is_experts
 from executor.loading.before_loading import load_config
 from ops.step import BLOCK_SIZE
 from tests.npu.meta_run import MODELS, Case, MetaGroup
@@ -81,7 +81,7 @@ def record(model: str, case: Case, batch: int) -> Step:
     layer, layer_collectives = counted(lambda: case.run_layer(f"decode{batch}"))
     step, step_collectives = counted(lambda: case.run(f"decode{batch}"))
     more = config.num_hidden_layers - 2
-    sizes = {name: held_bytes(value) for name, value in case.parameters.values.items()}
+    sizes = {name: value.nbytes for name, value in case.parameters.values.items()}
     in_layers = {name: size for name, size in sizes.items() if name.startswith("layers.")}
     scale = config.num_hidden_layers / 2
     experts = sum(size for name, size in in_layers.items() if is_experts(name)) * scale

@@ -9,7 +9,7 @@ import torch
 from tests.checkpoints import make_model
 from tests.npu.bindings import BEST, UNFUSED
 from tests.npu.emulated import NEW_TOKENS, exchange_where_one_rank_fails, run_emulated, run_model
-from tests.npu.wheels import VERSIONS, wheel
+from tests.npu.wheels import VERSIONS, unzipped
 from tests.parallel.ranks import run_ranks
 
 LAYERS, PREFILLS = 5, 6  # of the demo; prefills of `run_model`
@@ -55,7 +55,7 @@ WIDE = {  # A3 dispatch requires a hidden size of at least 1024
 
 
 def needed_wheel(version: str) -> Path:
-    path = wheel(version)
+    path = unzipped(version)
     if path is None:
         pytest.skip(f"torch_npu {version} is neither in the cache folder nor to be had from a package index")
     return path

@@ -11,7 +11,7 @@ from executor.config import REPOSITORY
 from executor.doctor.findings import Finding
 from executor.doctor.host import compare_ports, compare_versions, driver_version, installed_cann_version
 from tests.npu.doctor_runs import run_doctor, run_doctor_on_ranks
-from tests.npu.wheels import VERSIONS, wheel
+from tests.npu.wheels import VERSIONS, unzipped
 from tests.parallel.ranks import run_ranks
 
 HEALTHY = ("", "")
@@ -36,7 +36,7 @@ BROKEN = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    path = wheel(VERSIONS[0])
+    path = unzipped(VERSIONS[0])
     if path is None:
         pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
     folder = tmp_path_factory.mktemp("doctor")
@@ -119,7 +119,7 @@ COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
     """Runs of both ranks on a product, by what is broken; several on A3 only."""
-    path = wheel(VERSIONS[0])
+    path = unzipped(VERSIONS[0])
     if path is None:
         pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
 

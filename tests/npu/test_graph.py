@@ -4,7 +4,7 @@
 import pytest
 
 from tests.npu.graph_runs import run_graphs, run_layout
-from tests.npu.wheels import VERSIONS, wheel
+from tests.npu.wheels import VERSIONS, unzipped
 from tests.parallel.ranks import run_ranks
 
 V2, V1 = "npu_fused_infer_attention_score_v2", "npu_fused_infer_attention_score"
@@ -14,7 +14,7 @@ BROKEN = ("no update", "another name", "lengths of padding", "no replay", "one s
 
 
 def wheel_or_skip(version):
-    path = wheel(version)
+    path = unzipped(version)
     if path is None:
         pytest.skip(f"torch_npu {version} is neither in the cache folder nor to be had from a package index")
     return str(path)

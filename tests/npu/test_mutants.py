@@ -34,7 +34,7 @@ MUTANTS = [
     ("cos, sin = cos[:, None], sin[:, None]", "pass"),
     ("qkv_size=[1, num_tokens,", "qkv_size=[num_tokens, 1,"),
     ("head_nums=[num_heads, num_kv_heads, num_kv_heads],", "head_nums=[all_heads, num_kv_heads, num_kv_heads],"),
-    ("        epsilon=eps,\n", ""),
+    ("        epsilon=eps,\n        cache_mode", "        cache_mode"),
     ("else cache.flatten(2)\n", "else cache\n"),
     ("cache.unflatten(1, (-1, HEAD_DIM // TILE)) if tiled", "cache if tiled"),
     (', cache_mode="Norm")', ")"),

@@ -12,7 +12,7 @@ from executor import LLM, SamplingParams
 from tests.checkpoints import make_model
 from tests.npu.emulated import emulate_communicators
 from tests.npu.emulator import install
-from tests.npu.wheels import VERSIONS, wheel
+from tests.npu.wheels import VERSIONS, unzipped
 from tests.parallel.ranks import run_ranks
 
 DAMAGED = 7
@@ -52,7 +52,7 @@ def results_of(wheel_file: str, folder: Path, prompts: list[list[int]], settings
 
 @pytest.mark.parametrize("settings", [[{}, {"exe_mode": "graph"}], [SPLIT]], ids=["one rank", "two ranks"])
 def test_the_others_get_the_tokens_they_get_alone(settings, tmp_path):
-    path = wheel(VERSIONS[0])
+    path = unzipped(VERSIONS[0])
     if path is None:
         pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
     model = make_model(**SHAPE)

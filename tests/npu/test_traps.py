@@ -10,7 +10,7 @@ from ops.ascend import MIB, ExchangeSizes
 from tests.npu.emulator import exchange_rules, set_product
 from tests.npu.schemas import BACKEND
 from tests.npu.trap_runs import run_sources, too_small_buffer
-from tests.npu.wheels import VERSIONS, wheel
+from tests.npu.wheels import VERSIONS, unzipped
 from tests.parallel.ranks import run_ranks
 
 MASK = "self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).tril(-1)"
@@ -24,7 +24,7 @@ TRAPS = {
     "4 grouped_matmul takes cumulative counts": ("group_list_type=0 if tokens_per_expert.shape[0] == 1 else 1,", ""),
     "5 the default range of experts is fixed by the first call": ("active_expert_range=experts,", ""),
     "5 the range of experts is this rank's": ("[routing.first, routing.first + count]", "[0, count]"),
-    "5 ids are below expert_num": ("routing.topk_ids, local, EXPERT_IDS)", "routing.topk_ids, local, count)"),
+    "5 ids are below expert_num": ("EXPERT_IDS, self.combine_local", "count, self.combine_local"),
     "3 rows of other ranks have index -1": ("None, drop_pad_mode=3)", "None, drop_pad_mode=2)"),
     "6 attention does not scale": ("softmax_scale=query.shape[2] ** -0.5,", ""),
     "6 True in a mask means masked": ("self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).triu(1)", MASK),
@@ -61,7 +61,7 @@ BUFFERS = {
 
 
 def wheel_or_skip() -> str:
-    path = wheel(VERSIONS[0])
+    path = unzipped(VERSIONS[0])
     if path is None:
         pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
     return str(path)

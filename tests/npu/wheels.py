@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +35,32 @@ def wheel(version: str) -> Path | None:
             if not list(folder.glob(f"torch_npu-{version}-*.whl")):
                 download_into(folder, version)
     return next(iter(folder.glob(f"torch_npu-{version}-*.whl")), None)
+
+
+def unzipped(version: str) -> Path | None:
+    """The folder of the cache with a wheel's content: inflating it takes a process longer than to read it.
+
+    None where there is no wheel.
+    """
+    file = wheel(version)
+    if file is None:
+        return None
+    return made(cache_folder() / f"torch_npu-{version}", lambda folder: zipfile.ZipFile(file).extractall(folder))
+
+
+def made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Returns `folder`, created atomically by `make` if it does not exist; concurrent processes are safe."""
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            making = Path(scratch) / "making"
+            making.mkdir()
+            make(making)
+            try:
+                making.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+    return folder
 
 
 def download_into(folder: Path, version: str) -> None:

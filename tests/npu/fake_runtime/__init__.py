@@ -21,12 +21,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.npu.wheels import cache_folder, wheel
+from tests.npu.wheels import cache_folder, made, unzipped
 
 VERSION = "2.13.0"
 SOC_NAME = "Ascend910_9391"  # an Atlas A3
@@ -52,31 +49,15 @@ def fake_npu() -> dict[str, str]:
         raise Unavailable(f"torch_npu {VERSION} needs the CPU build of torch {VERSION}, this is {torch.__version__}")
     if shutil.which("gcc") is None:
         raise Unavailable("no gcc")
-    file = wheel(VERSION)
-    if file is None:
+    site = unzipped(VERSION)
+    if site is None:
         raise Unavailable(f"torch_npu {VERSION}: no wheel in the cache and no package index")
-    site = made(cache_folder() / f"torch_npu-{VERSION}", lambda folder: zipfile.ZipFile(file).extractall(folder))
     recipe = hashlib.sha256(SOURCE.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:12]
     libraries = made(cache_folder() / f"fake_runtime-{VERSION}-{recipe}", lambda folder: build(site, folder))
     added = {"PYTHONPATH": site, "LD_LIBRARY_PATH": libraries}
     return os.environ | {
         name: os.pathsep.join([str(folder), *filter(None, [os.environ.get(name)])]) for name, folder in added.items()
     }
-
-
-def made(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Returns `folder`, created atomically by `make` if it does not exist; concurrent processes are safe."""
-    if not folder.exists():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            making = Path(scratch) / "making"
-            making.mkdir()
-            make(making)
-            try:
-                making.rename(folder)
-            except OSError:
-                if not folder.exists():
-                    raise
-    return folder
 
 
 def build(site: Path, folder: Path) -> None:
