@@ -22,6 +22,8 @@ from ops.cuda.expert_order import ExpertOrder
 from ops.cuda.experts import BatchedExpertsCall, ExpertsCall, experts_support
 from ops.cuda.extend_attention import ExtendAttentionCall
 from ops.cuda.grouped import GroupedExpertsCall, SortedExpertsCall, grouped_experts_support
+from ops.cuda.int4_calls import CudaInt4Weight
+from ops.cuda.int4_ops import DTYPES, Int4Ops
 from ops.cuda.launch import BoundKernel, fits, has_pdl
 from ops.cuda.linear import LinearCall, NormLinearCall, RouteCall, gemv_supports
 from ops.cuda.matmul import MatmulCall, NormMatmulCall, matmul_supports
@@ -38,10 +40,9 @@ logger = logging.getLogger(__name__)
 LEAST_CAPABILITY = (8, 0)  # Ampere: earlier GPUs have too little shared memory for an attention tile
 MAX_NORM_WIDTH = 16384
 ELEMENTWISE_BLOCK = 1024
-DTYPES = (torch.bfloat16, torch.float16)
 
 
-class CudaOps(ReferenceOps):
+class CudaOps(Int4Ops):
     """Operations as Triton kernels; unsupported inputs fall back to the reference."""
 
     name = "cuda"
@@ -73,10 +74,10 @@ class CudaOps(ReferenceOps):
             )
 
     def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
-        """As in the interface; quantised formats have no kernels: what a step reads is dequantised first."""
+        """As in the interface; formats other than W4A16 have no kernels: what a step reads is dequantised first."""
         if dtype not in DTYPES:
             return OPERATIONS
-        return super().fallbacks(dtype) + reference_formats(formats)
+        return super().fallbacks(dtype) + reference_formats([name for name in formats if name != "w4a16"])
 
     def add_norm(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float
@@ -104,6 +105,8 @@ class CudaOps(ReferenceOps):
         return output
 
     def linear(self, hidden_states: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if isinstance(weight, CudaInt4Weight):
+            return self.linear_int4(hidden_states, weight, bias)
         if not isinstance(weight, DenseWeight) or not 0 < hidden_states.shape[0] <= MAX_TOKENS:
             return super().linear(hidden_states, weight, bias)
         key = ("linear", id(weight), hidden_states.shape[0])
@@ -128,6 +131,8 @@ class CudaOps(ReferenceOps):
         weight: Weight,
         bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(weight, CudaInt4Weight):
+            return self.norm_linear_int4(hidden_states, residual, norm_weight, eps, weight, bias)
         num_tokens = hidden_states.shape[0]
         if not isinstance(weight, DenseWeight) or not 0 < num_tokens <= MAX_TOKENS:
             return super().norm_linear(hidden_states, residual, norm_weight, eps, weight, bias)
@@ -265,6 +270,8 @@ class CudaOps(ReferenceOps):
         self, hidden_states: torch.Tensor, routing: Routing | RouterLogits | GroupedRows, gate_up: Weight, down: Weight
     ) -> torch.Tensor:
         num_tokens = hidden_states.shape[0]
+        if isinstance(gate_up, CudaInt4Weight) and isinstance(down, CudaInt4Weight):
+            return self.experts_int4(hidden_states, routing, gate_up, down)
         if not isinstance(gate_up, DenseWeight) or not isinstance(down, DenseWeight):
             return super().experts(hidden_states, routing, gate_up, down)
         if not isinstance(routing, RouterLogits) or not 0 < num_tokens <= MAX_TOKENS:
