@@ -10,7 +10,7 @@ from executor.doctor.findings import EPS, TOKENS, Context, Finding, first_line
 from executor.doctor.inputs import DTYPE, Pair
 from executor.loading.device import synchronize
 from ops import GroupedRows, Int4Weight, Routing, Weight
-from ops.npu.quantized import DEQUANTIZED, FAMILIES
+from ops.npu.quantized import DEQUANTIZED, FAMILIES, FUSED
 from ops.npu.quantized_probe import probe, random_weight
 from ops.npu.weights import moved
 
@@ -20,27 +20,38 @@ EXPERTS = 16  # on the rank, to limit time
 
 
 def compare_quantized(context: Context) -> Iterator[Finding]:
-    """Yields the findings on all families; a variant whose probe fails is not used for models either."""
-    ops = context.ops
-    bound = dict(ops.uses)
+    """Yields the findings on all families, without fused operations where the plain one does not work."""
+    uses, bound = context.ops.uses, dict(context.ops.uses)
+    works: dict[str, bool] = {}
+    plain = {fused: family for family, fused in FUSED.items()}
     for family, variants in FAMILIES.items():
-        operation, _, format_name = family.partition(" ")
-        of_linear = operation in ("linear", "norm_linear")
+        if not works.get(plain.get(family, ""), True):
+            continue
         for name, is_used in variants.items():
             if name == DEQUANTIZED:
                 continue
-            ops.uses[family] = is_used
-            variant = f"{name}, zero points" if format_name == Int4Weight.format_name else name
-            try:
-                probe(ops, family, DTYPE, str(context.inputs.device))
-                synchronize(context.inputs.device)  # launch errors are asynchronous
-            except (RuntimeError, AttributeError) as error:
-                case, problem = context.shapes.name, first_line(error)
+            uses[family] = is_used
+            is_int4 = family.endswith(Int4Weight.format_name)
+            variant = f"{name}, zero points" if is_int4 else name
+            problem = problem_of(context, family)
+            works[family] = problem is None
+            if problem is not None:  # models do not use it either
+                case = context.shapes.name
                 yield Finding(family, variant, case, None, ROUNDED_TO_INT8, problem, relied_on=False)
-                continue
-            compare = linear if of_linear else experts
-            yield from compare(context, family, variant)
-    ops.uses = bound
+            else:
+                yield from (linear if "linear" in family else experts)(context, family, variant)
+    uses.clear()
+    uses.update(bound)
+
+
+def problem_of(context: Context, family: str) -> str | None:
+    """Why the variant in use of a family does not work, as found when a model is loaded; None if it does."""
+    try:
+        probe(context.ops, family, DTYPE, str(context.inputs.device))
+        synchronize(context.inputs.device)  # launch errors are asynchronous
+    except (RuntimeError, AttributeError) as error:
+        return first_line(error)
+    return None
 
 
 def weight_pair(context: Context, format_name: str, *shape: int) -> tuple[Weight, Weight]:

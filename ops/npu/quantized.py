@@ -145,9 +145,10 @@ class NpuQuantized(NpuBindings):
                 raise ValueError(f"model_path: a {weight.format_name} weight is not possible on device npu: {why}")
             self.note(f"{family} ({DEQUANTIZED}: {why})")
             return self.dequantized(weight, dtype)
-        for one in (family, FUSED.get(family)):
-            if one is not None and one not in self.uses:
-                self.select_family(one, dtype)
+        if family not in self.uses:
+            self.select_family(family, dtype)
+            if family in FUSED and self.uses[family]:
+                self.select_family(FUSED[family], dtype)
         return self.converted(weight, dtype) if self.uses[family] else self.dequantized(weight, dtype)
 
     def note(self, replaced: str) -> None:

@@ -12,3 +12,13 @@ BEST = {
     "qkv": "npu_qkv_rms_norm_rope_cache",
 }
 UNFUSED = BEST | {"qkv": "npu_rms_norm"}  # where attention reads no tiled cache, or nothing is computed
+QUANTIZED = {
+    "linear w8a8": "npu_quant_matmul",
+    "norm_linear w8a8": "npu_add_rms_norm_dynamic_quant",
+    "experts w8a8": "npu_grouped_matmul",
+    "silu_and_mul w8a8": "npu_grouped_matmul_swiglu_quant_v2",
+    "linear w8a8-static": "npu_quant_matmul",
+    "norm_linear w8a8-static": "npu_add_rms_norm_quant",
+    "linear w4a16": "npu_weight_quant_batchmatmul",
+    "experts w4a16": "npu_grouped_matmul",
+}

@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,13 @@ def run_once(arguments: list[str], file: Path, shapes: Shapes) -> dict[str, Any]
     return {"code": code, "output": output.getvalue(), "report": report}
 
 
-def run_doctor(wheel: str, broken: list[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
-    """Exit code, output and report with each operation broken in turn: it returns "wrong" rows, or "raises"."""
+def run_doctor(
+    wheel: str, broken: list[tuple[str, str]], folder: Path, quantized: Collection[str]
+) -> list[dict[str, Any]]:
+    """Exit code, output and report with each operation broken in turn: it returns "wrong" rows, or "raises".
+
+    quantized: operations with which only those on quantised weights are compared, to save time.
+    """
     state = {"broken": ("", "")}
 
     def breakable(name: str, kernel: Kernel) -> Kernel:
@@ -99,7 +104,14 @@ def run_doctor(wheel: str, broken: list[tuple[str, str]], folder: Path) -> list[
 
     KERNELS.update({name: breakable(name, kernel) for name, kernel in KERNELS.items()})
     install(wheel)
+    from executor.doctor import comparisons
+    from executor.doctor.findings import Context
+    from executor.doctor.quantized import compare_quantized
+
     runs = []
     for state["broken"] in broken:
-        runs.append(run_once([], folder / "report.json", SMALL))
+        with pytest.MonkeyPatch.context() as patch:
+            if state["broken"][0] in quantized:
+                patch.setattr(comparisons, "compare_all", lambda *given: compare_quantized(Context(*given)))
+            runs.append(run_once([], folder / "report.json", SMALL))
     return runs

@@ -25,8 +25,18 @@ WRONG = {
     "npu_moe_token_unpermute": "experts",
     "npu_moe_re_routing": "regroup",
 }
+QUANTIZED = {  # operation -> families that cannot be used without it
+    "npu_dynamic_quant": {"linear w8a8", "experts w8a8"},
+    "npu_quant_matmul": {"linear w8a8", "linear w8a8-static"},
+    "npu_add_rms_norm_dynamic_quant": {"norm_linear w8a8"},
+    "npu_grouped_matmul_swiglu_quant_v2": {"silu_and_mul w8a8"},
+    "npu_quantize": {"linear w8a8-static"},
+    "npu_add_rms_norm_quant": {"norm_linear w8a8-static"},
+    "npu_weight_quant_batchmatmul": {"linear w4a16"},
+}
 BROKEN = [
     HEALTHY,
+    *((name, "wrong") for name in QUANTIZED),
     *((name, "wrong") for name in WRONG),
     ("npu_qkv_rms_norm_rope_cache", "wrong"),
     ("npu_scatter_pa_kv_cache", "raises"),
@@ -40,7 +50,9 @@ def runs(tmp_path_factory):
     if path is None:
         pytest.skip(f"torch_npu {VERSIONS[0]} is neither in the cache folder nor to be had from a package index")
     folder = tmp_path_factory.mktemp("doctor")
-    return dict(zip(BROKEN, run_ranks(1, run_doctor, folder, str(path), BROKEN, folder)[0], strict=True))
+    return dict(
+        zip(BROKEN, run_ranks(1, run_doctor, folder, str(path), BROKEN, folder, list(QUANTIZED))[0], strict=True)
+    )
 
 
 def verdicts(run) -> dict[tuple[str, str], set[str]]:
@@ -91,6 +103,17 @@ def test_a_fused_operation_with_wrong_numbers_is_not_used(runs):
     assert verdicts(run)["attention", "npu_qkv_rms_norm_rope_cache"] == {"not usable"}
     assert run["report"]["bindings"]["qkv"] == "npu_rms_norm"
     assert "attention differs from the reference by" in run["output"]
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_an_operation_on_quantised_weights_with_wrong_numbers_is_not_used(runs, name):
+    """Weights are then dequantised when they are loaded, or the operation is composed of others."""
+    run = runs[name, "wrong"]
+    assert run["code"] == 0, run["output"]
+    found = verdicts(run)
+    unusable = {operation for (operation, _), verdict in found.items() if verdict == {"not usable"}}
+    assert unusable - {"attention"} == QUANTIZED[name]
+    assert "differs from the reference by" in run["output"]
 
 
 def test_a_failing_operation_without_a_fallback_fails(runs):

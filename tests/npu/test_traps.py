@@ -16,7 +16,7 @@ from tests.parallel.ranks import run_ranks
 MASK = "self.causal_mask = torch.ones(2048, 2048, dtype=torch.int8).tril(-1)"
 CACHED_LENS = "[max(1, total - new) for total, new in zip(step.seq_lens_list, step.query_lens_list)]"
 ROTATION = "query, key = self.rotate(query, key, *cos_sin)"
-# numbered in order of the forward pass; quantisation last
+# numbered in order of the forward pass
 TRAPS = {
     "1 gating alone does not renormalise": ("renorm=int(renormalize)", "renorm=0"),
     "2 row_idx_type 1 is the inverse permutation": ("row_idx_type=0,", "row_idx_type=1,"),
@@ -38,11 +38,41 @@ TRAPS = {
     ),
     "7 the new tokens are among the paged keys": ("paged = step.seq_lens_list,", f"paged = {CACHED_LENS},"),
     "8 rotary embedding works in place": (ROTATION, f"{ROTATION.partition('= ')[2]}\n        {ROTATION}"),
-    # for quantised experts, which are not implemented: a call that CONTRACTS lacks fails
-    "9 dequant_swiglu_quant wants a multiple of 64": (
+    "9 gate comes first in SwiGLU": (
         "npu.npu_swiglu(gate_up, -1)",
-        "npu.npu_dequant_swiglu_quant(gate_up, activate_left=True)[0]",
+        "npu.npu_swiglu(gate_up.roll(gate_up.shape[1] // 2, 1), -1)",
     ),
+}
+QUANTIZED = {
+    "11 offsets are added before the scale": ("offsets = SYMMETRIC_ZERO -", "offsets = scales * SYMMETRIC_ZERO -"),
+    "11 the offset of unsigned values is 8": ("offsets = SYMMETRIC_ZERO -", "offsets = 0 -"),
+    "11 4 bits are two's complement": ("unpack_int4(packed) ^ SYMMETRIC_ZERO", "unpack_int4(packed)"),
+    "11 4 bits are packed along N": ("pack_int4(values.t())", "pack_int4(values).view_as(target)"),
+    "11 a group size of 0 means one group": ("antiquant_group_size=0 if", "antiquant_group_size=0 if True or"),
+    "12 the grouped matmul takes scales of the output's dtype": (
+        "scales.bfloat16() if dtype is torch.bfloat16 else scales",
+        "scales",
+    ),
+    "12 int8 products are int8 by default": ("row_scales, output_dtype=dtype", "row_scales"),
+    "12 rows have scales": ("pertoken_scale=row_scales, ", ""),
+    "12 rows of experts have scales": ("[row_scales], weight.dtype", "None, weight.dtype"),
+    "12 sorting rounds only if told": ("DYNAMIC if is_int8 else FLOAT)", "FLOAT)"),
+    "12 SwiGLU takes cumulative counts by default": ("tokens_per_expert, group_list_type=1", "tokens_per_expert"),
+    "12 SwiGLU takes FRACTAL_NZ": ("data=cast_to_nz(weight.data))", "data=weight.data)"),
+    "13 static values are qint8": ("torch.qint8, -1, True)", "torch.int8, -1, True)"),
+    "13 static scales divide": ("torch.qint8, -1, True)", "torch.qint8, -1, False)"),
+    "13 static values have an offset": ("weight.column_offsets,", "None,"),
+    "13 the fused norm takes bfloat16": (
+        "(torch.bfloat16, torch.bfloat16) if rounded",
+        "(torch.float32, torch.int32) if rounded",
+    ),
+    "13 the fused norm takes scales per column": (
+        "input_scale.repeat(columns).to(column_dtypes[0])",
+        "input_scale.to(column_dtypes[0])",
+    ),
+    "13 the norm has a bias": ("        weight.input_bias,\n        epsilon", "        None,\n        epsilon"),
+    "13 the norm has a bias, unfused": ("hidden_states = hidden_states + weight.input_bias", "pass"),
+    "13 sums are corrected": ("bias=weight.quant_bias, ", ""),
 }
 MANY = ("MAX_EXPERT_TOKENS = 8192", "MAX_EXPERT_TOKENS = 7")  # avoids long prompts
 CHUNKING = {
@@ -77,12 +107,12 @@ def found(tmp_path_factory) -> dict[str, list[str]]:
     sources = {file.stem: file.read_text(encoding="utf-8") for file in BACKEND.glob("*.py")}
     in_chunks = replaced(sources, *MANY)
     broken = {"": sources, "in chunks": in_chunks}
-    broken |= {trap: replaced(sources, *change) for trap, change in TRAPS.items()}
+    broken |= {trap: replaced(sources, *change) for trap, change in (TRAPS | QUANTIZED).items()}
     broken |= {part: replaced(in_chunks, *change) for part, change in CHUNKING.items()}
-    return run_ranks(1, run_sources, tmp_path_factory.mktemp("traps"), wheel_or_skip(), broken)[0]
+    return run_ranks(1, run_sources, tmp_path_factory.mktemp("traps"), wheel_or_skip(), broken, list(QUANTIZED))[0]
 
 
-@pytest.mark.parametrize("trap", TRAPS)
+@pytest.mark.parametrize("trap", TRAPS | QUANTIZED)
 def test_a_pitfall_is_detected(found, trap):
     assert not found[""], "the backend itself agrees with the reference"
     assert found[trap]

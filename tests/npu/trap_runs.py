@@ -13,11 +13,15 @@ from tests.npu.emulated import DEMO
 from tests.npu.emulator import install
 
 
-def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """Findings of the doctor's comparisons that fail, for each backend source."""
+def run_sources(wheel: str, sources: dict[str, dict[str, str]], quantized: list[str]) -> dict[str, list[str]]:
+    """Findings of the doctor's comparisons that fail, for each backend source.
+
+    quantized: names of sources of which only the operations on quantised weights are compared; "" is compared in all.
+    """
     install(wheel)
     from executor.doctor import experts, layers
     from executor.doctor.findings import Context
+    from executor.doctor.quantized import compare_quantized
     from tests.npu.meta_run import backend_of
 
     comparisons = (layers.attention, layers.route, experts.experts, experts.regroup)
@@ -27,12 +31,14 @@ def run_sources(wheel: str, sources: dict[str, dict[str, str]]) -> dict[str, lis
         try:
             ops = backend_of(changed).NpuOps("cpu")
             context = Context(ops, torch.device("cpu"), SMALL)
-            findings = [finding for compare in comparisons for finding in compare(context, "in use")]
-            assert ops.fused_qkv is not None or name, "the emulated attention reads tiled caches"
-            ops.fused_qkv = None
-            findings += layers.attention(context, "in parts")
+            findings = list(compare_quantized(context)) if not name or name in quantized else []
+            if name not in quantized:
+                findings += [finding for compare in comparisons for finding in compare(context, "in use")]
+                assert ops.fused_qkv is not None or name, "the emulated attention reads tiled caches"
+                ops.fused_qkv = None
+                findings += layers.attention(context, "in parts")
             found[name] = [
-                f"{finding.case} {finding.error} {finding.problem}" for finding in findings if not finding.fine
+                f"{finding.case} {finding.error} {finding.problem}" for finding in findings if finding.verdict != "ok"
             ]
         except Exception as error:  # no backend can be built on it
             found[name] = [str(error)]
