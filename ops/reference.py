@@ -41,7 +41,14 @@ class ReferenceOps(Ops):
         return OPERATIONS if stands_in else super().fallbacks(dtype, formats)
 
     def prepare_weight(self, weight: Weight, dtype: torch.dtype) -> Weight:
-        return DenseWeight(dequantize(weight, dtype)) if isinstance(weight, self.dequantizes) else weight
+        if not isinstance(weight, self.dequantizes):
+            return weight
+        if len(weight.shape) == 2:
+            return DenseWeight(dequantize(weight, dtype))
+        output = torch.empty(weight.shape, dtype=dtype, device=next(iter(weight.tensors.values())).device)
+        for expert in range(weight.shape[0]):  # one at a time, to limit memory
+            output[expert] = dequantize(weight[expert], dtype)
+        return DenseWeight(output)
 
     def embedding(self, token_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.embedding(token_ids, weight)

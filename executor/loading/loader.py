@@ -184,6 +184,8 @@ def whole_piece(tensor: StoredTensor, store: Callable[[torch.Tensor], None]) -> 
 def fill_shared(shared: Shared, filled: set[str], target: torch.Tensor, found: torch.Tensor) -> None:
     """Fills a tensor that all sources of a parameter share; ValueError if they differ. filled: fields that are."""
     values = shared.decode(found).to(target)
+    if not shared.accepts(values):
+        raise ValueError(one_line(f"{shared.name} {shared.refusal}"))
     if shared.field not in filled:
         target.copy_(values)
         filled.add(shared.field)

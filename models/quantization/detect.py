@@ -42,14 +42,14 @@ def format_of(source: Source, found: Mapping[str, Stored], scheme: Scheme) -> Fo
     if "qweight" in stored:
         return words_format(module, source.shape, stored, scheme)
     if "weight_packed" in stored:
-        return packed_format(module, source.shape, stored)
+        return packed_format(module, source.shape, stored, scheme)
     match stored["weight"].dtype if "weight" in stored else None:
         case "I8" if "deq_scale" in stored:
             return static_format(module, source.shape, stored, found)
         case "I8":
             return int8_format(module, source.shape, stored, scheme)
         case "F8_E4M3":
-            return fp8_format(module, stored, scheme)
+            return fp8_format(module, source.shape, stored, scheme)
     return None
 
 
@@ -67,7 +67,7 @@ def words_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored],
     )
 
 
-def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored]) -> Format:
+def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored], scheme: Scheme) -> Format:
     """compressed-tensors' packed integers, of 4 bits only."""
     n, k = shape
     packed = stored["weight_packed"]
@@ -76,6 +76,9 @@ def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored]
     if packed.shape != (n, k // PER_WORD) or k % PER_WORD:
         raise not_supported(f"{module}.weight_packed {list(packed.shape)}, not [{n}, {k} / 8] of 4 bits,")
     size = group_size(module, "weight_scale", k, stored, axis=1)
+    group = scheme.group(module)
+    if group is not None and group.group_size and k % group.group_size:
+        raise not_supported(f"{module}: {k} columns in groups of {group.group_size}, the last of them partial,")
     return pack_quantized(module, shape, size, "weight_zero_point" in stored)
 
 
@@ -95,15 +98,17 @@ def static_format(
     if ".experts." in module:
         raise not_supported(f"{module}: experts with static activation scales")
     layer, _, name = module.rpartition(".self_attn.")
+    if module.endswith(("mlp.gate", "embed_tokens")):
+        raise not_supported(f"{module}: router or embedding with static activation scales")
     norm_bias = f"{layer}.{NORM_BEFORE[name]}.bias" if layer and name in NORM_BEFORE else None
     ignored = tuple(f"{module}.{suffix}" for suffix in ("weight_scale", "weight_offset", "bias") if suffix in stored)
     return w8a8_static(module, shape, norm_bias if norm_bias in found else None, ignored)
 
 
-def fp8_format(module: str, stored: dict[str, Stored], scheme: Scheme) -> Format:
+def fp8_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored], scheme: Scheme) -> Format:
     if "weight_scale_inv" not in stored:
         raise not_supported(f"{module}.weight of FP8 without weight_scale_inv (scales by tensor or channel)")
-    return fp8_blocks(module, scheme.block, is_scalar=stored["weight_scale_inv"].shape == ())
+    return fp8_blocks(module, shape, scheme.block, is_scalar=stored["weight_scale_inv"].shape == ())
 
 
 def group_size(module: str, name: str, k: int, stored: dict[str, Stored], axis: int) -> int:

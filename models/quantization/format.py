@@ -82,6 +82,8 @@ class Shared:
     shapes: tuple[tuple[int, ...], ...]  # allowed
     dtype: torch.dtype
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.flatten
+    accepts: Callable[[torch.Tensor], bool] = lambda values: bool(values.isfinite().all())
+    refusal: str = "is not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +166,7 @@ def fields_of(
             )
     for position, component in enumerate(first.components):
         parts = [formats[source.name].components[position] for source in spec.sources]
-        unit = component.unit or (block_size(component, 0, spec), block_size(component, 1, spec))
+        unit = component.unit or (block_size(parts, 0, spec), block_size(parts, 1, spec))
         *experts, rows, columns = spec.shape
         shape = (*experts, rows // unit[0], columns // unit[1])
         found[component.field] = Field(shape, common_dtype([part.dtype or dtype_of(part.name) for part in parts]), unit)
@@ -178,12 +180,13 @@ def common_dtype(dtypes: list[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, set(dtypes)) if len(set(dtypes)) > 1 else dtypes[0]
 
 
-def block_size(component: Component, axis: int, spec: ParameterSpec) -> int:
-    """Rows or columns of a block of `component`'s field: the largest that no source's part or region cuts.
+def block_size(components: list[Component], axis: int, spec: ParameterSpec) -> int:
+    """Rows or columns of a block of a field: the largest that no source's part or region cuts.
 
-    A cut block becomes smaller ones with the same value.
+    A cut block becomes smaller ones with the same value. components: of each source.
     """
-    return math.gcd(component.block(axis), *(at for source in spec.sources for at in borders(source, axis, spec)))
+    blocks = [component.block(axis) for component in components]
+    return math.gcd(*blocks, *(at for source in spec.sources for at in borders(source, axis, spec)))
 
 
 def borders(source: Source, axis: int, spec: ParameterSpec) -> tuple[int, ...]:

@@ -7,13 +7,14 @@ from models.quantization.format import Component, Format
 from ops.weight import Fp8Weight
 
 
-def fp8_blocks(module: str, block: tuple[int, int], is_scalar: bool) -> Format:
+def fp8_blocks(module: str, shape: tuple[int, ...], block: tuple[int, int], is_scalar: bool) -> Format:
     """FP8 weight [N, K] with weight_scale_inv [ceil(N / rows), ceil(K / columns)].
 
     is_scalar: transformers stores a scalar for a matrix that is no larger than a block.
     """
     name, dtypes = f"{module}.weight_scale_inv", ("F32", "BF16", "F16")
-    scales = Component(name=name, field="scales", dtypes=dtypes, span=block)
+    span = min(block[0], shape[0]), min(block[1], shape[1])
+    scales = Component(name=name, field="scales", dtypes=dtypes, span=span)
     if is_scalar:
         scales = Component(name=name, field="scales", dtypes=dtypes, axes=(), span=(), decode=as_matrix)
     components = (

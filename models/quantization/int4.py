@@ -167,3 +167,21 @@ def pack_quantized(module: str, shape: tuple[int, ...], group_size: int, has_zer
         components=tuple(components),
         checks=(stored_shape,),
     )
+
+
+def pack_quantized_tensors(module: str, weight: Int4Weight) -> dict[str, torch.Tensor]:
+    """Encodes a weight [N, K] as `pack_quantized` reads it: stored tensors by name."""
+    stored = {
+        "weight_packed": weight.qweight,
+        "weight_scale": weight.scales,
+        "weight_shape": torch.tensor(weight.shape),
+    }
+    if weight.zeros is not None:
+        stored["weight_zero_point"] = pack_rows(weight.zeros)
+    return {f"{module}.{suffix}": tensor for suffix, tensor in stored.items()}
+
+
+def pack_rows(values: torch.Tensor) -> torch.Tensor:
+    """Packs eight values along the first dimension to a word: uint8 [N, G] -> int32 [ceil(N / 8), G]."""
+    rows = torch.nn.functional.pad(values.t(), (0, -values.shape[0] % PER_WORD))
+    return pack_int4(rows.clone(memory_format=torch.contiguous_format)).t().contiguous()

@@ -46,6 +46,11 @@ def w8a8(module: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], has_
     )
 
 
+def w8a8_tensors(module: str, weight: Int8Weight) -> dict[str, torch.Tensor]:
+    """Encodes a weight [N, K] as `w8a8` reads it: stored tensors by name."""
+    return {f"{module}.weight": weight.data, f"{module}.weight_scale": weight.scales}
+
+
 def is_zero(stored: torch.Tensor) -> bool:
     return not stored.any()
 
@@ -63,7 +68,10 @@ def w8a8_static(module: str, shape: tuple[int, ...], norm_bias: str | None, igno
         by_row(f"{module}.deq_scale", "scales", ("F32", "I64"), torch.float32, as_scales),
         by_row(f"{module}.quant_bias", "quant_bias", ("I32",), torch.int32, as_column, added_once=True),
     )
-    shared = [scalar(f"{module}.input_scale", "input_scale"), scalar(f"{module}.input_offset", "input_offset")]
+    shared = [
+        scalar(f"{module}.input_scale", "input_scale", is_scale, "must be finite and more than 0"),
+        scalar(f"{module}.input_offset", "input_offset", is_int8, "must be a whole number from -128 to 127"),
+    ]
     if norm_bias is not None:
         shared.append(
             Shared(name=norm_bias, field="input_bias", dtypes=SCALE_DTYPES, shapes=((k,),), dtype=torch.float32)
@@ -98,9 +106,24 @@ def by_row(
     )
 
 
-def scalar(name: str, field: str) -> Shared:
-    dtypes = (*SCALE_DTYPES, "I8", "I32")
-    return Shared(name=name, field=field, dtypes=dtypes, shapes=((1,), ()), dtype=torch.float32)
+def scalar(name: str, field: str, accepts: Callable[[torch.Tensor], bool], refusal: str) -> Shared:
+    return Shared(
+        name=name,
+        field=field,
+        dtypes=(*SCALE_DTYPES, "I8", "I32"),
+        shapes=((1,), ()),
+        dtype=torch.float32,
+        accepts=accepts,
+        refusal=refusal,
+    )
+
+
+def is_scale(values: torch.Tensor) -> bool:
+    return bool((values > 0).all() and values.isfinite().all())
+
+
+def is_int8(values: torch.Tensor) -> bool:
+    return bool((values == values.round()).all() and (values.abs() <= 128).all() and (values < 128).all())
 
 
 def as_scales(stored: torch.Tensor) -> torch.Tensor:

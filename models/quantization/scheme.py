@@ -16,6 +16,7 @@ SUPPORTED = (
 )
 METHODS = ("awq", "gptq", "fp8", "compressed-tensors")
 AWQ_LAYOUTS = ("gemm", "exllama", "ipex")  # `version`: all stored as GEMM
+REPEATED_GROUP = re.compile(r"[*+}]\??\)+[*+{]")
 MODELSLIM_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC")
 
 
@@ -27,9 +28,6 @@ class Group:
     bits: int
     group_size: int | None  # None: one scale per output channel
     has_zeros: bool = False
-
-    def holds(self, module: str) -> bool:
-        return any(matches(target, module) for target in self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +44,18 @@ class Scheme:
     types: Mapping[str, str] | None = None  # of msModelSlim: tensor name -> type
 
     def group(self, module: str) -> Group | None:
-        """The group of compressed-tensors that a module belongs to."""
-        return next((group for group in self.groups if group.holds(module)), None)
+        """The group of compressed-tensors that a module belongs to: by name, else by pattern, else by class."""
+        for kind_of_target in (is_name, is_pattern, is_class):
+            for group in self.groups:
+                if any(kind_of_target(target) and matches(target, module) for target in group.targets):
+                    return group
+        return None
 
     def quantizes_activations(self, module: str) -> bool:
         """Whether the activations of a module with int8 weights are declared as int8 too."""
         if self.types is not None:
-            return self.types.get(f"{module}.weight") == "W8A8_DYNAMIC"
+            name = f"{module}.weight"
+            return self.types.get(name, self.types.get(name.removeprefix("model."))) == "W8A8_DYNAMIC"
         group = self.group(module)
         return group is not None and group.bits == 8
 
@@ -61,6 +64,18 @@ class Scheme:
         if self.groups:
             return any(matches(entry, module) for entry in self.float_modules) or self.group(module) is None
         return module == "lm_head" or any(entry in module for entry in self.float_modules)
+
+
+def is_pattern(target: str) -> bool:
+    return target.startswith("re:")
+
+
+def is_class(target: str) -> bool:
+    return target == "Linear"
+
+
+def is_name(target: str) -> bool:
+    return not is_pattern(target) and not is_class(target)
 
 
 def matches(target: str, module: str) -> bool:
@@ -155,7 +170,8 @@ def parse_group(name: str, raw: Any) -> Group:
     if is_int and weights.get("num_bits") == 4 and inputs is None and (by_group or strategy == "channel"):
         return Group(names(raw, "targets"), 4, size if by_group else None, not symmetric)
     token = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
-    dynamic = isinstance(inputs, dict) and {key: inputs.get(key, token[key]) for key in token} == token
+    stated = inputs if isinstance(inputs, dict) and {"strategy", "dynamic"} <= inputs.keys() else {}  # no defaults
+    dynamic = bool(stated) and {key: stated.get(key, token[key]) for key in token} == token
     if is_int and weights.get("num_bits") == 8 and strategy == "channel" and symmetric and dynamic:
         return Group(names(raw, "targets"), 8, None)
     raise not_supported(text)
@@ -188,6 +204,8 @@ def names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
         raise ValueError(f"{key} is {kind(found)}, must be a list of names")
     for entry in found:
         if entry.startswith("re:"):
+            if REPEATED_GROUP.search(entry):  # such a pattern can take longer than anyone waits
+                raise ValueError(f"{key}: {entry[:80]!r} repeats a group that repeats")
             try:
                 re.compile(entry[3:])
             except re.error as error:

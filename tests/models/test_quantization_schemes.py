@@ -30,8 +30,10 @@ from tests.quantized_checkpoints import (
     W4A16,
     W8A8,
     compressed_tensors,
+    fp8,
     modelslim,
     quantize,
+    quantize_static,
 )
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj"
@@ -176,6 +178,26 @@ def test_rotations_of_modelslim():
         parse_scheme({}, {"metadata": {"quarot": {"heads_rotation": {}}}})
 
 
+def test_names_come_before_patterns_and_these_before_classes():
+    groups = {
+        "all": {"targets": ["Linear"], "weights": W4A16},
+        "attention": {"targets": ["re:.*self_attn.*"], "weights": INT8, "input_activations": PER_TOKEN},
+        "one": {"targets": ["model.layers.0.self_attn.o_proj"], "weights": {**W4A16, "group_size": 8}},
+    }
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+    scheme = parse_scheme(config)
+    module = "model.layers.0.self_attn.q_proj"
+    assert scheme.quantizes_activations(module) and not scheme.quantizes_activations("model.layers.0.mlp.up_proj")
+    assert scheme.group("model.layers.0.self_attn.o_proj").group_size == 8
+
+
+@pytest.mark.parametrize("pattern", ["re:(.*)*x", "re:^(([a-z0-9_.])+)+!$", "re:(a+){2,}b"])
+def test_patterns_that_could_run_for_ever_are_refused(pattern):
+    with pytest.raises(ValueError, match="repeats a group that repeats"):
+        parse_scheme({"quantization_config": {**W8A8, "ignore": [pattern]}})
+    parse_scheme({"quantization_config": {**W8A8, "ignore": ["re:.*mlp.gate$", "re:model\\.layers\\.(0|1)\\..*"]}})
+
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -250,6 +272,35 @@ def test_one_expert_has_another_format(tmp_path):
     stored = check(tmp_path)
     with pytest.raises(ValueError, match=f"{EXPERT}.weight is AWQ, groups of 16, no zero points: the parts of .* must"):
         qkv_weight(tmp_path, stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("input_scale", 0.0), ("input_scale", torch.inf), ("input_scale", torch.nan), ("input_scale", -1.0)]
+    + [("input_offset", value) for value in (1000.0, 3.7, torch.nan, 128.0)],
+)
+def test_static_activations_need_a_scale_and_an_offset(name, value, tmp_path):
+    quantize_static(tmp_path, as_bits=False)
+    attention = "model.layers.0.self_attn"
+    rewrite(tmp_path, lambda t: [t[f"{attention}.{p}_proj.{name}"].fill_(value) for p in "qkvo"])
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        qkv_weight(tmp_path, check(tmp_path))
+
+
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "self_attn.k_proj", "mlp.experts.0.gate_proj"])
+def test_scalar_scale_in_one_of_merged_modules(module, tmp_path):
+    quantize(tmp_path, *FORMATS["fp8"])
+    name = f"model.layers.0.{module}.weight_scale_inv"
+    before = qkv_weight(tmp_path, check(tmp_path))
+    rewrite(tmp_path, lambda t: t.update({name: torch.tensor(2.0)}))
+    assert qkv_weight(tmp_path, check(tmp_path)).shape == before.shape
+
+
+def test_block_larger_than_every_matrix(tmp_path):
+    quantize(
+        tmp_path, lambda matrix: fp8(matrix, tuple(matrix.shape)), {**FP8, "weight_block_size": [1 << 40, 1 << 40]}
+    )
+    assert qkv_weight(tmp_path, check(tmp_path)).isfinite().all()
 
 
 def test_half_of_a_merged_projection_is_quantised(tmp_path):
