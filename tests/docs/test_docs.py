@@ -225,7 +225,7 @@ def tool_commands(text: str) -> list[list[str]]:
 
 
 def is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the real parser of the doctor or a bench command takes these arguments."""
+    """Whether the real parser of a tool takes these arguments."""
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, *arguments):
@@ -234,12 +234,14 @@ def is_accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
     module, command, *arguments = words
-    assert module in ("bench", "doctor"), f"no test for {module}"
+    assert module in ("bench", "doctor", "evaluate", "quantize"), f"no test for {module}"
     try:
         if module == "doctor":
             importlib.import_module("executor.doctor.__main__").parse_arguments([command, *arguments])
+        elif module == "quantize":
+            importlib.import_module("executor.quantize.__main__").parse([command, *arguments])
         else:
-            importlib.import_module(f"executor.bench.{command.replace('-', '_')}").run(arguments)
+            importlib.import_module(f"executor.{module}.{command.replace('-', '_')}").run(arguments)
     except Parsed:
         return True
     except SystemExit:
