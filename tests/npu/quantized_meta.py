@@ -18,7 +18,9 @@ FORMATS = ("w8a8", "w8a8-static", "w4a16", "fp8")  # w8a8-static: attention only
 # (model, layout): the shipped ones, and both ways in which experts are parallel, with one expert on a rank too
 LAYOUTS = (("30b", "1tp"), ("30b", "2tp"), ("235b", "16tp"), ("30b", "8ep_gather"), ("30b", "8ep"), ("30b", "128ep"))
 GROUP_SIZE = 128
-PARTS = {"norm_linear w8a8": False, "norm_linear w8a8-static": False, "silu_and_mul w8a8": False}
+# families as after a probe
+PARTS = dict.fromkeys(("linear w8a8", "experts w8a8", "linear w8a8-static"), True)
+PARTS |= dict.fromkeys(("norm_linear w8a8", "silu_and_mul w8a8", "norm_linear w8a8-static"), False)
 NONE = dict.fromkeys(("linear w8a8", "experts w8a8", "linear w4a16", "experts w4a16"), False)
 REPLACED = {"parts": PARTS, "dequantised": NONE}
 
