@@ -169,7 +169,12 @@ class NpuQuantized(NpuBindings):
         logger.info("ops: npu, %s: %s", family, self.bindings[family])
 
     def dequantized(self, weight: Weight, dtype: torch.dtype) -> DenseWeight:
-        return DenseWeight(dequantize(self.on_host(weight), dtype).to(device_of(weight)))
+        if len(weight.shape) == 2:
+            return DenseWeight(dequantize(self.on_host(weight), dtype).to(device_of(weight)))
+        output = torch.empty(weight.shape, dtype=dtype, device=device_of(weight))
+        for expert in range(weight.shape[0]):  # one at a time, to limit memory
+            output[expert] = dequantize(self.on_host(weight[expert]), dtype)
+        return DenseWeight(output)
 
     def on_host(self, weight: Quantized) -> Quantized:
         """Copies a weight to the CPU, as A2 and A3 compute neither with float8 nor with shifts of every integer."""
