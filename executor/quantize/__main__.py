@@ -5,7 +5,8 @@ w8a8: int8 weights with a scale per output channel; activations are quantised pe
 4-bit weights with a scale per group of columns. Routers, embedding, lm_head, norms and biases stay as they are.
 
 --calibration scales the inputs of linear layers by what a text shows of them (AWQ, Lin et al. 2023) before w4a16 is
-rounded: text like that which the model will see, of which the first 65,536 tokens are used.
+rounded: text like that which the model will see, of which the first 65,536 tokens are used. llmcompressor has more
+methods (GPTQ, which corrects later columns for the error of earlier ones; SmoothQuant); what it writes is read too.
 
 An interrupted run is continued by the same command, from what is finished in OUTPUT.partial; OUTPUT appears when it
 is whole. Memory: a few matrices; with --calibration a layer in float32 and the activations of the text.

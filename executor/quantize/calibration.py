@@ -19,9 +19,12 @@ from executor.quantize.recipe import Recipe
 from executor.quantize.scales import LayerScales
 from executor.quantize.search import Found, FoundExperts, InputStatistics, search_experts, search_linear
 from executor.quantize.shards import synced
+from executor.utils.text import one_line
 from models.layers.expert_exchange import GatherExchange
 from models.layers.mlp import DenseMlp, SparseMoe
+from models.layers.parameter import ParameterSpec
 from models.layers.rotary import RotaryEmbedding
+from models.qwen3_moe.architecture import trained_len
 from models.qwen3_moe.model import Building, DecoderLayer
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import EMBEDDING, parameter_specs
@@ -31,7 +34,7 @@ from ops.reference import ReferenceOps
 from ops.step import Span, blocks_for, step_inputs
 
 WINDOW = 512  # tokens of a sequence
-MAX_TOKENS = 128 * WINDOW  # of the text; more improve the scales little, and their activations take memory
+MAX_TOKENS = 128 * WINDOW  # of the text: the activations of all are kept
 
 
 class Recorder(ReferenceOps):
@@ -68,10 +71,9 @@ class Calibration:
     token_ids: list[int]
     device: torch.device
 
-    def windows(self) -> list[list[int]]:
-        """Sequences of at most WINDOW tokens."""
-        tokens = self.token_ids[:MAX_TOKENS]
-        return [tokens[start : start + WINDOW] for start in range(0, len(tokens), WINDOW)]
+    def windows(self, length: int) -> list[list[int]]:
+        """Sequences of at most `length` tokens."""
+        return [self.token_ids[start : start + length] for start in range(0, len(self.token_ids), length)]
 
 
 @torch.inference_mode()
@@ -84,7 +86,7 @@ def calibrate(plan: Plan, calibration: Calibration, folder: Path) -> None:
     missing = [layer for layer in layers if not scales_file(folder, layer).exists()]
     if not missing:
         return
-    windows = calibration.windows()
+    windows = calibration.windows(min(WINDOW, trained_len(plan.config)))
     hidden = list(embedded(plan, windows, calibration.device))
     rotary = RotaryEmbedding(plan.config, WINDOW, calibration.device)
     with tqdm(total=len(layers), desc="calibrating layers") as progress:
@@ -114,6 +116,7 @@ def embedded(plan: Plan, windows: list[list[int]], device: torch.device) -> Iter
     dtype = next(job.dtype for job in plan.jobs if job.name == EMBEDDING)
     table = load_parameters(plan.stored, specs, dtype, torch.device("cpu"), quiet=True)[specs[0].name]
     assert isinstance(table, torch.Tensor)
+    check_finite(plan, specs[0], table)
     for token_ids in windows:
         yield table[torch.tensor(token_ids)].to(device, torch.float32)
 
@@ -122,13 +125,23 @@ def build_layer(plan: Plan, layer_id: int, recorder: Recorder, device: torch.dev
     """Loads a layer in float32."""
     prefix = f"layers.{layer_id}."
     specs = [spec for spec in parameter_specs(plan.config, Layout()) if spec.name.startswith(prefix)]
-    parameters = load_parameters(plan.stored, specs, torch.float32, device, quiet=True).within(f"layers.{layer_id}")
+    parameters = load_parameters(plan.stored, specs, torch.float32, device, quiet=True)
+    for spec in specs:
+        check_finite(plan, spec, parameters[spec.name])
     parallel = ParallelContext()
     exchange = GatherExchange(parallel, plan.config.num_experts)
     build = Building(
         config=plan.config, ops=recorder, parallel=parallel, decode_exchange=exchange, prefill_exchange=exchange
     )
-    return DecoderLayer(build, layer_id, parameters)
+    return DecoderLayer(build, layer_id, parameters.within(f"layers.{layer_id}"))
+
+
+def check_finite(plan: Plan, spec: ParameterSpec, value: torch.Tensor | Weight) -> None:
+    """Raises ValueError that names a tensor of the checkpoint with values that are not finite."""
+    data = value if isinstance(value, torch.Tensor) else dense(value)
+    if not data.isfinite().all():
+        name = next(source.name for source in spec.sources if not data[source.region].isfinite().all())
+        raise ValueError(one_line(f"{plan.model_path}: {name} has values that are not finite"))
 
 
 def run_layer(
@@ -176,11 +189,8 @@ def search_output(
 
     Ones under grouped-query attention, where several heads share a row of v_proj.
     """
-    found = search_linear(recipe, [weight], inputs)
-    if weight.shape[1] == kv_rows:
-        return found, found.scales
-    ones = torch.ones_like(found.scales)
-    return Found(ones, found.errors[[0, 0]]), ones[:kv_rows]
+    found = search_linear(recipe, [weight], inputs, only_ones=weight.shape[1] != kv_rows)
+    return found, found.scales[:kv_rows]
 
 
 def search_block(recipe: Recipe, block: SparseMoe | DenseMlp, recorder: Recorder) -> FoundExperts:

@@ -81,11 +81,17 @@ def column_magnitudes(weight: torch.Tensor) -> torch.Tensor:
     return (weight.abs() / largest).flatten(0, -2).mean(0).clamp(min=SMALLEST)
 
 
-def search_linear(recipe: Recipe, weights: Sequence[torch.Tensor], inputs: InputStatistics) -> Found:
-    """Searches the scales of linear layers [N, K] with the same inputs; their relative errors count alike."""
+def search_linear(
+    recipe: Recipe, weights: Sequence[torch.Tensor], inputs: InputStatistics, only_ones: bool = False
+) -> Found:
+    """Searches the scales of linear layers [N, K] with the same inputs; their relative errors count alike.
+
+    only_ones: just computes the error without scales.
+    """
     energies = [inputs.energy(weight).clamp(min=1e-30) for weight in weights]
     errors = []
     tried = candidates(inputs.mean_magnitudes, column_magnitudes(torch.cat(list(weights))))
+    tried = tried[:1] if only_ones else tried
     for scales in tried:
         changes = (recipe.nearest(weight * scales) / scales - weight for weight in weights)
         relative = [inputs.energy(change) / energy for change, energy in zip(changes, energies, strict=True)]
