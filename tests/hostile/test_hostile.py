@@ -26,6 +26,7 @@ SCRIPTED = ("a good run", "world_size of 10**12", "an alias bomb", "--set: NaN")
 BY_SCRIPT = [case for case in NAMED if case.name in SCRIPTED]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 ENVIRONMENT |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+HUGE_PAGES = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # of which a fork copies few
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def outcomes(base: Path) -> dict[str, tuple[Case, Path, Outcome]]:
     cases = [*NAMED, *generated_cases(SEED, base)]
     assert len({case.name for case in cases}) == len(cases)
     (base.parent / "cases.pickle").write_bytes(pickle.dumps(cases))
-    subprocess.run([sys.executable, "-m", "tests.hostile.warm", base.parent], env=ENVIRONMENT, cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "tests.hostile.warm", base.parent]
+    subprocess.run(command, env=ENVIRONMENT | HUGE_PAGES, cwd=ROOT, check=True)
     found = pickle.loads((base.parent / "outcomes.pickle").read_bytes())
     return {case.name: (case, base.parent / str(number), found[case.name]) for number, case in enumerate(cases)}
 

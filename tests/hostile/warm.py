@@ -5,6 +5,7 @@ FOLDER/cases.pickle holds the cases, FOLDER/base the valid checkpoint; writes {n
 The folder of each case is FOLDER/NUMBER.
 """
 
+import gc
 import os
 import pickle
 import resource
@@ -110,6 +111,8 @@ def import_all(folder: Path) -> None:
                 __import__(name)
             except ImportError:  # created at run time
                 continue
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to the pages of all that is imported here
 
 
 def main() -> None:
