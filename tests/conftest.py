@@ -83,27 +83,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_finish() -> None:
-    launch_interpreted_kernels_faster()
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        from tests.interpreter import make_faster
 
-
-def launch_interpreted_kernels_faster() -> None:
-    """Patches Triton's interpreter to prepare triton.language once per launch, not per device function call."""
-    interpreter = sys.modules.get("triton.runtime.interpreter")
-    prepare = getattr(interpreter, "_patch_lang", None)
-    if prepare is None or not hasattr(interpreter, "_LangPatchScope"):
-        return
-
-    languages = (interpreter.tl, interpreter.tl.core)
-
-    @cache
-    def used_by(function) -> list:
-        return [value for value in function.__globals__.values() if any(value is language for language in languages)]
-
-    def prepare_once(function):
-        is_prepared = all(language.static_print is print for language in used_by(function))  # as after preparation
-        return interpreter._LangPatchScope() if is_prepared else prepare(function)
-
-    interpreter._patch_lang = prepare_once
+        make_faster(sys.modules["triton.runtime.interpreter"])
 
 
 def read_allowed_skips(path: Path) -> list[str]:
