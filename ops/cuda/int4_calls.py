@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """4-bit weights in the order of the CUDA kernels, and their operations, bound to a weight."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+from torch.nn import functional as F
 
 from ops import RouterLogits
+from ops.cuda import tiles
 from ops.cuda.batched_experts import PLAN_FIELDS, plan_kernel, weighted_sum_kernel
 from ops.cuda.experts import PLAN_WARPS, SUM_BLOCK
 from ops.cuda.int4 import (
@@ -16,79 +19,95 @@ from ops.cuda.int4 import (
     down_shared_int4_kernel,
     gate_up_int4_kernel,
     gate_up_shared_int4_kernel,
-    gemv_int4_kernel,
+    linear_int4_kernel,
 )
-from ops.cuda.launch import BoundKernel, fits, is_power_of_two, power_of_two_factor
+from ops.cuda.launch import BoundKernel, fits, power_of_two_factor
 from ops.cuda.norm import add_norm_constants, add_norm_kernel
-from ops.cuda.triton_internals import argument_names
-from ops.int4 import PER_WORD, pack_int4, unpack_int4
-from ops.weight import Int4Weight, Weight
+from ops.cuda.triton_internals import COMPILES_NARROW_DOT, argument_names
+from ops.int4 import pack_int4, unpack_int4
+from ops.weight import SYMMETRIC_ZERO, Int4Weight, Weight
 
-LEAST_GROUP = 32
+TILE_ROWS, TILE_COLUMNS = 16, 128
+GROUPS_STEP = 32  # columns; divides the columns per scale
 MAX_K = 8192
-DEQUANTIZED_WORDS = 256  # of a row, per program
+DEQUANTIZED_TILES = 8  # of a row, per program
+LEAST_WARPS, MAX_WARPS = 4, 16
+THREAD_BYTES = 256  # of weights in a thread's registers
+SHARED_DOWN_TILES = 2  # of a column, per program
 
 
 @dataclass(frozen=True)
 class CudaInt4Weight(Weight):
-    """W4A16 with the words in the order of `ops/cuda/int4.py`."""
+    """W4A16 in the order of `ops/cuda/int4.py`, in tiles; the last ones of a row may be padded."""
 
     format_name = "w4a16"
-    words: torch.Tensor  # int32 [N, K / 8] or [E, N, K / 8]
-    scales: torch.Tensor  # [N, K / group_size]
-    zeros: torch.Tensor | None = None  # uint8
+    words: torch.Tensor  # int16 [N / 16, TILES, 512] or [E, N / 16, TILES, 512]
+    scales: torch.Tensor  # [N / 16, TILES, PARTS * 32], each beside 16 + its zero point
+    k: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *others, words = self.words.shape
-        return (*others, words * PER_WORD)
+        *others, row_tiles, _, _ = self.words.shape
+        return (*others, row_tiles * TILE_ROWS, self.k)
 
     @property
-    def group_size(self) -> int:
-        return self.shape[-1] // self.scales.shape[-1]
+    def constants(self) -> dict[str, Any]:
+        return {"TILES": self.words.shape[-2], "S": self.batch, "PARTS": self.scales.shape[-1] // (2 * TILE_ROWS)}
 
     @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Arguments of a kernel; scales stand for absent zero points."""
-        return self.words, self.scales, self.scales if self.zeros is None else self.zeros
+    def batch(self) -> int:
+        """Tiles of a row, rounded up to a power of two."""
+        return triton.next_power_of_2(self.words.shape[-2])
 
 
 def reordered(weight: Int4Weight) -> CudaInt4Weight | None:
     """Repacks a weight for the kernels, one expert at a time; None if they do not support its sizes."""
     n, k = weight.shape[-2:]
     group = weight.group_size
-    if group < LEAST_GROUP or group % PER_WORD or k > MAX_K or n % PER_WORD:
+    if not COMPILES_NARROW_DOT or group % GROUPS_STEP or k > MAX_K or n % TILE_ROWS:
         return None
+    if len(weight.shape) == 2:
+        return CudaInt4Weight(*in_tiles(weight), k)
+    experts = [in_tiles(weight[expert]) for expert in range(weight.shape[0])]
+    words, scales = (torch.stack(tensors) for tensors in zip(*experts, strict=True))
+    return CudaInt4Weight(words, scales, k)
 
-    def reorder(words: torch.Tensor) -> torch.Tensor:
-        values = unpack_int4(words).unflatten(-1, (-1, PER_WORD, group // PER_WORD))
-        return pack_int4(values.transpose(-1, -2).flatten(-3))
 
-    words = weight.qweight
-    ordered = torch.stack([reorder(expert) for expert in words]) if words.dim() == 3 else reorder(words)
-    return CudaInt4Weight(ordered, weight.scales.contiguous(), weight.zeros)
+def in_tiles(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words and scales of `CudaInt4Weight` for one matrix."""
+    assert isinstance(weight, Int4Weight)
+    n, k = weight.shape
+    values = F.pad(unpack_int4(weight.qweight), (0, -k % TILE_COLUMNS)).view(n // TILE_ROWS, 2, 8, -1, 4, 4, 8)
+    words = pack_int4(values.permute(0, 3, 1, 2, 5, 6, 4).flatten(2)).view(torch.int16)
+    part = math.gcd(weight.group_size, TILE_COLUMNS)  # columns
+    starts = torch.arange(0, k + -k % TILE_COLUMNS, part, device=weight.scales.device)
+    group = (starts // weight.group_size).clamp_(max=weight.scales.shape[1] - 1)
+    zeros = torch.full_like(weight.scales, SYMMETRIC_ZERO) if weight.zeros is None else weight.zeros.to(weight.scales)
+    by_part = torch.stack((weight.scales, zeros + 16), dim=-1)[:, group]
+    by_tile = by_part.view(n // TILE_ROWS, 2, 8, -1, TILE_COLUMNS // part, 2).permute(0, 3, 4, 2, 1, 5)
+    return words, by_tile.flatten(2).contiguous()
 
 
 def dequantized(weight: CudaInt4Weight, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [N, K], or matrices [E, N, K], in memory."""
-    k = weight.shape[-1]
     output = torch.empty(weight.shape, dtype=dtype, device=weight.words.device)
-    rows = weight.words.numel() * PER_WORD // k
-    block = min(DEQUANTIZED_WORDS, triton.next_power_of_2(k // PER_WORD))
-    grid = (rows, triton.cdiv(k // PER_WORD, block))
-    constants = {"K": k, "GROUP": weight.group_size, "BLOCK": block, "HAS_ZEROS": weight.zeros is not None}
-    dequantize_int4_kernel[grid](*weight.parts, output, **constants, num_warps=4)
+    constants = weight.constants | {"K": weight.k}
+    constants["S"] = min(DEQUANTIZED_TILES, weight.batch)
+    grid = (output.numel() // weight.k // TILE_ROWS, triton.cdiv(constants["TILES"], constants["S"]))
+    constants = ordered(dequantize_int4_kernel, constants)
+    kernel = BoundKernel(dequantize_int4_kernel, grid, 4, fixed=(weight.words, weight.scales, output), **constants)
+    kernel()
     return output
 
 
 def int4_takes(x: torch.Tensor, residual: torch.Tensor | None = None) -> bool:
-    """Whether the decode kernels take activations [T, K], which meet whole rows of a weight, and a residual."""
+    """Returns whether the decode kernels support activations [T, K] and a residual."""
     right_type = x.dtype in (torch.bfloat16, torch.float16) and (residual is None or residual.dtype is torch.float32)
-    return right_type and fits(x, residual) and is_power_of_two(x.shape[1])
+    return right_type and fits(x, residual)
 
 
-class Int4GemvCall:
-    """Linear layer as a GEMV for each token, with the norm before it where there is one token."""
+class Int4Linear:
+    """Linear layer of a decode step, bound to its weight and output buffers, with the norm before it for one token."""
 
     def __init__(
         self,
@@ -100,44 +119,39 @@ class Int4GemvCall:
         has_residual: bool = False,
     ):
         (num_tokens, k), n = x.shape, weight.shape[0]
-        rows, warps = gemv_tile(n, k)
+        count, warps = int4_tile("linear_int4", n, k)
         self.output = x.new_empty(num_tokens, n)
         self.residual = torch.empty_like(x, dtype=torch.float32) if norm else self.output
         norm_weight, eps = norm or (weight.scales, 0.0)
-        fixed = (norm_weight, *weight.parts, self.output if bias is None else bias, self.output, self.residual)
+        bias_or_any = self.output if bias is None else bias
+        fixed = (norm_weight, weight.words, weight.scales, bias_or_any, self.output, self.residual, num_tokens)
+        constants = weight.constants | {"K": k, "M": count, "EPS": eps}
+        constants |= {"NORM": norm is not None, "HAS_RESIDUAL": has_residual}
+        constants |= {"HAS_BIAS": bias is not None, "FIRST": norm is not None and not has_residual, "PDL": pdl}
         self.kernel = BoundKernel(
-            gemv_int4_kernel,
-            (n // rows, num_tokens),
+            linear_int4_kernel,
+            (n // (TILE_ROWS * count),),
             warps,
             pdl,
             fixed,
-            K=k,
-            GROUP=weight.group_size,
-            ROWS=rows,
-            EPS=eps,
-            NORM=norm is not None,
-            HAS_RESIDUAL=has_residual,
-            HAS_ZEROS=weight.zeros is not None,
-            HAS_BIAS=bias is not None,
-            FIRST=norm is not None and not has_residual,
-            PDL=pdl,
+            **ordered(linear_int4_kernel, constants),
         )
 
 
-class Int4LinearCall(Int4GemvCall):
+class Int4LinearCall(Int4Linear):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         self.kernel(x, x)
         return self.output
 
 
-class Int4NormLinearCall(Int4GemvCall):
+class Int4NormLinearCall(Int4Linear):
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         self.kernel(x, x if residual is None else residual)
         return self.output, self.residual
 
 
 class Int4NormThenLinearCall:
-    """Norm kernel, then a GEMV for each token: fused, every program would recompute the norm of all tokens."""
+    """Norm kernel, then the linear layer: fused, each program would recompute the norm of all tokens."""
 
     def __init__(
         self,
@@ -167,28 +181,33 @@ class Int4ExpertsCall:
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: CudaInt4Weight, down: CudaInt4Weight, pdl: bool
     ):
-        num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
+        top_k, num_experts = routing.top_k, routing.logits.shape[1]
         count, d, f = down.shape
         sizes = {"D": d, "F": f, "E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
         sizes |= {"FIRST": routing.first, "COUNT": count, "PDL": pdl}
-        self.activated = normed.new_empty(num_tokens, top_k, f)
+        self.activated = normed.new_empty(1, top_k, f)
         self.output = torch.empty_like(normed)
-        rows, warps = gate_up_tile(f, d, num_tokens)
-        options = {"ROWS": rows, "GROUP": gate_up.group_size, "HAS_ZEROS": gate_up.zeros is not None}
-        grid, fixed = (f // rows, num_tokens * top_k), (*gate_up.parts, self.activated)
+        count, warps = int4_tile("gate_up_int4", f, d, matrices=2)
+        constants = sizes | gate_up.constants | {"M": count}
         self.gate_up = BoundKernel(
-            gate_up_int4_kernel, grid, warps, pdl, fixed, **ordered(gate_up_int4_kernel, sizes | options)
-        )
-        rows, warps = down_tile(d, num_tokens)
-        options = {"ROWS": rows, "GROUP": down.group_size, "HAS_ZEROS": down.zeros is not None}
-        options |= {"BLOCK": triton.next_power_of_2(f // PER_WORD), "RENORMALIZE": routing.renormalize}
-        self.down = BoundKernel(
-            down_int4_kernel,
-            (d // rows, num_tokens),
+            gate_up_int4_kernel,
+            (f // (TILE_ROWS * count), top_k),
             warps,
             pdl,
-            (self.activated, *down.parts, self.output),
-            **ordered(down_int4_kernel, sizes | options),
+            (gate_up.words, gate_up.scales, self.activated),
+            **ordered(gate_up_int4_kernel, constants),
+        )
+        block_k = triton.next_power_of_2(top_k)
+        count, warps = int4_tile("down_int4", d, f, matrices=block_k)
+        constants = sizes | down.constants | {"M": count, "BLOCK_K": block_k}
+        constants |= {"RENORMALIZE": routing.renormalize}
+        self.down = BoundKernel(
+            down_int4_kernel,
+            (d // (TILE_ROWS * count),),
+            warps,
+            pdl,
+            (self.activated, down.words, down.scales, self.output),
+            **ordered(down_int4_kernel, constants),
         )
 
     def __call__(self, normed: torch.Tensor, routing: RouterLogits) -> torch.Tensor:
@@ -227,17 +246,26 @@ class Int4BatchedExpertsCall:
             RENORMALIZE=routing.renormalize,
             PDL=pdl,
         )
-        rows, warps = gate_up_tile(f, d, num_tokens)
-        options = {"ROWS": rows, "GROUP": gate_up.group_size, "HAS_ZEROS": gate_up.zeros is not None}
-        constants = ordered(gate_up_shared_int4_kernel, sizes | options)
-        fixed: tuple[torch.Tensor, ...] = (slots, *gate_up.parts, self.activated)
-        self.gate_up = BoundKernel(gate_up_shared_int4_kernel, (f // rows, num_slots), warps, pdl, fixed, **constants)
-        rows, warps = down_tile(d, num_tokens)
-        options = {"ROWS": rows, "GROUP": down.group_size, "HAS_ZEROS": down.zeros is not None}
-        options |= {"BLOCK": triton.next_power_of_2(f // PER_WORD)}
-        constants = ordered(down_shared_int4_kernel, sizes | options)
-        fixed = (slots, self.activated, *down.parts, self.partial)
-        self.down = BoundKernel(down_shared_int4_kernel, (d // rows, num_slots), warps, pdl, fixed, **constants)
+        count, warps = int4_tile("shared_gate_up_int4", f, d, matrices=2)
+        constants = sizes | gate_up.constants | {"M": count}
+        self.gate_up = BoundKernel(
+            gate_up_shared_int4_kernel,
+            (f // (TILE_ROWS * count), num_slots),
+            warps,
+            pdl,
+            (slots, gate_up.words, gate_up.scales, self.activated),
+            **ordered(gate_up_shared_int4_kernel, constants),
+        )
+        count, warps = int4_tile("shared_down_int4", d, f)
+        constants = sizes | down.constants | {"M": count}
+        self.down = BoundKernel(
+            down_shared_int4_kernel,
+            (d // (TILE_ROWS * count), num_slots),
+            warps,
+            pdl,
+            (slots, self.activated, down.words, down.scales, self.partial),
+            **ordered(down_shared_int4_kernel, constants),
+        )
         block = min(SUM_BLOCK, d)
         fixed = (weights, self.partial, self.output)
         constants = {"D": d, "TOP_K": top_k, "BLOCK": block, "ELSEWHERE": count < num_experts}
@@ -256,16 +284,11 @@ def ordered(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
     return {name: constants[name] for name in argument_names(kernel) if name in constants}
 
 
-def gemv_tile(n: int, k: int) -> tuple[int, int]:
-    """Rows per program and warps; this and the tiles below were measured on an H200 at the 30B shape."""
-    return power_of_two_factor(n, max(1, 16384 // k)), 2
-
-
-def gate_up_tile(f: int, d: int, num_tokens: int) -> tuple[int, int]:
-    """Rows per program (of gate and of up each) and warps."""
-    return power_of_two_factor(f, max(1, (8192 if num_tokens == 1 else 4096) // d)), 2
-
-
-def down_tile(d: int, num_tokens: int) -> tuple[int, int]:
-    """Rows per program, of top_k experts for one token, and warps."""
-    return power_of_two_factor(d, 2 if num_tokens == 1 else 4), 1
+def int4_tile(kernel: str, n: int, k: int, matrices: int = 1) -> tuple[int, int]:
+    """Tiles of a column, and warps, of a program that holds rows of `matrices` weights [n, k]."""
+    if sizes := tiles.sizes_of(kernel, n, k):
+        return sizes[0], sizes[1]
+    count = power_of_two_factor(n // TILE_ROWS, SHARED_DOWN_TILES if kernel == "shared_down_int4" else 1)
+    in_row = triton.next_power_of_2(triton.cdiv(k, TILE_COLUMNS))
+    enough = matrices * count * in_row * TILE_ROWS * TILE_COLUMNS // 2 // (THREAD_BYTES * 32)
+    return count, min(matrices * in_row, max(LEAST_WARPS, enough), MAX_WARPS)

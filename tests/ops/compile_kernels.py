@@ -19,14 +19,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ops import DenseWeight, GroupedRows
 from ops.cuda import CudaOps, tiles
+from ops.cuda.int4_calls import CudaInt4Weight, dequantized
 from ops.cuda.launch import BoundKernel
 from ops.cuda.peer_exchange import PeerExchange
+from ops.cuda.tune import random_int4
 from ops.step import BLOCK_SIZE, Span, blocks_for, step_inputs
 
 D, H, G, C, E, K, F = 2048, 32, 4, 128, 128, 8, 768
 EPS = 1e-6
 DTYPE = torch.bfloat16
 TYPE_NAMES = {DTYPE: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPE_NAMES |= {torch.int16: "i16", torch.uint8: "u8"}
 
 
 def main(capability: int, shared_memory: int) -> None:
@@ -34,7 +37,10 @@ def main(capability: int, shared_memory: int) -> None:
     tiles.shared_memory_bytes = lambda device: shared_memory
     BoundKernel.__call__ = lambda self, *varying: compile_kernel(self, varying, capability)
     for num_tokens in (1, 2, 8, 16):
-        decode(num_tokens, has_pdl)
+        decode(num_tokens, has_pdl, Layer())
+    for num_tokens in (1, 8):
+        decode(num_tokens, has_pdl, Int4Layer())
+    dequantized(Int4Layer().o, DTYPE)
     prefill(300, has_pdl)
     exchange = PeerExchange(0, [0, 0], torch.device("cpu"), None)
     exchange.pdl = has_pdl
@@ -76,8 +82,8 @@ def type_name(argument: torch.Tensor | TensorDescriptor | int) -> str:
     return "i32"
 
 
-def decode(num_tokens: int, has_pdl: bool) -> None:
-    ops, layer = CudaOps(), Layer()
+def decode(num_tokens: int, has_pdl: bool, layer: "Layer") -> None:
+    ops = CudaOps()
     ops.pdl = has_pdl
     hidden_states, residual = empty(num_tokens, D), torch.empty(num_tokens, D)
     ops.norm_linear(hidden_states, None, layer.norm, EPS, layer.qkv)
@@ -86,8 +92,7 @@ def decode(num_tokens: int, has_pdl: bool) -> None:
     ops.linear(attended, layer.o)
     normed, _, routing = ops.route(hidden_states, residual, layer.norm, EPS, layer.router, K, True)
     ops.experts(normed, routing, layer.gate_up, layer.down)
-    half = (DenseWeight(weight.data[: E // 2]) for weight in (layer.gate_up, layer.down))
-    ops.experts(normed, routing.of_rank(0, E // 2), *half)
+    ops.experts(normed, routing.of_rank(0, E // 2), layer.gate_up[: E // 2], layer.down[: E // 2])
 
 
 def prefill(num_tokens: int, has_pdl: bool) -> None:
@@ -112,6 +117,19 @@ class Layer:
 
     def qkv_of(self, num_tokens: int) -> torch.Tensor:
         return empty(num_tokens, (H + 2 * G) * C)
+
+
+class Int4Layer(Layer):
+    """As `Layer`, with 4-bit projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = int4((H + 2 * G) * C, D), int4(D, H * C)
+        self.gate_up, self.down = int4(E, 2 * F, D), int4(E, D, F)
+
+
+def int4(*shape: int) -> CudaInt4Weight:
+    return random_int4(*shape, device="cpu", dtype=DTYPE)
 
 
 def attention_inputs(spans: list[tuple[int, int]]) -> tuple[Any, ...]:

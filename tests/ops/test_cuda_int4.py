@@ -20,7 +20,7 @@ from ops.weight import Int4Weight, dequantize  # noqa: E402
 from tests.logits import relative_error  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-D, F, N, E, TOP_K = (2048, 768, 5120, 128, 8) if ON_GPU else (32, 32, 8, 3, 2)
+D, F, N, E, TOP_K = (2048, 768, 5120, 128, 8) if ON_GPU else (128, 32, 16, 3, 2)
 GROUPS = (32, 64, 128) if ON_GPU else (32,)
 TOKENS = (1, 2, 5, 8, 12) if ON_GPU else (1, 2)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
@@ -53,7 +53,9 @@ def prepared(ops: CudaOps, *weights: Weight) -> list[CudaInt4Weight]:
 def test_matrix_in_memory(options):
     for shape in ((N, D), (E, D, F)):
         one = weight(*shape, **options)
-        assert torch.equal(dequantized(*prepared(CudaOps(), one), torch.float32), dequantize(one, torch.float32))
+        [int4] = prepared(CudaOps(), one)
+        for dtype in (torch.float32, torch.float16):  # numbers become bfloat16 and float16 first
+            assert torch.equal(dequantized(int4, dtype), dequantize(one, dtype))
 
 
 @pytest.mark.parametrize("num_tokens", TOKENS)
@@ -95,6 +97,16 @@ def test_experts(num_tokens, renormalize, options):
                           REFERENCE.experts(x.float(), routing, gate_up, down)) < TOLERANCE  # fmt: skip
 
 
+@pytest.mark.parametrize(("group", "k"), [(32, 96), (64, 192), (96, 192), (128, 128), (256, 256)])
+def test_groups_beside_tiles(group, k):
+    """Groups of parts of a tile, of whole tiles, across tiles; rows that end within a tile."""
+    ops, one = CudaOps(), weight(N, k, group=group, symmetric=False)
+    [int4] = prepared(ops, one)
+    assert torch.equal(dequantized(int4, torch.float32), dequantize(one, torch.float32))
+    x = random(3, k)
+    assert relative_error(ops.linear(x, int4), REFERENCE.linear(x.float(), one)) < TOLERANCE
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_so(value):
     ops = CudaOps()
@@ -106,7 +118,7 @@ def test_what_is_not_finite_stays_so(value):
 
 
 def test_groups_that_the_kernels_do_not_take_stay_as_they_are():
-    one = weight(N, D, group=8, symmetric=False)
+    one = weight(N, D, group=16, symmetric=False)
     ops = CudaOps()
     assert ops.prepare_weight(one, DTYPE) is one and ops.prepare_weight(one, torch.float32) is one
     x = random(2, D)

@@ -18,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = tune.Shape(d=64, h=2, g=1, c=32, e=6, k=2, f=32, v=96)
 if DEVICE == "cpu":  # the interpreter takes seconds a layer
     SHAPE = tune.Shape(d=32, h=1, g=1, c=32, e=4, k=2, f=16, v=64)
+INT4_SHAPE = tune.Shape(d=128, h=4, g=1, c=32, e=4, k=2, f=128, v=64)
 
 
 @pytest.fixture
@@ -59,15 +60,23 @@ def test_tables_divide_their_weights(part):
             assert int(shape.split("x")[side]) % rows == 0
 
 
+WANTED = {
+    "dense": {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2], "shared_gate_up": [2, 4], "shared_down": [16, 4]},
+    "w4a16": {"linear_int4": [4, 1], "gate_up_int4": [2, 2], "down_int4": [2, 1]}
+    | {"shared_gate_up_int4": [4, 1], "shared_down_int4": [4, 1]},
+}
+
+
 @torch.inference_mode()
-def test_tune_takes_the_fastest(table, monkeypatch, capsys):
+@pytest.mark.parametrize(("weight_format", "shape"), [("dense", SHAPE), ("w4a16", INT4_SHAPE)])
+def test_tune_takes_the_fastest(weight_format, shape, table, monkeypatch, capsys):
     """All candidates give the same result; the table then holds the fastest one by the test's clock."""
     monkeypatch.setattr(tune, "CONTEXT", 128)
     monkeypatch.setattr(tune, "SHARED_TOKENS", 2)
     searches = tune.searches
 
-    def shorter_searches(shape):
-        for kernel, weight, num_tokens, candidates in searches(shape):
+    def shorter_searches(*arguments):
+        for kernel, weight, num_tokens, candidates in searches(*arguments):
             assert wanted[kernel] in candidates[1:]
             other = next(size for size in candidates[1:] if size != wanted[kernel])
             searched.append((kernel, *weight))
@@ -78,22 +87,22 @@ def test_tune_takes_the_fastest(table, monkeypatch, capsys):
     searched, asked_for = [], set()
     sizes_of = tiles.sizes_of
     monkeypatch.setattr(tiles, "sizes_of", lambda *key: asked_for.add(key) or sizes_of(*key))
-    wanted = {"gemv": [2, 1, 8], "gate_up": [4, 8], "down": [8, 2]}
-    wanted |= {"shared_gate_up": [2, 4], "shared_down": [16, 4]}
+    wanted, first = WANTED[weight_format], next(iter(WANTED[weight_format]))
 
     def clock(work):
         asked_for.clear()
         result = work().clone()
         assert searched[-1] in asked_for  # otherwise the sizes have no effect
-        first = results.setdefault(len(result), result)
-        torch.testing.assert_close(result, first, rtol=2e-2, atol=2e-2)
+        earlier = results.setdefault(len(result), result)
+        torch.testing.assert_close(result, earlier, rtol=2e-2, atol=2e-2)
         return 1.0 - sum(size == wanted[kernel] for kernel, sizes in table.items() for size in sizes.values()) / 100
 
-    tune.tune(SHAPE, 1, DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16, clock)
+    tune.tune(shape, 1, DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16, weight_format, clock)
+    linears = {"dense": 4, "w4a16": 2}[weight_format]
     assert {kernel: list(sizes.values()) for kernel, sizes in table.items()} == {
-        kernel: [best] * (4 if kernel == "gemv" else 1) for kernel, best in wanted.items()
+        kernel: [best] * (linears if kernel == first else 1) for kernel, best in wanted.items()
     }
-    assert capsys.readouterr().out.count("us a step") == 8
+    assert capsys.readouterr().out.count("us a step") == linears + 4
 
 
 @pytest.mark.parametrize(
