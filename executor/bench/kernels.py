@@ -3,9 +3,9 @@
 
 The floor is the larger of bytes moved / read bandwidth and FLOPs / matmul rate, both rates measured in the same run.
 Calls rotate over weights that together exceed the last-level cache; on CUDA, those of a decode step are replayed from a
-graph. Weights are random, no checkpoint is loaded. An operation whose calls together fit the cache has no fraction: the
-floor assumes reads from memory. Of steps with new tokens on cached context only attention is measured, as the other
-operations depend on the number of tokens only.
+graph. Weights are random, in the number formats that config.json declares; no checkpoint is loaded. An operation whose
+calls together fit the cache has no fraction: the floor assumes reads from memory. Of steps with new tokens on cached
+context only attention is measured, as the other operations depend on the number of tokens only.
 """
 
 import argparse
@@ -34,14 +34,17 @@ def run(command_line: list[str]) -> None:
 
     from executor.bench.op_cases import OpCases
     from executor.bench.timing import matmul_ceiling, read_ceiling
-    from executor.loading.before_loading import check_before_launch
+    from executor.loading.before_loading import check_before_launch, load_scheme
+    from executor.loading.checkpoint import read_unique_object
     from executor.loading.device import device_name, select_device
+    from models.quantization.rounding import random_method
     from ops import load_ops
 
     device, dtype = select_device(settings.device), getattr(torch, settings.model_config.dtype)
     if not arguments.allow_fallback:
         refuse_fallbacks(settings)
-    _, config = check_before_launch(settings)
+    model_path, config = check_before_launch(settings)
+    scheme = load_scheme(model_path, read_unique_object(model_path / "config.json"))
     before = arguments.cached_tokens - 1  # a sequence's length includes its new token
     sizes = [("decode", sequences, 1, before) for sequences in arguments.batch_size]
     sizes += [("prefill", 1, tokens, 0) for tokens in arguments.prompt_tokens]
@@ -49,12 +52,12 @@ def run(command_line: list[str]) -> None:
     with Report(arguments.output, len(sizes), result_table) as report, torch.inference_mode():
         ceilings = {"read_ceiling": read_ceiling(device), "matmul_ceiling": matmul_ceiling(device, dtype)}
         model = {"model_name": settings.model_name, "dtype": settings.model_config.dtype}
-        report.begin(**model, device=device_name(device), **ceilings)
+        report.begin(**model, quantization=random_method(scheme), device=device_name(device), **ceilings)
         for phase, sequences, new_tokens, cached_tokens in sizes:
             ops = load_ops(device.type)  # a new instance, which frees the weights of the previous size
             ops.check_model(dtype, config.head_dim)
             shape = (sequences, new_tokens, cached_tokens)
-            cases = OpCases(ops, config, settings.parallel_config, dtype, device, *shape)
+            cases = OpCases(ops, config, settings.parallel_config, dtype, device, *shape, scheme)
             rows: list[dict[str, Any]] = []
             note = f" ({sequences} x {new_tokens} on {cached_tokens} cached)" if phase == "extend" else ""
             for case in [cases.attention()] if phase == "extend" else cases.all():

@@ -11,6 +11,7 @@ from executor.llm import LLM
 from executor.loading.device import peak_memory_bytes
 from executor.sampling_params import SamplingParams
 from executor.utils.report import percentiles
+from ops.weight import DENSE
 
 Run = tuple[list[list[int]], float, list[float]]  # token ids, ttft in ms, each decode step's time in ms
 
@@ -80,7 +81,7 @@ def row(llm: LLM, system: str, runs: list[Run], prompts: list[list[int]], new_to
         "system": system,
         "exe_mode": llm.settings.exe_mode if system == "ours" else "eager",
         "dtype": llm.settings.model_config.dtype,
-        "quantization": None,
+        "quantization": ", ".join(name for name in llm.parameters.formats() if name != DENSE) or None,
         "world_size": llm.settings.world_size,
         "batch_size": len(prompts),
         "prompt_tokens": len(prompts[0]),

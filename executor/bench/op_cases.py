@@ -12,10 +12,13 @@ from transformers import Qwen3MoeConfig
 
 from executor.config import ParallelSettings
 from models.layers.padding import share_of
+from models.quantization.rounding import rounding_of
+from models.quantization.scheme import Scheme
 from ops import DenseWeight, Ops, RouterLogits, Routing, StepMetadata, Weight
 from ops.step import BLOCK_SIZE, Span, blocks_for, step_inputs
 
 COLD_BYTES = {"cpu": 2**26, "cuda": 2**28, "npu": 2**29}  # larger than the last-level cache
+LAYER = "model.layers.0"
 MAX_SETS = {"cpu": 4, "cuda": 512, "npu": 512}
 
 
@@ -51,7 +54,9 @@ class OpCases:
         sequences: int,
         new_tokens: int,
         cached_tokens: int,
+        scheme: Scheme,
     ):
+        self.scheme = scheme  # number formats of the weights
         self.ops = ops
         self.config = config
         self.parallel = parallel
@@ -75,14 +80,15 @@ class OpCases:
         qkv = self.q_size + 2 * self.kv_heads * config.head_dim
         yield self.embedding()
         yield self.add_norm()
-        yield self.norm_linear("norm_linear (qkv)", qkv)
+        yield self.norm_linear("norm_linear (qkv)", f"{LAYER}.self_attn.q_proj", qkv)
         yield self.attention()
         yield self.linear()
         yield self.route()
         yield self.experts()
         yield self.silu_and_mul()
         if self.new_tokens == 1:  # other steps compute it for the last token of a sequence only
-            yield self.norm_linear("norm_linear (lm_head)", config.vocab_size // self.parallel.lmhead_tp_size)
+            vocab_size = config.vocab_size // self.parallel.lmhead_tp_size
+            yield self.norm_linear("norm_linear (lm_head)", "lm_head", vocab_size)
 
     def sets(self, set_bytes: int) -> range:
         count = share_of(COLD_BYTES[self.device.type], set_bytes)
@@ -94,8 +100,14 @@ class OpCases:
     def activations(self, width: int) -> torch.Tensor:
         return torch.randn(self.tokens, width, dtype=self.dtype, device=self.device)
 
-    def weight(self, *shape: int) -> Weight:
-        return self.ops.prepare_weight(DenseWeight(self.random(*shape)), self.dtype)
+    def weight(self, module: str, *shape: int) -> Weight:
+        """A random weight in the number format of `module`, in the backend's layout."""
+        round_weight, value = rounding_of(module, self.scheme), self.random(*shape)
+        return self.ops.prepare_weight(DenseWeight(value) if round_weight is None else round_weight(value), self.dtype)
+
+    def weights(self, module: str, *shape: int) -> list[Weight]:
+        first = self.weight(module, *shape)
+        return [first, *(self.weight(module, *shape) for _ in self.sets(first.nbytes)[1:])]
 
     def norm_inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
         """Inputs of add_norm: hidden_states, residual in the backend's dtype, norm weight, epsilon."""
@@ -130,21 +142,19 @@ class OpCases:
         calls = [lambda one=one: self.ops.add_norm(*one) for one in inputs]
         return OpCase(name="add_norm", calls=calls, moved_bytes=moved_bytes, flops=0)
 
-    def norm_linear(self, name: str, width: int) -> OpCase:
+    def norm_linear(self, name: str, module: str, width: int) -> OpCase:
         inputs = self.norm_inputs()
-        weight_bytes = width * self.hidden * self.dtype.itemsize
-        weights = [self.weight(width, self.hidden) for _ in self.sets(weight_bytes)]
+        weights = self.weights(module, width, self.hidden)
         calls = [lambda weight=weight: self.ops.norm_linear(*inputs, weight) for weight in weights]
-        moved_bytes = weight_bytes + self.norm_bytes() + self.row_bytes * width
+        moved_bytes = weights[0].nbytes + self.norm_bytes() + self.row_bytes * width
         return OpCase(name=name, calls=calls, moved_bytes=moved_bytes, flops=2 * self.tokens * width * self.hidden)
 
     def linear(self) -> OpCase:
         """Output projection of attention (o_proj)."""
         inputs = self.activations(self.q_size)
-        weight_bytes = self.hidden * self.q_size * self.dtype.itemsize
-        weights = [self.weight(self.hidden, self.q_size) for _ in self.sets(weight_bytes)]
+        weights = self.weights(f"{LAYER}.self_attn.o_proj", self.hidden, self.q_size)
         calls = [lambda weight=weight: self.ops.linear(inputs, weight) for weight in weights]
-        moved_bytes = weight_bytes + self.row_bytes * (self.q_size + self.hidden)
+        moved_bytes = weights[0].nbytes + self.row_bytes * (self.q_size + self.hidden)
         flops = 2 * self.tokens * self.hidden * self.q_size
         return OpCase(name="linear (o_proj)", calls=calls, moved_bytes=moved_bytes, flops=flops)
 
@@ -194,20 +204,27 @@ class OpCases:
     def experts(self) -> OpCase:
         config = self.config
         width = config.moe_intermediate_size // self.parallel.moe_tp_size
-        expert_size = 3 * width * self.hidden
+        experts = config.num_experts
+
+        def pair() -> tuple[Weight, Weight]:
+            gate_up = self.weight(f"{LAYER}.mlp.experts.0.gate_proj", experts, 2 * width, self.hidden)
+            return gate_up, self.weight(f"{LAYER}.mlp.experts.0.down_proj", experts, self.hidden, width)
+
+        pairs = [pair()]
+        expert_bytes = sum(weight.nbytes for weight in pairs[0]) / experts
+        pairs += [pair() for _ in self.sets(round(config.num_experts_per_tok * expert_bytes))[1:]]
         calls, chosen = [], []
-        for _ in self.sets(config.num_experts_per_tok * expert_size * self.dtype.itemsize):
+        for weights in pairs:
             normed, _, routing = self.router(self.norm_inputs())()
             chosen.append(routing.chosen().topk_ids.unique().numel())
-            gate_up = self.weight(config.num_experts, 2 * width, self.hidden)
-            arguments = (normed.clone(), routing, gate_up, self.weight(config.num_experts, self.hidden, width))
+            arguments = (normed.clone(), routing, *weights)
             calls.append(lambda arguments=arguments: self.ops.experts(*arguments))
-        weight_bytes = sum(chosen) / len(chosen) * expert_size * self.dtype.itemsize
+        weight_bytes = sum(chosen) / len(chosen) * expert_bytes
         return OpCase(
             name=f"experts ({sum(chosen) / len(chosen):.1f} read)",
             calls=calls,
             moved_bytes=round(weight_bytes) + 2 * self.row_bytes * self.hidden,
-            flops=2 * self.tokens * config.num_experts_per_tok * expert_size,
+            flops=2 * self.tokens * config.num_experts_per_tok * 3 * width * self.hidden,
         )
 
     def silu_and_mul(self) -> OpCase:

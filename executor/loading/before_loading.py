@@ -78,8 +78,14 @@ def load_config(model_path: Path, rope_scaling: dict[str, Any] | None = None) ->
 
 
 def load_scheme(model_path: Path, raw: dict[str, Any]) -> Scheme:
-    """Loads what a checkpoint declares of its number formats; raw: its config. ValueError for unsupported ones."""
-    description = read_description(model_path)
+    """Loads what a checkpoint declares of its number formats; raw: its config. ValueError for unsupported ones.
+
+    What quantization_config leaves out is taken from quantize_config.json, where tools of GPTQ put it.
+    """
+    description, older = read_description(model_path), model_path / "quantize_config.json"
+    stated = raw.get("quantization_config") or {}
+    if isinstance(stated, dict) and "compression_config" not in raw and older.is_file():
+        raw = raw | {"quantization_config": read_unique_object(older) | stated}
     with refusing(str(model_path)):
         return parse_scheme(raw, description)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from models.quantization.scheme import Scheme
+from models.quantization.scheme import METHODS, Scheme
 from ops.int4 import PER_WORD, pack_int4
 from ops.weight import SYMMETRIC_ZERO, Fp8Weight, Int4Weight, Int8Weight, Weight, beside_blocks, dequantize, in_blocks
 
@@ -81,12 +81,17 @@ def nonzero(scales: torch.Tensor) -> torch.Tensor:
     return scales.masked_fill(scales == 0, 1.0)
 
 
+def random_method(scheme: Scheme) -> str | None:
+    """The method of a scheme that random weights follow; msModelSlim's, which lists tensors, has none."""
+    return scheme.method if scheme.method in METHODS else None
+
+
 def rounding_of(module: str, scheme: Scheme) -> Callable[[torch.Tensor], Weight] | None:
     """Returns the function that rounds a weight to the format which a scheme declares for a module; None: stays float.
 
     Groups and blocks become smaller where they do not divide the weight.
     """
-    if scheme.method not in ("awq", "gptq", "fp8", "compressed-tensors") or scheme.keeps_float(module):
+    if random_method(scheme) is None or scheme.keeps_float(module):
         return None
     if scheme.method == "fp8":
         return lambda weight: by_expert(partial(round_fp8, block=fitting(scheme.block, weight.shape[-2:])), weight)

@@ -31,7 +31,7 @@ from ops.cuda.moe import topk_softmax_kernel
 from ops.cuda.norm import add_norm_constants, add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
-from ops.cuda.triton_internals import KNOWS_LAUNCHER
+from ops.cuda.triton_internals import COMPILES_NARROW_DOT, KNOWS_LAUNCHER
 from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, Weight
 
@@ -77,7 +77,9 @@ class CudaOps(Int4Ops):
         """As in the interface; formats other than W4A16 have no kernels: what a step reads is dequantised first."""
         if dtype not in DTYPES:
             return OPERATIONS
-        return super().fallbacks(dtype) + reference_formats([name for name in formats if name != "w4a16"])
+        return super().fallbacks(dtype) + reference_formats(
+            [name for name in formats if name != "w4a16" or not COMPILES_NARROW_DOT]
+        )
 
     def add_norm(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float

@@ -117,6 +117,16 @@ def test_platform_rank_variables_are_ignored(variables, monkeypatch, tmp_path, c
     assert output.exists() and "tokens/s" in printed.out and "measurements" not in printed.err  # no progress bar
 
 
+
+def test_a_quantised_checkpoint_is_named_in_its_results(monkeypatch, tmp_path):
+    output = tmp_path / "report.json"
+    folder = str(REPOSITORY / "tests/quantized/autoawq")
+    sizes = ("--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--batch-size", "1")
+    assert latency(monkeypatch, "--set", f"model_path={folder}", *sizes, "--output", str(output)) == 0
+    [result] = json.loads(output.read_text())["results"]
+    assert result["quantization"] == "w4a16"
+
+
 def test_interrupted(monkeypatch, capsys):
     def interrupt(command_line):
         os.kill(os.getpid(), signal.SIGINT)

@@ -10,19 +10,20 @@ import torch
 
 from executor.bench.__main__ import main
 from executor.bench.kernels import row, time_us
-from executor.bench.op_cases import COLD_BYTES, OpCase, OpCases
+from executor.bench.op_cases import COLD_BYTES, LAYER, OpCase, OpCases
 from executor.config import ParallelSettings, resolve_path
 from executor.loading.before_loading import load_config
+from models.quantization.scheme import Scheme
 from ops import OPERATIONS, load_ops
 
 TWO_BYTES = 2
 
 
-def cases(sequences: int, new_tokens: int, cached_tokens: int, **sizes: int) -> OpCases:
+def cases(sequences: int, new_tokens: int, cached_tokens: int, scheme: Scheme | None = None, **sizes: int) -> OpCases:
     config = load_config(resolve_path("models/qwen3_moe/demo"))
     cpu = torch.device("cpu")
     shape = (sequences, new_tokens, cached_tokens)
-    return OpCases(load_ops("cpu"), config, ParallelSettings(**sizes), torch.bfloat16, cpu, *shape)
+    return OpCases(load_ops("cpu"), config, ParallelSettings(**sizes), torch.bfloat16, cpu, *shape, scheme or Scheme())
 
 
 def test_report(monkeypatch, tmp_path, capsys):
@@ -129,7 +130,7 @@ def test_bytes_and_flops_of_a_decode_step():
         config.num_attention_heads * config.head_dim,
         config.num_key_value_heads * config.head_dim,
     )
-    qkv = built.norm_linear("qkv", q + 2 * kv)
+    qkv = built.norm_linear("qkv", f"{LAYER}.self_attn.q_proj", q + 2 * kv)
     weight, inputs, outputs = (q + 2 * kv) * hidden, 3 * hidden, 3 * (q + 2 * kv)
     assert qkv.moved_bytes == TWO_BYTES * (weight + inputs + outputs) + 2 * 4 * inputs
     assert qkv.flops == 2 * 3 * weight
@@ -141,6 +142,25 @@ def test_bytes_and_flops_of_a_decode_step():
     assert experts.flops == 2 * 3 * config.num_experts_per_tok * one_expert
     read = (experts.moved_bytes / TWO_BYTES - 2 * inputs) / one_expert
     assert config.num_experts_per_tok < read <= 3 * config.num_experts_per_tok
+
+
+def test_bytes_of_4_bit_weights():
+    """Half a byte per number, and per group of 64 a scale (bfloat16) and a zero point; lm_head stays as it is."""
+    built = cases(1, 1, 9, Scheme(method="awq", group_size=64))
+    config = built.config
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    assert hidden % 64 == 0 and width % 64 == 0
+    o = built.linear()
+    activations = TWO_BYTES * (built.q_size + hidden)
+    assert o.moved_bytes == hidden * built.q_size // 2 + hidden * built.q_size // 64 * 3 + activations
+    experts = built.experts()
+    numbers = config.num_experts_per_tok * 3 * width * hidden
+    assert experts.moved_bytes == pytest.approx(numbers / 2 + numbers / 64 * 3 + 2 * TWO_BYTES * hidden, abs=1)
+    [lm_head] = [case for case in built.all() if "lm_head" in case.name]
+    assert lm_head.moved_bytes > TWO_BYTES * config.vocab_size * hidden
+    with torch.inference_mode():
+        for case in (o, experts, lm_head):
+            assert all(torch.isfinite(out[0] if isinstance(out := call(), tuple) else out).all() for call in case.calls)
 
 
 def test_bytes_and_flops_of_a_prefill():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints that other tools wrote (tests/quantized/make_fixtures.py) load by what they store."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,22 @@ def test_logits_equal_those_of_the_tool(folder: Path):
     is_integer = folder.name.startswith(INTEGER)
     assert (errors.median() if is_integer else errors.max()) < 1e-4, errors
     assert errors.max() < 0.05 * expected["logits"].std()
+
+
+@pytest.mark.parametrize("keys", [("checkpoint_format", "format"), ()], ids=["two keys", "all of it"])
+def test_what_config_json_leaves_out_is_in_quantize_config_json(keys, tmp_path):
+    """GPTQ's second layout of zero points, which the tensors do not show."""
+    source = FOLDER / "gptqmodel_gptq_v2"
+    folder = shutil.copytree(source, tmp_path / "copy")
+    raw = json.loads((folder / "config.json").read_text())
+    for key in keys:
+        raw["quantization_config"].pop(key)
+    if not keys:
+        raw.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(raw))
+    expected = load_file(source / "logits.safetensors")
+    found = LLM(folder, device="cpu", dtype="float32").logits(expected["token_ids"].flatten().tolist())
+    assert (found - expected["logits"].view_as(found)).abs().max() < 1e-4
 
 
 def test_every_tool_has_a_checkpoint():

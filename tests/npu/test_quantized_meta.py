@@ -17,7 +17,7 @@ HALVES = ("bfloat16", "float16")
 TAKES_SWIGLU = ("2.13.0", "2.14.0")
 
 
-@pytest.fixture(params=VERSIONS, scope="module")
+@pytest.fixture(params=VERSIONS[1:3], scope="module")  # the oldest and the newest: without and with fused SwiGLU
 def results(request, tmp_path_factory) -> dict:
     return run_meta(request.param, run_quantized, tmp_path_factory.mktemp("meta")) | {"version": request.param}
 

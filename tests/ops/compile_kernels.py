@@ -36,7 +36,7 @@ def main(capability: int, shared_memory: int) -> None:
     has_pdl = capability >= 90
     tiles.shared_memory_bytes = lambda device: shared_memory
     BoundKernel.__call__ = lambda self, *varying: compile_kernel(self, varying, capability)
-    for num_tokens in (1, 2, 8, 16):
+    for num_tokens in (1, 8, 16):
         decode(num_tokens, has_pdl, Layer())
     for num_tokens in (1, 8):
         decode(num_tokens, has_pdl, Int4Layer())
