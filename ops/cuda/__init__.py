@@ -31,7 +31,7 @@ from ops.cuda.moe import topk_softmax_kernel
 from ops.cuda.norm import add_norm_constants, add_norm_kernel, silu_and_mul_kernel
 from ops.cuda.prefill_attention import LONGEST, NormRotaryCacheCall, PrefillAttentionCall
 from ops.cuda.tiles import GROUPED_ROWS, MAX_TOKENS
-from ops.cuda.triton_internals import COMPILES_NARROW_DOT, KNOWS_LAUNCHER
+from ops.cuda.triton_internals import KNOWS_LAUNCHER
 from ops.reference import ReferenceOps
 from ops.weight import DenseWeight, Weight
 
@@ -60,6 +60,7 @@ class CudaOps(Int4Ops):
         self.weights: list[Any] = []
         self.elementwise: dict[tuple[Any, ...], BoundKernel] = {}
         self.orders: dict[int, ExpertOrder] = {}  # key: number of experts
+        self.unsupported_int4: dict[str, None] = {}
         self.extend: dict[tuple[int, int, int], ExtendAttentionCall] = {}  # key: H, G, C
 
     def check_model(self, dtype: torch.dtype, head_dim: int) -> None:
@@ -74,12 +75,11 @@ class CudaOps(Int4Ops):
             )
 
     def fallbacks(self, dtype: torch.dtype, formats: Collection[str] = ()) -> list[str]:
-        """As in the interface; formats other than W4A16 have no kernels: what a step reads is dequantised first."""
+        """As in the interface; formats other than W4A16 use the reference."""
         if dtype not in DTYPES:
             return OPERATIONS
-        return super().fallbacks(dtype) + reference_formats(
-            [name for name in formats if name != "w4a16" or not COMPILES_NARROW_DOT]
-        )
+        left = [f"w4a16 ({reason})" for reason in self.unsupported_int4] if "w4a16" in formats else []
+        return super().fallbacks(dtype) + reference_formats([name for name in formats if name != "w4a16"] + left)
 
     def add_norm(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, norm_weight: torch.Tensor, eps: float

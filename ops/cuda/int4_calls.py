@@ -33,6 +33,7 @@ MAX_K = 8192
 DEQUANTIZED_TILES = 8  # of a row, per program
 LEAST_WARPS, MAX_WARPS = 4, 16
 THREAD_BYTES = 256  # of weights in a thread's registers
+MAX_ALONE = 2  # tokens whose experts are not shared: fewer kernels, more reading
 SHARED_DOWN_TILES = 2  # of a column, per program
 
 
@@ -60,12 +61,21 @@ class CudaInt4Weight(Weight):
         return triton.next_power_of_2(self.words.shape[-2])
 
 
-def reordered(weight: Int4Weight) -> CudaInt4Weight | None:
-    """Repacks a weight for the kernels, one expert at a time; None if they do not support its sizes."""
+def why_not(weight: Int4Weight) -> str | None:
+    """Why the kernels do not support a weight; None if they do."""
     n, k = weight.shape[-2:]
-    group = weight.group_size
-    if not COMPILES_NARROW_DOT or group % GROUPS_STEP or k > MAX_K or n % TILE_ROWS:
-        return None
+    if not COMPILES_NARROW_DOT:
+        return f"triton {triton.__version__}"
+    if weight.group_size % GROUPS_STEP:
+        return f"groups of {weight.group_size} columns, no multiple of {GROUPS_STEP}"
+    if n % TILE_ROWS:
+        return f"{n} rows, no multiple of {TILE_ROWS}"
+    return f"{k} columns, more than {MAX_K}" if k > MAX_K else None
+
+
+def reordered(weight: Int4Weight) -> CudaInt4Weight:
+    """Repacks a weight for the kernels, one expert at a time."""
+    k = weight.shape[-1]
     if len(weight.shape) == 2:
         return CudaInt4Weight(*in_tiles(weight), k)
     experts = [in_tiles(weight[expert]) for expert in range(weight.shape[0])]
@@ -119,18 +129,18 @@ class Int4Linear:
         has_residual: bool = False,
     ):
         (num_tokens, k), n = x.shape, weight.shape[0]
-        count, warps = int4_tile("linear_int4", n, k)
+        high, warps = int4_tile("linear_int4", n, k)
         self.output = x.new_empty(num_tokens, n)
         self.residual = torch.empty_like(x, dtype=torch.float32) if norm else self.output
         norm_weight, eps = norm or (weight.scales, 0.0)
         bias_or_any = self.output if bias is None else bias
         fixed = (norm_weight, weight.words, weight.scales, bias_or_any, self.output, self.residual, num_tokens)
-        constants = weight.constants | {"K": k, "M": count, "EPS": eps}
+        constants = weight.constants | {"K": k, "M": high, "EPS": eps}
         constants |= {"NORM": norm is not None, "HAS_RESIDUAL": has_residual}
         constants |= {"HAS_BIAS": bias is not None, "FIRST": norm is not None and not has_residual, "PDL": pdl}
         self.kernel = BoundKernel(
             linear_int4_kernel,
-            (n // (TILE_ROWS * count),),
+            (n // (TILE_ROWS * high),),
             warps,
             pdl,
             fixed,
@@ -176,34 +186,34 @@ class Int4NormThenLinearCall:
 
 
 class Int4ExpertsCall:
-    """Experts for one token: gate_up_proj with SwiGLU, then down_proj with the weighted sum over experts."""
+    """Experts for up to MAX_ALONE tokens: gate_up_proj with SwiGLU, then down_proj with the weighted sum of experts."""
 
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: CudaInt4Weight, down: CudaInt4Weight, pdl: bool
     ):
-        top_k, num_experts = routing.top_k, routing.logits.shape[1]
+        num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
         count, d, f = down.shape
         sizes = {"D": d, "F": f, "E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
         sizes |= {"FIRST": routing.first, "COUNT": count, "PDL": pdl}
-        self.activated = normed.new_empty(1, top_k, f)
+        self.activated = normed.new_empty(num_tokens, top_k, f)
         self.output = torch.empty_like(normed)
-        count, warps = int4_tile("gate_up_int4", f, d, matrices=2)
-        constants = sizes | gate_up.constants | {"M": count}
+        high, warps = int4_tile("gate_up_int4", f, d, matrices=2)
+        constants = sizes | gate_up.constants | {"M": high}
         self.gate_up = BoundKernel(
             gate_up_int4_kernel,
-            (f // (TILE_ROWS * count), top_k),
+            (f // (TILE_ROWS * high), num_tokens * top_k),
             warps,
             pdl,
             (gate_up.words, gate_up.scales, self.activated),
             **ordered(gate_up_int4_kernel, constants),
         )
         block_k = triton.next_power_of_2(top_k)
-        count, warps = int4_tile("down_int4", d, f, matrices=block_k)
-        constants = sizes | down.constants | {"M": count, "BLOCK_K": block_k}
+        high, warps = int4_tile("down_int4", d, f, matrices=block_k)
+        constants = sizes | down.constants | {"M": high, "BLOCK_K": block_k}
         constants |= {"RENORMALIZE": routing.renormalize}
         self.down = BoundKernel(
             down_int4_kernel,
-            (d // (TILE_ROWS * count),),
+            (d // (TILE_ROWS * high), num_tokens),
             warps,
             pdl,
             (self.activated, down.words, down.scales, self.output),
@@ -246,21 +256,21 @@ class Int4BatchedExpertsCall:
             RENORMALIZE=routing.renormalize,
             PDL=pdl,
         )
-        count, warps = int4_tile("shared_gate_up_int4", f, d, matrices=2)
-        constants = sizes | gate_up.constants | {"M": count}
+        high, warps = int4_tile("shared_gate_up_int4", f, d, matrices=2)
+        constants = sizes | gate_up.constants | {"M": high}
         self.gate_up = BoundKernel(
             gate_up_shared_int4_kernel,
-            (f // (TILE_ROWS * count), num_slots),
+            (f // (TILE_ROWS * high), num_slots),
             warps,
             pdl,
             (slots, gate_up.words, gate_up.scales, self.activated),
             **ordered(gate_up_shared_int4_kernel, constants),
         )
-        count, warps = int4_tile("shared_down_int4", d, f)
-        constants = sizes | down.constants | {"M": count}
+        high, warps = int4_tile("shared_down_int4", d, f)
+        constants = sizes | down.constants | {"M": high}
         self.down = BoundKernel(
             down_shared_int4_kernel,
-            (d // (TILE_ROWS * count), num_slots),
+            (d // (TILE_ROWS * high), num_slots),
             warps,
             pdl,
             (slots, self.activated, down.words, down.scales, self.partial),
@@ -285,10 +295,10 @@ def ordered(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
 
 
 def int4_tile(kernel: str, n: int, k: int, matrices: int = 1) -> tuple[int, int]:
-    """Tiles of a column, and warps, of a program that holds rows of `matrices` weights [n, k]."""
+    """Height in tiles, and warps, of a program that holds rows of `matrices` weights [n, k]."""
     if sizes := tiles.sizes_of(kernel, n, k):
         return sizes[0], sizes[1]
-    count = power_of_two_factor(n // TILE_ROWS, SHARED_DOWN_TILES if kernel == "shared_down_int4" else 1)
+    high = power_of_two_factor(n // TILE_ROWS, SHARED_DOWN_TILES if kernel == "shared_down_int4" else 1)
     in_row = triton.next_power_of_2(triton.cdiv(k, TILE_COLUMNS))
-    enough = matrices * count * in_row * TILE_ROWS * TILE_COLUMNS // 2 // (THREAD_BYTES * 32)
-    return count, min(matrices * in_row, max(LEAST_WARPS, enough), MAX_WARPS)
+    enough = matrices * high * in_row * TILE_ROWS * TILE_COLUMNS // 2 // (THREAD_BYTES * 32)
+    return high, min(matrices * in_row, max(LEAST_WARPS, enough), MAX_WARPS)

@@ -22,7 +22,7 @@ from tests.logits import relative_error  # noqa: E402
 DEVICE = "cuda" if ON_GPU else "cpu"
 D, F, N, E, TOP_K = (2048, 768, 5120, 128, 8) if ON_GPU else (128, 32, 16, 3, 2)
 GROUPS = (32, 64, 128) if ON_GPU else (32,)
-TOKENS = (1, 2, 5, 8, 12) if ON_GPU else (1, 2)
+TOKENS = (1, 2, 5, 8, 12) if ON_GPU else (1, 2, 3)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float16
 TOLERANCE = 1e-2
 REFERENCE = ReferenceOps()
@@ -97,6 +97,19 @@ def test_experts(num_tokens, renormalize, options):
                           REFERENCE.experts(x.float(), routing, gate_up, down)) < TOLERANCE  # fmt: skip
 
 
+def test_what_experts_elsewhere_left_is_not_read():
+    gate_up, down = (weight(*shape, group=32, symmetric=True) for shape in ((1, 2 * F, D), (1, D, F)))
+    ops, x = CudaOps(), random(3, D)
+    logits = torch.tensor([[5.0, 4.0], [4.0, 5.0], [5.0, 4.0]], device=DEVICE)
+    routing = RouterLogits(logits, 2, True).of_rank(0, 1)
+    int4 = prepared(ops, gate_up, down)
+    ops.experts(x, routing, *int4)
+    [call] = [call for (name, *_), call in ops.calls.items() if name == "experts"]
+    call.partial.fill_(torch.nan)
+    found, expected = ops.experts(x, routing, *int4), REFERENCE.experts(x.float(), routing, gate_up, down)
+    assert relative_error(found, expected) < TOLERANCE
+
+
 @pytest.mark.parametrize(("group", "k"), [(32, 96), (64, 192), (96, 192), (128, 128), (256, 256)])
 def test_groups_beside_tiles(group, k):
     """Groups of parts of a tile, of whole tiles, across tiles; rows that end within a tile."""
@@ -121,5 +134,7 @@ def test_groups_that_the_kernels_do_not_take_stay_as_they_are():
     one = weight(N, D, group=16, symmetric=False)
     ops = CudaOps()
     assert ops.prepare_weight(one, DTYPE) is one and ops.prepare_weight(one, torch.float32) is one
+    assert ops.fallbacks(DTYPE) == []
+    assert ops.fallbacks(DTYPE, ["w4a16"])[0] == "linear w4a16 (groups of 16 columns, no multiple of 32)"
     x = random(2, D)
     assert relative_error(ops.linear(x, one), REFERENCE.linear(x.float(), one)) < TOLERANCE
