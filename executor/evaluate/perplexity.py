@@ -253,6 +253,7 @@ def score(llm: "LLM", token_ids: list[int], parts: list[Window]) -> float:
                         f"tokens {part.start} to {part.end - 1} of the text: {not_finite('a position', llm.cause)}"
                     )
                 counted = output.prompt_logprobs[part.first - part.start :]
+                assert None not in counted, "only the first token of a text has no prediction"
                 nats[index] = -math.fsum(token.logprob for token in counted if token is not None)
                 progress.update()
     return math.fsum(nats)

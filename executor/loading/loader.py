@@ -4,7 +4,7 @@
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ops.weight import dequantize
 
 logger = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 MAPPED_BYTES = 8 << 20  # remap the file after this many bytes, so that pages already copied are released
 PROGRESS_FROM_BYTES = 1 << 30
 
@@ -87,7 +88,7 @@ def random_parameters(
     """Initializes the parameters `specs` with normal random numbers on the device; norm weights are ones.
 
     The seed of each tensor derives from its checkpoint name, so that all ranks hold shards of the same model. Modules
-    that `scheme` declares as quantised are rounded to their format.
+    that `scheme` declares as quantised are rounded to their format shard by shard: splits of columns differ slightly.
     """
     generator = torch.Generator(device)
     values: dict[str, torch.Tensor | Weight] = {}
@@ -100,8 +101,17 @@ def random_parameters(
         values[spec.name] = value
         if spec.role is Role.MATRIX:
             round_weight = rounding_of(spec.sources[0].name.removesuffix(".weight"), scheme or Scheme())
-            values[spec.name] = DenseWeight(value) if round_weight is None else round_weight(value)
+            values[spec.name] = DenseWeight(value) if round_weight is None else rounded_on_host(round_weight, value)
     return Parameters(values)
+
+
+def rounded_on_host(round_weight: Callable[[torch.Tensor], Weight], value: torch.Tensor) -> Weight:
+    """Rounds a weight, on the host if its device is an NPU: these compute neither in float8 nor with all integers."""
+    if value.device.type != "npu":
+        return round_weight(value)
+    weight = round_weight(value.cpu())
+    tensors = {name: tensor.to(value.device) for name, tensor in weight.tensors.items()}
+    return replace(weight, **tensors)  # type: ignore[type-var]
 
 
 def as_parameters(specs: list[ParameterSpec], values: Mapping[str, torch.Tensor]) -> Parameters:
@@ -134,7 +144,7 @@ def read_parts(file: Path, wanted: list[Piece]) -> Iterator[tuple[torch.Tensor, 
             while remaining and mapped < MAPPED_BYTES:
                 piece = remaining.pop()
                 mapped += piece.mapped_bytes
-                whole = not piece.part  # of which a scalar has no other slice
+                whole = not piece.part  # a scalar cannot be sliced
                 yield handle.get_tensor(piece.name) if whole else handle.get_slice(piece.name)[piece.part], piece
 
 
@@ -169,7 +179,8 @@ def component_piece(
     part = component.stored_part(ranges)
 
     def store(found: torch.Tensor) -> None:
-        target.copy_(component.fit(found.to(target.device), ranges, unit))
+        device = target.device if target.is_cuda else CPU  # NPUs do not compute with all integers
+        target.copy_(component.fit(found.to(device), ranges, unit))
 
     rows = part[0].stop - part[0].start if part else 1
     row_bytes = DTYPES[tensor.dtype].itemsize * torch.Size(tensor.shape[1:]).numel()

@@ -2,11 +2,12 @@
 """Quantises a float checkpoint to a new one in compressed-tensors' layout, which vLLM and transformers read too.
 
 w8a8: int8 weights with a scale per output channel; activations are quantised per token when the model runs. w4a16:
-4-bit weights with a scale per group of columns. Routers, embedding, lm_head, norms and biases stay as they are.
+4-bit weights with a scale per group of columns. Routers, embedding, lm_head, norms and biases stay float.
 
---calibration scales the inputs of linear layers by what a text shows of them (AWQ, Lin et al. 2023) before w4a16 is
-rounded: text like that which the model will see, of which the first 65,536 tokens are used. llmcompressor has more
-methods (GPTQ, which corrects later columns for the error of earlier ones; SmoothQuant); what it writes is read too.
+--calibration scales channels by their activations on a text (AWQ, Lin et al. 2023) before w4a16 is rounded, and folds
+the scales into norms, routers and biases. The text should be like what the model will see; its first 65,536 tokens are
+used. llmcompressor has more methods (GPTQ, which corrects later columns for the error of earlier ones; SmoothQuant);
+what it writes is read too.
 
 An interrupted run is continued by the same command, from what is finished in OUTPUT.partial; OUTPUT appears when it
 is whole. Memory: a few matrices; with --calibration a layer in float32 and the activations of the text.

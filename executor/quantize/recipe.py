@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a matrix, and how config.json declares it: compressed-tensors' W8A8 and W4A16.
+"""How a matrix is quantised, and the quantization_config that declares it: compressed-tensors' W8A8 and W4A16.
 
 Keys of the configuration are those that llmcompressor 0.14 writes with compressed-tensors 0.19.
 """
@@ -18,7 +18,6 @@ from models.quantization.rounding import round_int4, round_int4_clipped, round_i
 from ops.int4 import PER_WORD
 from ops.weight import dequantize
 
-SCHEMES = ("w8a8", "w4a16")
 FORMATS = {"w8a8": "int-quantized", "w4a16": "pack-quantized"}
 WRITER_VERSION = "0.19.0"  # of compressed-tensors
 

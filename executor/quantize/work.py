@@ -7,6 +7,7 @@ becomes OUTPUT by one rename.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from executor.launch.rank import PartialFailure
 from executor.quantize.shards import sync_folder, write_text
 from executor.utils.reading import read_json_object, refusing
 from executor.utils.text import one_line
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 
@@ -68,7 +71,9 @@ class Work:
         sync_folder(self.checkpoint)
         self.checkpoint.rename(self.output)
         sync_folder(self.output.parent)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            logger.warning("%s", one_line(f"{self.folder} could not be deleted; it is not needed any more"))
 
 
 def refuse_existing(output: Path) -> None:
@@ -86,7 +91,7 @@ def difference(found: Any, stated: Any) -> str:
 
 @contextmanager
 def locked(work: Work) -> Iterator[None]:
-    """Creates the folder and keeps other runs out of it; ValueError if one is there."""
+    """Creates the work folder and holds an exclusive lock on it; ValueError if another run has it."""
     refuse_existing(work.output)
     with refusing("--output"):
         work.folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +108,7 @@ def locked(work: Work) -> Iterator[None]:
 
 @contextmanager
 def resumable(work: Work) -> Iterator[None]:
-    """Turns an error of the disk into one line that says how to continue."""
+    """Turns OSError into a one-line failure that says how to resume."""
     try:
         yield
     except OSError as error:

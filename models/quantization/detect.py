@@ -14,7 +14,8 @@ from ops.int4 import PER_WORD
 
 SUFFIX = ".weight"
 SUFFIXES = (
-    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_zero_point", "weight_global_scale", "weight"),
+    *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_zero_point", "weight_global_scale"),
+    *("weight_g_idx", "weight"),
     *("weight_scale", "weight_scale_inv", "weight_offset", "input_scale", "deq_scale", "bias"),
 )
 NORM_BEFORE = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm"}
@@ -36,6 +37,7 @@ def format_of(source: Source, found: Mapping[str, Stored], scheme: Scheme) -> Fo
     Raises ValueError that names a format which is not supported.
     """
     if len(source.shape) != 2 or not source.name.endswith(SUFFIX):
+        refuse_bytes(source, found)
         return None
     module = source.name.removesuffix(SUFFIX)
     stored = {suffix: found[name] for suffix in SUFFIXES if (name := f"{module}.{suffix}") in found}
@@ -50,7 +52,15 @@ def format_of(source: Source, found: Mapping[str, Stored], scheme: Scheme) -> Fo
             return int8_format(module, source.shape, stored, scheme)
         case "F8_E4M3":
             return fp8_format(module, source.shape, stored, scheme)
+    refuse_bytes(source, found)
     return None
+
+
+def refuse_bytes(source: Source, found: Mapping[str, Stored]) -> None:
+    """Raises ValueError for 8-bit tensors of no supported format, such as quantised experts stacked in one tensor."""
+    dtype = found[source.name].dtype if source.name in found else ""
+    if dtype.startswith("F8") or dtype in ("I8", "U8"):
+        raise not_supported(f"{source.name} {list(found[source.name].shape)} of {dtype}")
 
 
 def words_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored], scheme: Scheme) -> Format:
@@ -59,6 +69,8 @@ def words_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored],
     size = group_size(module, "scales", k, stored, axis=0)
     found = stored["qweight"].shape
     if found == (k, n // PER_WORD) and n % PER_WORD == 0:
+        if scheme.method == "awq" and scheme.has_zeros and "qzeros" not in stored:
+            raise ValueError(f"{module}.qzeros is missing, and quantization_config has no zero_point: false")
         return awq(module, size, "qzeros" in stored)
     if found == (k // PER_WORD, n) and k % PER_WORD == 0:
         return gptq(module, size, k, scheme.zeros_less_one, "g_idx" in stored)
@@ -75,10 +87,14 @@ def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored]
         raise not_supported(f"{module}.weight_packed of {packed.dtype} (4-bit floating point)")
     if packed.shape != (n, k // PER_WORD) or k % PER_WORD:
         raise not_supported(f"{module}.weight_packed {list(packed.shape)}, not [{n}, {k} / 8] of 4 bits,")
+    if "weight_g_idx" in stored:
+        raise not_supported(f"{module}: compressed-tensors with act-order (actorder: group)")
     size = group_size(module, "weight_scale", k, stored, axis=1)
     group = scheme.group(module)
     if group is not None and group.group_size and k % group.group_size:
         raise not_supported(f"{module}: {k} columns in groups of {group.group_size}, the last of them partial,")
+    if group is not None and group.has_zeros and "weight_zero_point" not in stored:
+        raise ValueError(f"{module}.weight_zero_point is missing, and quantization_config has symmetric: false")
     return pack_quantized(module, shape, size, "weight_zero_point" in stored)
 
 
@@ -101,8 +117,10 @@ def static_format(
     if module.endswith(("mlp.gate", "embed_tokens")):
         raise not_supported(f"{module}: router or embedding with static activation scales")
     norm_bias = f"{layer}.{NORM_BEFORE[name]}.bias" if layer and name in NORM_BEFORE else None
-    ignored = tuple(f"{module}.{suffix}" for suffix in ("weight_scale", "weight_offset", "bias") if suffix in stored)
-    return w8a8_static(module, shape, norm_bias if norm_bias in found else None, ignored)
+    ignored = tuple(f"{module}.{suffix}" for suffix in ("weight_scale", "bias") if suffix in stored)
+    return w8a8_static(
+        module, shape, norm_bias if norm_bias in found else None, ignored, has_offset="weight_offset" in stored
+    )
 
 
 def fp8_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored], scheme: Scheme) -> Format:

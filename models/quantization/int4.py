@@ -5,6 +5,7 @@ All become an Int4Weight. Its words are packed along K, as compressed-tensors' a
 they are loaded.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -113,7 +114,7 @@ def scales_by_group(name: str, group_size: int) -> Component:
     return Component(name=name, field="scales", dtypes=SCALE_DTYPES, axes=(1, 0), span=(group_size, 1), decode=torch.t)
 
 
-def zeros_by_group(name: str, group_size: int, decode: object) -> Component:
+def zeros_by_group(name: str, group_size: int, decode: Callable[[torch.Tensor], torch.Tensor]) -> Component:
     """Zero points [K / group_size, N / 8]."""
     return Component(
         name=name,
@@ -123,7 +124,7 @@ def zeros_by_group(name: str, group_size: int, decode: object) -> Component:
         span=(group_size, PER_WORD),
         packed=0,
         dtype=torch.uint8,
-        decode=decode,  # type: ignore[arg-type]
+        decode=decode,
     )
 
 

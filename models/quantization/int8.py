@@ -31,18 +31,21 @@ def w8a8(module: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], has_
 
     msModelSlim stores weight_offset beside it, which is zero for symmetric weights.
     """
-    offset = Check(
-        name=f"{module}.weight_offset",
-        dtypes=SCALE_DTYPES,
-        shapes=((shape[0],), (shape[0], 1)),
-        accepts=is_zero,
-        refusal="asymmetric int8 weights (offsets other than 0) are not supported",
-    )
     return Format(
         name="W8A8, activations per token",
         weight=Int8Weight,
         components=(int8_data(module), by_channel(f"{module}.weight_scale", scale_shape, shape[1])),
-        checks=(offset,) if has_offset else (),
+        checks=(zero_offset(module, shape[0]),) if has_offset else (),
+    )
+
+
+def zero_offset(module: str, n: int) -> Check:
+    return Check(
+        name=f"{module}.weight_offset",
+        dtypes=SCALE_DTYPES,
+        shapes=((n,), (n, 1)),
+        accepts=is_zero,
+        refusal="asymmetric int8 weights (offsets other than 0) are not supported",
     )
 
 
@@ -55,7 +58,9 @@ def is_zero(stored: torch.Tensor) -> bool:
     return not stored.any()
 
 
-def w8a8_static(module: str, shape: tuple[int, ...], norm_bias: str | None, ignored: tuple[str, ...]) -> Format:
+def w8a8_static(
+    module: str, shape: tuple[int, ...], norm_bias: str | None, ignored: tuple[str, ...], has_offset: bool
+) -> Format:
     """msModelSlim's W8A8: int8 weight [N, K], one scale and offset for all activations.
 
     deq_scale [N] is the product of both scales: float32, or int64 with the bits of a float32. quant_bias [N] int32
@@ -76,12 +81,18 @@ def w8a8_static(module: str, shape: tuple[int, ...], norm_bias: str | None, igno
         shared.append(
             Shared(name=norm_bias, field="input_bias", dtypes=SCALE_DTYPES, shapes=((k,),), dtype=torch.float32)
         )
-    checks = tuple(
+    checks = [
         Check(name=name, dtypes=SCALE_DTYPES, shapes=((n,), (n, 1)), accepts=is_anything, refusal="")
         for name in ignored
-    )
+    ]
+    if has_offset:
+        checks.append(zero_offset(module, n))
     return Format(
-        name="W8A8, static activations", weight=Int8StaticWeight, components=split, shared=tuple(shared), checks=checks
+        name="W8A8, static activations",
+        weight=Int8StaticWeight,
+        components=split,
+        shared=tuple(shared),
+        checks=tuple(checks),
     )
 
 

@@ -16,7 +16,7 @@ SUPPORTED = (
 )
 METHODS = ("awq", "gptq", "fp8", "compressed-tensors")
 AWQ_LAYOUTS = ("gemm", "exllama", "ipex")  # `version`: all stored as GEMM
-REPEATED_GROUP = re.compile(r"[*+}]\??\)+[*+{]")
+REPEATED_GROUP = re.compile(r"\)[*+{]")
 MODELSLIM_TYPES = ("FLOAT", "W8A8", "W8A8_DYNAMIC")
 
 
@@ -109,10 +109,13 @@ def grouped_scheme(raw: dict[str, Any], method: str | None) -> Scheme:
     """Scheme of awq and gptq."""
     bits = raw.get("bits", raw.get("w_bit", 4))
     if bits != 4:
-        raise not_supported(f"{method} with {shown(bits)} bits")
+        raise not_supported(f"{method or 'AWQ or GPTQ'} with {shown(bits)} bits")
     layout = raw.get("version", "gemm")
     if method == "awq" and str(layout).lower() not in AWQ_LAYOUTS:
         raise not_supported(f"awq with version {shown(layout)}")
+    checkpoint_format = raw.get("checkpoint_format") or raw.get("format") or "gptq"
+    if method == "gptq" and checkpoint_format not in ("gptq", "gptq_v2"):
+        raise not_supported(f"gptq with checkpoint_format {shown(checkpoint_format)}")
     size = raw.get("group_size", raw.get("q_group_size", 128))
     if type(size) is not int or (size < 1 and size != -1):
         raise ValueError(f"group_size is {shown(size)}, must be a whole number, at least 1, or -1")
@@ -120,7 +123,7 @@ def grouped_scheme(raw: dict[str, Any], method: str | None) -> Scheme:
         method=method,
         group_size=size,
         has_zeros=raw.get("zero_point", True) is not False,
-        zeros_less_one=raw.get("checkpoint_format", raw.get("format")) != "gptq_v2",
+        zeros_less_one=checkpoint_format != "gptq_v2",
         float_modules=names(raw, "modules_to_not_convert"),
     )
 
@@ -205,7 +208,7 @@ def names(raw: dict[str, Any], key: str) -> tuple[str, ...]:
     for entry in found:
         if entry.startswith("re:"):
             if REPEATED_GROUP.search(entry):  # such a pattern can take longer than anyone waits
-                raise ValueError(f"{key}: {entry[:80]!r} repeats a group that repeats")
+                raise ValueError(f"{key}: {entry[:80]!r} repeats a group")
             try:
                 re.compile(entry[3:])
             except re.error as error:

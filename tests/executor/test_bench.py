@@ -117,7 +117,6 @@ def test_platform_rank_variables_are_ignored(variables, monkeypatch, tmp_path, c
     assert output.exists() and "tokens/s" in printed.out and "measurements" not in printed.err  # no progress bar
 
 
-
 def test_a_quantised_checkpoint_is_named_in_its_results(monkeypatch, tmp_path):
     output = tmp_path / "report.json"
     folder = str(REPOSITORY / "tests/quantized/autoawq")
