@@ -150,6 +150,7 @@ def summarize(llm: Any, outputs: list[Any], wall_s: float) -> dict[str, Any]:
         "tpot_ms": percentiles([interval for output in outputs for interval in output.token_intervals_ms]),
         "tok_per_s": round(new_tokens / wall_s, 2),
         "device": device_name(llm.device),
+        "formats": llm.parameters.formats(),
         "commit": commit(),
         "versions": versions(),
         "settings": dataclasses.asdict(llm.settings),

@@ -16,6 +16,7 @@ from executor.loading.checkpoint import read_unique_object
 from executor.loading.device import free_memory_bytes
 from executor.loading.loader import load_parameters, random_bytes, random_parameters
 from executor.loading.stored_model import check_tensors
+from executor.utils.text import one_line
 from models.layers.attention import KVCache
 from models.layers.parameter import Parameters
 from models.qwen3_moe.sharding import Layout
@@ -42,10 +43,16 @@ def fill_parameters(
     scheme = load_scheme(file.parent, read_unique_object(file))
     if not settings.model_config.with_ckpt:
         check_fits(sum(random_bytes(spec, dtype, scheme, ops.dequantizes) for spec in specs), dtype, device)
-        return random_parameters(specs, dtype, device, std=config.initializer_range, scheme=scheme)
+        parameters = random_parameters(specs, dtype, device, std=config.initializer_range, scheme=scheme)
+        logger.info("number formats: %s", ", ".join(parameters.formats()))
+        return parameters
     stored = check_tensors(model_path, parameter_specs(config, Layout()), scheme)
+    if scheme.method is not None and not stored.formats:
+        logger.warning("%s", one_line(f"{model_path}: declared as {scheme.method}, but no tensor is quantised"))
     check_fits(sum(stored.prepared_bytes(spec, dtype, ops.dequantizes) for spec in specs), dtype, device)
-    return load_parameters(stored, specs, dtype, device, quiet=parallel.world.index > 0)
+    parameters = load_parameters(stored, specs, dtype, device, quiet=parallel.world.index > 0)
+    logger.info("number formats: %s", ", ".join(parameters.formats()))
+    return parameters
 
 
 def check_fits(needed: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -48,7 +48,9 @@ class Tokenizer:
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         if self.loaded is None:
-            raise ValueError(f"model_path: {self.model_path} has no tokenizer, only token ids can be given")
+            raise ValueError(
+                f"model_path: {self.model_path} has no tokenizer, only token ids can be given, from Python"
+            )
         return self.loaded
 
     def encode(self, text: str, name: str = "the prompt") -> list[int]:

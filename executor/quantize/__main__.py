@@ -31,6 +31,7 @@ from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, files_in, replace
 from executor.utils.reading import read_text, refusing
 from executor.utils.report import commit, versions
+from executor.utils.text import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         symmetric=not arguments.asymmetric,
     )
     refuse_existing(arguments.output)
+    if arguments.output.resolve().is_relative_to(arguments.model_path.resolve()):
+        raise ValueError(one_line(f"--output: {arguments.output} is within --model_path: choose another folder"))
     plan = make_plan(arguments.model_path, recipe, arguments.shard_size * 1_000_000)
     device = select_device(arguments.device)
     calibration = read_calibration(arguments, plan, device)
@@ -188,8 +191,10 @@ def describe(
             "text": str(arguments.calibration),
             "tokens": len(calibration.token_ids),
             "device": str(calibration.device),
-            # of each layer: relative squared errors of the group's output without scales, and with them
-            "errors": [dict(zip(groups, layer, strict=True)) for layer in errors],
+            "relative_squared_errors": [  # of each layer and group of matrices
+                {group: {"without_scales": plain, "with_scales": scaled} for group, (plain, scaled) in layer}
+                for layer in (zip(groups, rows, strict=True) for rows in errors)
+            ],
         }
     return report
 

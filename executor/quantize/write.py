@@ -17,6 +17,7 @@ from executor.utils.files import files_in
 from executor.utils.reading import refusing
 from executor.utils.text import one_line
 
+NOT_CARRIED = ("config.json", "card.json")  # what a card says of the float weights is not true of these
 PIECE_BYTES = 8 << 20  # of unquantised tensors, which are copied in pieces
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -105,10 +106,10 @@ def index_of(plan: Plan) -> str:
 
 
 def carried_files(model_path: Path) -> list[Path]:
-    """Files of a checkpoint that are copied: all but weights, their indexes, config.json and hidden files."""
+    """Files of a checkpoint that are copied: not weights, their indexes, config.json, cards, programs, hidden files."""
 
     def is_carried(file: Path) -> bool:
-        is_weights = file.name.endswith((".index.json", *WEIGHT_SUFFIXES))
-        return file.is_file() and not is_weights and file.name != "config.json" and not file.name.startswith(".")
+        is_other = file.name.endswith((".index.json", ".md", ".py", *WEIGHT_SUFFIXES)) or file.name in NOT_CARRIED
+        return file.is_file() and not is_other and not file.name.startswith(".")
 
     return sorted(file for file in files_in(model_path) if is_carried(file))

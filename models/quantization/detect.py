@@ -15,7 +15,7 @@ from ops.int4 import PER_WORD
 SUFFIX = ".weight"
 SUFFIXES = (
     *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_zero_point", "weight_global_scale"),
-    *("weight_g_idx", "weight"),
+    *("weight_shape", "weight_g_idx", "weight"),
     *("weight_scale", "weight_scale_inv", "weight_offset", "input_scale", "deq_scale", "bias"),
 )
 NORM_BEFORE = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm"}
@@ -45,6 +45,9 @@ def format_of(source: Source, found: Mapping[str, Stored], scheme: Scheme) -> Fo
         return words_format(module, source.shape, stored, scheme)
     if "weight_packed" in stored:
         return packed_format(module, source.shape, stored, scheme)
+    for beside, packed in (("qzeros", "qweight"), ("weight_shape", "weight_packed")):
+        if beside in stored and "weight" not in stored:
+            raise ValueError(f"{module}.{packed} is missing")
     match stored["weight"].dtype if "weight" in stored else None:
         case "I8" if "deq_scale" in stored:
             return static_format(module, source.shape, stored, found)
@@ -73,6 +76,8 @@ def words_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored],
             raise ValueError(f"{module}.qzeros is missing, and quantization_config has no zero_point: false")
         return awq(module, size, "qzeros" in stored)
     if found == (k // PER_WORD, n) and k % PER_WORD == 0:
+        if scheme.act_order and "g_idx" not in stored:
+            raise not_supported(f"{module}: GPTQ with act-order (desc_act: true) without g_idx")
         return gptq(module, size, k, scheme.zeros_less_one, "g_idx" in stored)
     raise not_supported(
         f"{module}.qweight {list(found)}, neither AWQ's [{k}, {n} / 8] nor GPTQ's [{k} / 8, {n}] of 4 bits,"
@@ -87,10 +92,10 @@ def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored]
         raise not_supported(f"{module}.weight_packed of {packed.dtype} (4-bit floating point)")
     if packed.shape != (n, k // PER_WORD) or k % PER_WORD:
         raise not_supported(f"{module}.weight_packed {list(packed.shape)}, not [{n}, {k} / 8] of 4 bits,")
-    if "weight_g_idx" in stored:
+    group = scheme.group(module)
+    if "weight_g_idx" in stored or (group is not None and group.act_order):
         raise not_supported(f"{module}: compressed-tensors with act-order (actorder: group)")
     size = group_size(module, "weight_scale", k, stored, axis=1)
-    group = scheme.group(module)
     if group is not None and group.group_size and k % group.group_size:
         raise not_supported(f"{module}: {k} columns in groups of {group.group_size}, the last of them partial,")
     if group is not None and group.has_zeros and "weight_zero_point" not in stored:
@@ -99,11 +104,13 @@ def packed_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored]
 
 
 def int8_format(module: str, shape: tuple[int, ...], stored: dict[str, Stored], scheme: Scheme) -> Format:
+    if "input_scale" in stored:
+        raise not_supported(f"{module}.weight of int8 with static activation scales")
+    if not scheme.quantizes_activations(module):
+        declared = f"quantization by {scheme.method}" if scheme.method else "no quantization_config"
+        raise not_supported(f"{module}.weight of int8 with {declared}, not int8 activations too (W8A16),")
     if "weight_scale" not in stored:
-        raise not_supported(f"{module}.weight of int8 without weight_scale")
-    if "input_scale" in stored or not scheme.quantizes_activations(module):
-        what = "static activation scales" if "input_scale" in stored else "activations that are not int8 (W8A16)"
-        raise not_supported(f"{module}.weight of int8 with {what}")
+        raise ValueError(f"{module}.weight_scale is missing")
     return w8a8(module, shape, stored["weight_scale"].shape, "weight_offset" in stored)
 
 

@@ -28,6 +28,7 @@ class Group:
     bits: int
     group_size: int | None  # None: one scale per output channel
     has_zeros: bool = False
+    act_order: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Scheme:
     group_size: int = 128  # of awq and gptq
     has_zeros: bool = True  # of awq
     zeros_less_one: bool = True  # of gptq
+    act_order: bool = False  # of gptq
     block: tuple[int, int] = (128, 128)  # of fp8
     groups: tuple[Group, ...] = ()  # of compressed-tensors
     float_modules: tuple[str, ...] = ()  # names, patterns or, as awq's and fp8's, parts of names
@@ -123,6 +125,7 @@ def grouped_scheme(raw: dict[str, Any], method: str | None) -> Scheme:
         method=method,
         group_size=size,
         has_zeros=raw.get("zero_point", True) is not False,
+        act_order=raw.get("desc_act") is True,
         zeros_less_one=checkpoint_format != "gptq_v2",
         float_modules=names(raw, "modules_to_not_convert"),
     )
@@ -171,7 +174,8 @@ def parse_group(name: str, raw: Any) -> Group:
     is_int = weights.get("type", "int") == "int" and not weights.get("dynamic", False)
     by_group = strategy == "group" and type(size) is int and size > 0
     if is_int and weights.get("num_bits") == 4 and inputs is None and (by_group or strategy == "channel"):
-        return Group(names(raw, "targets"), 4, size if by_group else None, not symmetric)
+        act_order = weights.get("actorder") in ("group", "dynamic")
+        return Group(names(raw, "targets"), 4, size if by_group else None, not symmetric, act_order)
     token = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True}
     stated = inputs if isinstance(inputs, dict) and {"strategy", "dynamic"} <= inputs.keys() else {}  # no defaults
     dynamic = bool(stated) and {key: stated.get(key, token[key]) for key in token} == token

@@ -308,9 +308,9 @@ def test_report(large, whole):
     report = json.loads((large.parent / "w.json").read_text())
     assert report["scheme"] == "w4a16" and report["group_size"] == 16
     assert report["calibration"]["tokens"] > 512
-    for layer in report["calibration"]["errors"]:
+    for layer in report["calibration"]["relative_squared_errors"]:
         assert layer.keys() == {"attention", "output", "feed_forward", "down"}
-        assert all(0 < after <= before < 1 for before, after in layer.values())
+        assert all(0 < error["with_scales"] <= error["without_scales"] < 1 for error in layer.values())
 
 
 def killed_at(monkeypatch: pytest.MonkeyPatch, point: str, count: int, options: list[object]) -> bool:
@@ -643,7 +643,7 @@ def test_calibration_sees_the_inputs_of_the_float_model(tmp_path, monkeypatch):
     options = ["--model_path", tmp_path / "float", "--scheme", "w4a16", "--group-size", 16]
     options += ["--calibration", tmp_path / "text.txt", "--output", tmp_path / "new"]
     kept = tmp_path / "kept"
-    monkeypatch.setattr("executor.quantize.work.shutil.rmtree", lambda folder: Path(folder).rename(kept))
+    monkeypatch.setattr("executor.quantize.work.shutil.rmtree", lambda folder, **_: Path(folder).rename(kept))
     assert quantize(monkeypatch, *options) == 0
     token_ids = AutoTokenizer.from_pretrained(DEMO).encode(text)
     assert len(token_ids) > 512  # two windows

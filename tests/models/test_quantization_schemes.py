@@ -229,6 +229,8 @@ def add(suffix: str, tensor: torch.Tensor) -> Callable[[Tensors], Any]:
         ("gptq", drop("qzeros"), f"1 missing: {EXPERT}.qzeros"),
         ("w4a16", drop("weight_shape"), f"1 missing: {EXPERT}.weight_shape"),
         ("w4a16", change("weight_packed", lambda t: t.to(torch.uint8)), "weight_packed of U8 (4-bit floating point)"),
+        ("gptq", drop("qweight"), f"{EXPERT}.qweight is missing"),
+        ("w4a16", drop("weight_packed"), f"{EXPERT}.weight_packed is missing"),
         ("w4a16", add("weight_global_scale", torch.ones(1)), "weight_packed of I32 (4-bit floating point)"),
         ("w4a16", change("weight_packed", lambda t: t.repeat(1, 2)), f"{EXPERT}.weight_packed [64, 16], not [64, 64"),
         ("w4a16", add("weight_g_idx", torch.zeros(64).int()), "act-order (actorder: group) is not supported"),
@@ -238,7 +240,7 @@ def add(suffix: str, tensor: torch.Tensor) -> Callable[[Tensors], Any]:
         ("fp8", drop("weight_scale_inv"), f"{EXPERT}.weight of FP8 without weight_scale_inv"),
         ("fp8", change("weight_scale_inv", lambda t: t[:1]), f"{EXPERT}.weight_scale_inv is [1, 4] instead of [2, 4]"),
         ("fp8", add("input_scale", torch.ones(1)), f"1 not expected: {EXPERT}.input_scale"),
-        ("w8a8", drop("weight_scale"), f"{EXPERT}.weight of int8 without weight_scale"),
+        ("w8a8", drop("weight_scale"), f"{EXPERT}.weight_scale is missing"),
         ("w8a8", add("input_scale", torch.ones(1)), f"{EXPERT}.weight of int8 with static activation scales"),
         ("w8a8", change("weight_scale", lambda t: t[:1]), f"{EXPERT}.weight_scale is [1, 1] instead of [64, 1]"),
         ("w8a8", add("bias", torch.ones(64)), f"1 not expected: {EXPERT}.bias"),
@@ -249,6 +251,19 @@ def test_stored_tensors_are_checked(name, edit, named, tmp_path):
     quantize(tmp_path, *FORMATS[name])
     rewrite(tmp_path, edit)
     assert named in refusal(tmp_path)
+
+
+def test_act_order_needs_its_tensors(tmp_path):
+    """Without g_idx nothing says which group a column has."""
+    quantize(tmp_path, *FORMATS["gptq"])
+    rewrite(tmp_path, lambda t: [t.pop(name) for name in list(t) if name.endswith("g_idx")])
+    configure(tmp_path, GPTQ)
+    assert check(tmp_path).formats
+    configure(tmp_path, {**GPTQ, "desc_act": True})
+    assert "GPTQ with act-order (desc_act: true) without g_idx is not supported" in refusal(tmp_path)
+    quantize(tmp_path / "w4a16", *FORMATS["w4a16"])
+    configure(tmp_path / "w4a16", compressed_tensors({**W4A16, "actorder": "group"}))
+    assert "act-order (actorder: group) is not supported" in refusal(tmp_path / "w4a16")
 
 
 def test_biases_that_are_zero_are_no_obstacle(tmp_path):
@@ -351,7 +366,7 @@ def test_modelslim_without_a_description_is_refused(tmp_path):
     """Nothing then says whether the activations are quantised."""
     quantize(tmp_path, modelslim, None)
     (tmp_path / "quant_model_description.json").unlink()
-    assert "of int8 with activations that are not int8 (W8A16) is not supported" in refusal(tmp_path)
+    assert "of int8 with no quantization_config, not int8 activations too (W8A16), is not" in refusal(tmp_path)
 
 
 def test_names_of_files_of_other_tools(tmp_path):
