@@ -248,11 +248,11 @@ def swiglu(gate, up, x, PARTS: tl.constexpr):
 
 @triton.jit
 def gate_up_int4_kernel(
-    normed,  # [T, D]
-    logits,  # [T, E] float32
+    normed,  # [1, D]
+    logits,  # [1, E] float32
     words,  # of [COUNT, 2F, D]
     scales,
-    output,  # [T, TOP_K, F]
+    output,  # [1, TOP_K, F]
     D: tl.constexpr,
     F: tl.constexpr,
     TILES: tl.constexpr,
@@ -261,37 +261,34 @@ def gate_up_int4_kernel(
     PARTS: tl.constexpr,
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    TOP_K: tl.constexpr,
     FIRST: tl.constexpr,  # first local expert
     COUNT: tl.constexpr,  # number of local experts
     PDL: tl.constexpr,
 ):
-    """gate_up_proj with SwiGLU of one token and one of its top-k experts, if local. Grid (F / (16 * M), T * TOP_K)."""
-    pair = tl.program_id(1)
-    token = pair // TOP_K
+    """gate_up_proj with SwiGLU of one token and one of its top-k experts, if local. Grid (F / (16 * M), TOP_K)."""
+    place = tl.program_id(1)
     t = tl.arange(0, 8)
     pdl_wait(PDL)
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)
-    expert = expert_of(key_at(keys, pair % TOP_K), BLOCK_E) - FIRST
+    expert = expert_of(key_at(sortable_keys(logits, tl.arange(0, BLOCK_E), E, BLOCK_E), place), BLOCK_E) - FIRST
     if COUNT < E:  # noqa: SIM102  constexpr, unlike the inner condition
         if (expert < 0) | (expert >= COUNT):
             return
     gate, up = load_gate_up(words, scales, expert, F, TILES, S, M, PARTS)
-    x = load_activations(normed + token * D + t * 0, tl.arange(0, S), t >= 0, D)
+    x = load_activations(normed + t * 0, tl.arange(0, S), t >= 0, D)
     y = swiglu(gate, up, x, PARTS)
     f = tl.program_id(0) * (16 * M) + tl.arange(0, 16 * M)
-    at = pair * F + f[:, None] + t[None, :]
+    at = place * F + f[:, None] + t[None, :]
     tl.store(output + at, y.to(output.dtype.element_ty), mask=(t == 0)[None, :] & (f >= 0)[:, None])
 
 
 @triton.jit
 def down_int4_kernel(
-    logits,  # [T, E] float32
-    activated,  # [T, TOP_K, F]
+    logits,  # [1, E] float32
+    activated,  # [1, TOP_K, F]
     words,  # of [COUNT, D, F]
     scales,
-    output,  # [T, D]
+    output,  # [1, D]
     D: tl.constexpr,
     F: tl.constexpr,
     TILES: tl.constexpr,
@@ -307,17 +304,16 @@ def down_int4_kernel(
     COUNT: tl.constexpr,  # number of local experts
     PDL: tl.constexpr,
 ):
-    """down_proj of a token's local top-k experts, weighted and summed. Grid (D / (16 * M), T).
+    """down_proj of one token's local top-k experts, weighted and summed. Grid (D / (16 * M),).
 
     The tiles of all these experts are one batch, whose weights are loaded before `pdl_wait`.
     """
-    token = tl.program_id(1)
     t = tl.arange(0, 8)
     m = tl.program_id(0) * M + tl.arange(0, M)
     place = tl.arange(0, BLOCK_K * S) // S
     block = tl.arange(0, BLOCK_K * S) % S
     pdl_trigger(PDL)
-    keys = sortable_keys(logits + token * E, tl.arange(0, BLOCK_E), E, BLOCK_E)  # gate_up triggers after its wait
+    keys = sortable_keys(logits, tl.arange(0, BLOCK_E), E, BLOCK_E)  # gate_up triggers after its wait
     highest = logit_of(tl.max(keys, axis=0), BLOCK_E)
     total = 0.0
     if not RENORMALIZE:
@@ -340,13 +336,13 @@ def down_int4_kernel(
     x = ()
     for i in tl.static_range(4):
         k = columns(block, i, 8)
-        at = activated + token * (TOP_K * F) + place[:, None] * F + k
+        at = activated + place[:, None] * F + k
         x = x + (right_operand(tl.load(at, mask=is_here[:, None] & (k < F), other=0.0)),)
     y = products(weight[0], weight[1], x, PARTS)
     y = tl.where(is_here[:, None, None], y * factors[:, None, None], 0.0)
     y = tl.sum(y, axis=0) / total
     n = tl.program_id(0) * (16 * M) + tl.arange(0, 16 * M)
-    at = token * D + n[:, None] + t[None, :]
+    at = n[:, None] + t[None, :]
     tl.store(output + at, y.to(output.dtype.element_ty), mask=(t == 0)[None, :] & (n >= 0)[:, None])
 
 

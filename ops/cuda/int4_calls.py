@@ -33,7 +33,6 @@ MAX_K = 8192
 DEQUANTIZED_TILES = 8  # of a row, per program
 LEAST_WARPS, MAX_WARPS = 4, 16
 THREAD_BYTES = 256  # of weights in a thread's registers
-MAX_ALONE = 2  # tokens whose experts are not shared: fewer kernels, more reading
 SHARED_DOWN_TILES = 2  # of a column, per program
 
 
@@ -186,22 +185,22 @@ class Int4NormThenLinearCall:
 
 
 class Int4ExpertsCall:
-    """Experts for up to MAX_ALONE tokens: gate_up_proj with SwiGLU, then down_proj with the weighted sum of experts."""
+    """Experts for one token: gate_up_proj with SwiGLU, then down_proj with the weighted sum over experts."""
 
     def __init__(
         self, normed: torch.Tensor, routing: RouterLogits, gate_up: CudaInt4Weight, down: CudaInt4Weight, pdl: bool
     ):
-        num_tokens, top_k, num_experts = normed.shape[0], routing.top_k, routing.logits.shape[1]
+        top_k, num_experts = routing.top_k, routing.logits.shape[1]
         count, d, f = down.shape
         sizes = {"D": d, "F": f, "E": num_experts, "BLOCK_E": triton.next_power_of_2(num_experts), "TOP_K": top_k}
         sizes |= {"FIRST": routing.first, "COUNT": count, "PDL": pdl}
-        self.activated = normed.new_empty(num_tokens, top_k, f)
+        self.activated = normed.new_empty(1, top_k, f)
         self.output = torch.empty_like(normed)
         high, warps = int4_tile("gate_up_int4", f, d, matrices=2)
         constants = sizes | gate_up.constants | {"M": high}
         self.gate_up = BoundKernel(
             gate_up_int4_kernel,
-            (f // (TILE_ROWS * high), num_tokens * top_k),
+            (f // (TILE_ROWS * high), top_k),
             warps,
             pdl,
             (gate_up.words, gate_up.scales, self.activated),
@@ -213,7 +212,7 @@ class Int4ExpertsCall:
         constants |= {"RENORMALIZE": routing.renormalize}
         self.down = BoundKernel(
             down_int4_kernel,
-            (d // (TILE_ROWS * high), num_tokens),
+            (d // (TILE_ROWS * high),),
             warps,
             pdl,
             (self.activated, down.words, down.scales, self.output),

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from ops import GroupedRows, RouterLogits, Routing
-from ops.cuda import int4_calls
 from ops.cuda.int4_calls import (
     CudaInt4Weight,
     Int4BatchedExpertsCall,
@@ -98,7 +97,7 @@ class Int4Ops(ReferenceOps):
         key = ("experts", id(gate_up), num_tokens)
         call = self.calls.get(key)
         if call is None:
-            kind = Int4ExpertsCall if num_tokens <= int4_calls.MAX_ALONE else Int4BatchedExpertsCall
+            kind = Int4ExpertsCall if num_tokens == 1 else Int4BatchedExpertsCall
             call = kind(hidden_states, routing, gate_up, down, self.pdl)
             self.bind(key, gate_up, call)
         return call(hidden_states, routing)

@@ -72,7 +72,7 @@ WANTED = {
 def test_tune_takes_the_fastest(weight_format, shape, table, monkeypatch, capsys):
     """All candidates give the same result; the table then holds the fastest one by the test's clock."""
     monkeypatch.setattr(tune, "CONTEXT", 128)
-    monkeypatch.setattr(tune, "SHARED_TOKENS", 3)
+    monkeypatch.setattr(tune, "SHARED_TOKENS", 2)
     searches = tune.searches
 
     def shorter_searches(*arguments):
