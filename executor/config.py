@@ -18,6 +18,7 @@ from executor.utils.text import one_line, printable, quoted
 from executor.utils.values import convert
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIG_FOLDER = REPOSITORY / "models" / "qwen3_moe" / "config"
 MAX_YAML_BYTES = 1 << 20
 MAX_SHOWN = 150  # characters of a file's or an override's name in an error
 MAX_NAME = 100  # characters of model_name; no key is longer

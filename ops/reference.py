@@ -45,7 +45,7 @@ class ReferenceOps(Ops):
             return weight
         if len(weight.shape) == 2:
             return DenseWeight(dequantize(weight, dtype))
-        output = torch.empty(weight.shape, dtype=dtype, device=next(iter(weight.tensors.values())).device)
+        output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for expert in range(weight.shape[0]):  # one at a time, to limit memory
             output[expert] = dequantize(weight[expert], dtype)
         return DenseWeight(output)

@@ -33,6 +33,10 @@ class Weight:
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 

@@ -20,7 +20,6 @@ from executor.bench.common import (
     command_parser,
     describe_device,
     known,
-    positive,
     random_prompts,
     settings_of,
 )
@@ -28,6 +27,7 @@ from executor.bench.report import Report
 from executor.engine.request import Request
 from executor.llm import LLM
 from executor.sampling_params import SamplingParams
+from executor.utils.arguments import positive
 from executor.utils.report import percentiles, table
 
 DECODING = 8  # requests that a long prompt joins

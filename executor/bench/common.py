@@ -11,15 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.config import REPOSITORY, Settings, load_settings, resolve_path
+from executor.config import CONFIG_FOLDER, Settings, load_settings, resolve_path
 from executor.launch.launcher import launch
 from executor.utils.arguments import ArgumentParser
 from executor.utils.files import check_output, files_in
 
 if TYPE_CHECKING:
     from executor.llm import LLM, RequestOutput
-
-CONFIG_FOLDER = REPOSITORY / "models" / "qwen3_moe" / "config"
 
 
 def command_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -32,13 +30,6 @@ def command_parser(command: str, description: str) -> argparse.ArgumentParser:
         "--output", type=Path, metavar="FILE", help="write the report there as JSON, updated after each result"
     )
     return parser
-
-
-def positive(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
-    return int(text)
 
 
 def settings_of(arguments: argparse.Namespace, *overrides: str) -> Settings:

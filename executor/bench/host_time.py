@@ -23,13 +23,13 @@ from executor.bench.common import (
     command_parser,
     describe_device,
     known,
-    positive,
     random_prompts,
     settings_of,
 )
 from executor.bench.report import Report
 from executor.llm import LLM
 from executor.sampling_params import SamplingParams
+from executor.utils.arguments import positive
 from executor.utils.report import percentiles, table
 
 WARMUP_ROUNDS = 5

@@ -13,8 +13,9 @@ import gc
 import re
 from typing import TYPE_CHECKING, Any
 
-from executor.bench.common import command_parser, positive, refuse_fallbacks, settings_of
+from executor.bench.common import command_parser, refuse_fallbacks, settings_of
 from executor.bench.report import Report
+from executor.utils.arguments import positive
 from executor.utils.report import table
 
 if TYPE_CHECKING:

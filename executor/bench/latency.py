@@ -13,15 +13,15 @@ from executor.bench.common import (
     build_llm,
     command_parser,
     describe_device,
-    positive,
     random_prompts,
     settings_of,
     start_ranks,
 )
 from executor.bench.plot import check_matplotlib, draw, picture, rows_of
-from executor.bench.report import Report, is_first_rank
+from executor.bench.report import Report
+from executor.utils.arguments import positive
 from executor.utils.files import check_output
-from executor.utils.report import table
+from executor.utils.report import is_first_rank, table
 
 if TYPE_CHECKING:
     from executor.llm import LLM

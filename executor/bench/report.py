@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark report: progress bar, tables, and a JSON file updated after each measurement."""
 
-import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from executor.utils.files import check_output, replace
-from executor.utils.report import commit, versions
+from executor.utils.report import commit, is_first_rank, text_of, versions
 
 
 class Report:
@@ -61,15 +59,3 @@ class Report:
             self.progress.close()
         if self.results and is_first_rank():
             print(self.tables(self))
-
-
-def text_of(content: dict[str, Any]) -> str:
-    """Serializes the report to JSON; RuntimeError for a non-finite number, which indicates a failed measurement."""
-    try:
-        return json.dumps(content, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise RuntimeError(f"a measured figure is not a finite number: {error}") from error
-
-
-def is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"

@@ -17,13 +17,13 @@ from executor.bench.common import (
     command_parser,
     describe_device,
     known,
-    positive,
     random_prompts,
     settings_of,
     start_ranks,
 )
 from executor.bench.report import Report
 from executor.sampling_params import SamplingParams
+from executor.utils.arguments import positive
 from executor.utils.report import table
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.bench.common import CONFIG_FOLDER, describe_device, positive
-from executor.bench.report import is_first_rank, text_of
+from executor.bench.common import describe_device
 from executor.config import (
+    CONFIG_FOLDER,
     DataSettings,
     Settings,
     apply_override,
@@ -38,10 +38,10 @@ from executor.config import (
 from executor.launch.launcher import launch
 from executor.launch.rank import PartialFailure
 from executor.loading.before_loading import check_before_launch, folder_name
-from executor.utils.arguments import ArgumentParser
+from executor.utils.arguments import ArgumentParser, positive
 from executor.utils.files import check_output, files_in, replace
 from executor.utils.reading import read_text, refusing
-from executor.utils.report import commit, table, versions
+from executor.utils.report import commit, is_first_rank, table, text_of, versions
 
 if TYPE_CHECKING:
     from executor.llm import LLM
@@ -159,13 +159,9 @@ def tokenise(settings: Settings, arguments: argparse.Namespace, content: str) ->
         raise ValueError(f"--stride: {stride} is impossible, must be at most the window's {window} tokens")
     tokenizer = Tokenizer(tokenizer_path(settings, model_path), window, "cut", enable_thinking=False)
     name = f"--text: {arguments.text}"
-    token_ids = tokenizer.tokens_of(content, name, lambda text: tokenizer.tokenizer.encode(text, verbose=False))
+    token_ids = tokenizer.encode_whole(content, name, config.vocab_size)
     if len(token_ids) < 2:
         raise ValueError(f"{name} is a single token, at least 2 are needed to predict one")
-    if max(token_ids) >= config.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer gives token {max(token_ids)}, the model has 0 to {config.vocab_size - 1}"
-        )
     return Text(file=arguments.text, content=content, token_ids=token_ids, window=window, stride=stride)
 
 

@@ -3,7 +3,7 @@
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -112,18 +112,6 @@ def rounded_on_host(round_weight: Callable[[torch.Tensor], Weight], value: torch
     weight = round_weight(value.cpu())
     tensors = {name: tensor.to(value.device) for name, tensor in weight.tensors.items()}
     return replace(weight, **tensors)  # type: ignore[type-var]
-
-
-def as_parameters(specs: list[ParameterSpec], values: Mapping[str, torch.Tensor]) -> Parameters:
-    """Parameters of an unquantised model."""
-    return Parameters(
-        {spec.name: DenseWeight(values[spec.name]) if spec.role is Role.MATRIX else values[spec.name] for spec in specs}
-    )
-
-
-def parameter_bytes(specs: list[ParameterSpec], dtype: torch.dtype) -> int:
-    """Total size of unquantised parameters in bytes."""
-    return sum(torch.Size(spec.shape).numel() for spec in specs) * dtype.itemsize
 
 
 def random_bytes(spec: ParameterSpec, dtype: torch.dtype, scheme: Scheme, dequantized: tuple[type[Weight], ...]) -> int:

@@ -72,6 +72,13 @@ class Tokenizer:
         logger.warning("%s of %d tokens was cut in the middle to %d", name, len(token_ids), len(shortened))
         return shortened
 
+    def encode_whole(self, text: str, name: str, vocab_size: int) -> list[int]:
+        """Encodes a text of any length; ValueError for tokens that a model of `vocab_size` does not have."""
+        token_ids = self.tokens_of(text, name, lambda text: self.tokenizer.encode(text, verbose=False))
+        if max(token_ids) >= vocab_size:
+            raise ValueError(f"{name}: the tokenizer gives token {max(token_ids)}, the model has 0 to {vocab_size - 1}")
+        return token_ids
+
     def encode_chat(self, messages: Messages, name: str = "the prompt") -> list[int]:
         """Encodes a conversation with the chat template, including the generation prompt.
 

@@ -22,15 +22,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from executor.bench.common import positive
-from executor.bench.report import text_of
 from executor.launch.command import run_command
 from executor.launch.interrupts import interrupts_deferred
 from executor.launch.rank import forget_rank
-from executor.utils.arguments import ArgumentParser
+from executor.utils.arguments import ArgumentParser, positive
 from executor.utils.files import check_output, files_in, replace
 from executor.utils.reading import read_text, refusing
-from executor.utils.report import commit, versions
+from executor.utils.report import commit, text_of, versions
 from executor.utils.text import one_line
 
 if TYPE_CHECKING:
@@ -133,14 +131,9 @@ def read_calibration(arguments: argparse.Namespace, plan: "Plan", device: "torch
     with refusing("--calibration"):
         content = read_text(arguments.calibration)
     tokenizer = Tokenizer(plan.model_path, MAX_TOKENS, "cut", enable_thinking=False)
-    token_ids = tokenizer.tokens_of(content, name, lambda text: tokenizer.tokenizer.encode(text, verbose=False))
-    token_ids = token_ids[:MAX_TOKENS]
+    token_ids = tokenizer.encode_whole(content, name, plan.config.vocab_size)[:MAX_TOKENS]
     if len(token_ids) < MIN_TOKENS:
         raise ValueError(f"{name} has {len(token_ids)} tokens, at least {MIN_TOKENS} are needed")
-    if max(token_ids) >= plan.config.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer gives token {max(token_ids)}, the model has 0 to {plan.config.vocab_size - 1}"
-        )
     return Calibration(token_ids, device)
 
 

@@ -23,3 +23,10 @@ class ArgumentParser(argparse.ArgumentParser):
             message += "; one that begins with - is given as --option=-..."
         print_error(f"{message} (--help lists the options)")
         sys.exit(2)
+
+
+def positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
+    return int(text)

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Percentiles, text tables, and the commit and versions that identify a run."""
+"""Percentiles, text tables, JSON reports, and the commit and versions that identify a run."""
 
 import importlib.metadata
+import json
+import os
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -60,3 +62,15 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return described.stdout.strip()
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """Serializes the report to JSON; RuntimeError for a non-finite number, which indicates a failed measurement."""
+    try:
+        return json.dumps(content, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise RuntimeError(f"a measured figure is not a finite number: {error}") from error
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

@@ -17,6 +17,7 @@ from models.layers.parameter import ParameterSpec, Source
 from ops import Weight
 from ops.int4 import PER_WORD
 
+SCALE_DTYPES = ("F32", "BF16", "F16")
 Ranges = tuple[tuple[int, int], tuple[int, int]]  # start and stop along N and K
 
 

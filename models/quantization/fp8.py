@@ -3,7 +3,7 @@
 
 import torch
 
-from models.quantization.format import Component, Format
+from models.quantization.format import SCALE_DTYPES, Component, Format
 from ops.weight import Fp8Weight
 
 
@@ -12,7 +12,7 @@ def fp8_blocks(module: str, shape: tuple[int, ...], block: tuple[int, int], is_s
 
     is_scalar: transformers stores a scalar for a matrix that is no larger than a block.
     """
-    name, dtypes = f"{module}.weight_scale_inv", ("F32", "BF16", "F16")
+    name, dtypes = f"{module}.weight_scale_inv", SCALE_DTYPES
     span = min(block[0], shape[0]), min(block[1], shape[1])
     scales = Component(name=name, field="scales", dtypes=dtypes, span=span)
     if is_scalar:

@@ -10,11 +10,9 @@ from functools import partial
 
 import torch
 
-from models.quantization.format import Check, Component, Format
+from models.quantization.format import SCALE_DTYPES, Check, Component, Format
 from ops.int4 import PER_WORD, pack_int4, unpack_int4
 from ops.weight import Int4Weight
-
-SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
 def unpack_columns(words: torch.Tensor, is_awq: bool = False) -> torch.Tensor:

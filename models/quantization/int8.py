@@ -5,10 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from models.quantization.format import Check, Component, Format, Shared
+from models.quantization.format import SCALE_DTYPES, Check, Component, Format, Shared
 from ops.weight import Int8StaticWeight, Int8Weight
-
-SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
 def int8_data(module: str) -> Component:

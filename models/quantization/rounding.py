@@ -9,9 +9,10 @@ import torch
 
 from models.quantization.scheme import METHODS, Scheme
 from ops.int4 import PER_WORD, pack_int4
+from ops.quantized_matmul import INT8_MAX
 from ops.weight import SYMMETRIC_ZERO, Fp8Weight, Int4Weight, Int8Weight, Weight, beside_blocks, dequantize, in_blocks
 
-INT8_MAX, FP8_MAX = 127, 448.0
+FP8_MAX = 448.0
 CLIPPINGS = tuple(1 - 0.05 * step for step in range(10))  # fractions of a group's extreme values
 
 

@@ -170,8 +170,8 @@ class NpuQuantized(NpuBindings):
 
     def dequantized(self, weight: Weight, dtype: torch.dtype) -> DenseWeight:
         if len(weight.shape) == 2:
-            return DenseWeight(dequantize(self.on_host(weight), dtype).to(device_of(weight)))
-        output = torch.empty(weight.shape, dtype=dtype, device=device_of(weight))
+            return DenseWeight(dequantize(self.on_host(weight), dtype).to(weight.device))
+        output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         for expert in range(weight.shape[0]):  # one at a time, to limit memory
             output[expert] = dequantize(self.on_host(weight[expert]), dtype)
         return DenseWeight(output)
@@ -194,7 +194,7 @@ class NpuQuantized(NpuBindings):
             case Int8StaticWeight():
                 return tiled(int8_static_linear(weight, dtype))
             case Int4Weight():
-                return moved(int4_matrix(self.on_host(weight), dtype), device_of(weight))
+                return moved(int4_matrix(self.on_host(weight), dtype), weight.device)
         raise unknown_weight(weight)
 
     def linear(self, hidden_states: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -235,7 +235,3 @@ class NpuQuantized(NpuBindings):
             case _:
                 raise unknown_weight(weight)
         return (output if bias is None else output + bias), residual
-
-
-def device_of(weight: Weight) -> torch.device:
-    return next(iter(weight.tensors.values())).device

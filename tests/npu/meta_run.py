@@ -15,14 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from executor.engine.kv_cache import cache_tensors
 from executor.loading.before_loading import load_config
-from executor.loading.loader import as_parameters
 from models.layers.expert_exchange import AllToAllExchange, FusedExchange, GatherExchange, own_share
-from models.layers.parameter import Parameters, ParameterSpec
+from models.layers.parameter import Parameters, ParameterSpec, Role
 from models.layers.rotary import RotaryEmbedding
 from models.qwen3_moe.model import Building, Qwen3Moe
 from models.qwen3_moe.sharding import Layout
 from models.qwen3_moe.weights import parameter_specs
-from ops import GroupedRows, StepMetadata, Weight
+from ops import DenseWeight, GroupedRows, StepMetadata, Weight
 from ops.ascend import ExchangeSizes
 from ops.comm import Group, ParallelContext, group_members
 from ops.step import Span, blocks_for, step_inputs
@@ -189,9 +188,10 @@ class Case:
         self.config.rms_norm_eps = EPS
         self.parallel = parallel_context(layout)
         specs = parameter_specs(self.config, Layout.of(self.parallel))
-        values = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
-        self.parameters: Parameters = as_parameters(specs, values)
-        self.parameters.values |= {spec.name: found for spec in specs if (found := weight_of(spec)) is not None}
+        empty = {spec.name: torch.empty(spec.shape, dtype=torch.bfloat16, device=META) for spec in specs}
+        dense = {spec.name: DenseWeight(empty[spec.name]) for spec in specs if spec.role is Role.MATRIX}
+        quantized = {spec.name: found for spec in specs if (found := weight_of(spec)) is not None}
+        self.parameters = Parameters(empty | dense | quantized)
         self.parameters.prepare(ops, torch.bfloat16)
         ops.product = LAYOUTS[layout][3]
         build = Building(

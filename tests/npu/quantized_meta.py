@@ -75,14 +75,14 @@ def int8_experts() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty(4, 256, 128, dtype=torch.int8, device=META), torch.empty(4, 256, 1, device=META)
 
 
-def run_mutants(wheel: Path, sources: list[dict[str, str]]) -> list[dict[str, Any]]:
-    """Calls of a few cases for each mutated source of ops/npu, or the traceback."""
+def run_mutants(wheel: Path, sources: list[tuple[dict[str, str], list[tuple[str, str]]]]) -> list[dict[str, Any]]:
+    """Calls of cases of some layouts for each mutated source of ops/npu, or the traceback."""
     load(wheel)
     results = []
-    for changed in sources:
+    for changed, layouts in sources:
         found: dict[str, Any] = {}
         for format_name in FORMATS[:3]:
-            for layout in ("30b", "1tp"), ("235b", "16tp"):
+            for layout in layouts:
                 case = f"{layout[0]}-{format_name}-{layout[1]}"
                 try:
                     ops = backend_of(changed).NpuOps("meta")

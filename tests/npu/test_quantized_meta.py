@@ -207,20 +207,24 @@ MUTANTS = [
 ]
 
 
+USUAL, NARROW = ("30b", "1tp"), ("235b", "16tp")  # the second: experts of width 96
+
+
 @pytest.fixture(scope="module")
 def mutants(tmp_path_factory) -> list[dict]:
     sources = {file.stem: file.read_text(encoding="utf-8") for file in BACKEND.glob("*.py")}
-    mutated = [sources]
+    mutated = [(sources, [USUAL, NARROW])]
     for old, new in MUTANTS:
         [changed] = [name for name, source in sources.items() if old in source]
-        mutated.append(sources | {changed: sources[changed].replace(old, new, 1)})
+        layout = NARROW if "width" in old else USUAL
+        mutated.append((sources | {changed: sources[changed].replace(old, new, 1)}, [layout]))
     return run_meta(VERSIONS[0], run_mutants, tmp_path_factory.mktemp("mutants"), mutated)
 
 
 @pytest.mark.parametrize("index", range(len(MUTANTS)), ids=[old for old, _ in MUTANTS])
 def test_a_broken_call_is_detected(mutants, index):
     original, mutant = mutants[0], mutants[1 + index]
-    cases = [case for case in CASES if case in original]
+    cases = [case for case in CASES if case in mutant]
     detected = 0
     for case in cases:
         check_case(original, case, CONTRACTS | QUANTIZED)

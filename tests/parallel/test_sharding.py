@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from executor.bench.common import CONFIG_FOLDER
-from executor.config import load_settings
+from executor.config import CONFIG_FOLDER, load_settings
 from executor.loading.before_loading import check_before_launch
 from executor.loading.loader import load_parameters
 from executor.loading.stored_model import check_tensors
