@@ -165,8 +165,12 @@ class Simulated:
         assert not self.engine.siblings
 
 
-def random_tokens(count: int) -> list[int]:
-    return [random.randrange(1, 1000) for _ in range(count)]
+def random_tokens(count: int, other_than: int = 0) -> list[int]:
+    """Random tokens, of which the first is not `other_than`."""
+    tokens = [random.randrange(1, 1000) for _ in range(count)]
+    if count and tokens[0] == other_than:
+        tokens[0] = other_than % 999 + 1
+    return tokens
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch) -> None:

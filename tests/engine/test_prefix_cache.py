@@ -30,7 +30,7 @@ def test_the_prompt_of_a_finished_sequence_is_found(runs_ahead: bool) -> None:
         first = run.add(prompt, new_tokens=20, special={4: END})
         run.run()
         assert first.finish_reason == "stop" and len(first.token_ids) == 5 and first.num_cached == 0
-        second = run.add(prompt + random_tokens(40), new_tokens=2)
+        second = run.add(prompt + random_tokens(40, other_than=first.token_ids[0]), new_tokens=2)
         third = run.add(prompt, new_tokens=2)
         run.run()
         assert second.num_cached == found(length)
@@ -44,7 +44,7 @@ def test_a_prompt_that_needs_every_block_takes_that_of_which_it_would_copy_the_b
         prompt = random_tokens(100)
         run.add(prompt, new_tokens=1)
         run.run()
-        sequence = run.add(prompt[:50] + random_tokens(length - 50), new_tokens=1)
+        sequence = run.add(prompt[:50] + random_tokens(length - 50, other_than=prompt[50]), new_tokens=1)
         run.run()
         assert sequence.finish_reason == "length"
         assert sequence.num_cached == (0 if length == 3 * BLOCK_SIZE else 50)
