@@ -21,7 +21,6 @@ from ops.cuda.launch import pdl_trigger, pdl_wait
 from ops.cuda.moe import TAKEN, expert_of, key_at, logit_of, sortable_keys
 from ops.cuda.triton_internals import INTERPRETED
 
-PER_WORD16 = 4
 BFLOAT16_SHIFTS, FLOAT16_SHIFTS = (3, -1, -5, -9), (6, 2, -2, -6)  # of number i to the upper mantissa bits; left > 0
 BFLOAT16_16, FLOAT16_16 = 0x4180, 0x4C00  # bits of 16.0
 BFLOAT16_MASK, FLOAT16_MASK = 0x0078, 0x03C0

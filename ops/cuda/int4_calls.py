@@ -99,13 +99,11 @@ def in_tiles(weight: Weight) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantized(weight: CudaInt4Weight, dtype: torch.dtype) -> torch.Tensor:
     """The matrix [N, K], or matrices [E, N, K], in memory."""
-    output = torch.empty(weight.shape, dtype=dtype, device=weight.words.device)
+    output = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     constants = weight.constants | {"K": weight.k}
     constants["S"] = min(DEQUANTIZED_TILES, weight.batch)
     grid = (output.numel() // weight.k // TILE_ROWS, triton.cdiv(constants["TILES"], constants["S"]))
-    constants = ordered(dequantize_int4_kernel, constants)
-    kernel = BoundKernel(dequantize_int4_kernel, grid, 4, fixed=(weight.words, weight.scales, output), **constants)
-    kernel()
+    bound(dequantize_int4_kernel, grid, 4, False, (weight.words, weight.scales, output), constants)()
     return output
 
 
@@ -137,14 +135,7 @@ class Int4Linear:
         constants = weight.constants | {"K": k, "M": high, "EPS": eps}
         constants |= {"NORM": norm is not None, "HAS_RESIDUAL": has_residual}
         constants |= {"HAS_BIAS": bias is not None, "FIRST": norm is not None and not has_residual, "PDL": pdl}
-        self.kernel = BoundKernel(
-            linear_int4_kernel,
-            (n // (TILE_ROWS * high),),
-            warps,
-            pdl,
-            fixed,
-            **ordered(linear_int4_kernel, constants),
-        )
+        self.kernel = bound(linear_int4_kernel, (n // (TILE_ROWS * high),), warps, pdl, fixed, constants)
 
 
 class Int4LinearCall(Int4Linear):
@@ -198,25 +189,25 @@ class Int4ExpertsCall:
         self.output = torch.empty_like(normed)
         high, warps = int4_tile("gate_up_int4", f, d, matrices=2)
         constants = sizes | gate_up.constants | {"M": high}
-        self.gate_up = BoundKernel(
+        self.gate_up = bound(
             gate_up_int4_kernel,
             (f // (TILE_ROWS * high), top_k),
             warps,
             pdl,
             (gate_up.words, gate_up.scales, self.activated),
-            **ordered(gate_up_int4_kernel, constants),
+            constants,
         )
         block_k = triton.next_power_of_2(top_k)
         high, warps = int4_tile("down_int4", d, f, matrices=block_k)
         constants = sizes | down.constants | {"M": high, "BLOCK_K": block_k}
         constants |= {"RENORMALIZE": routing.renormalize}
-        self.down = BoundKernel(
+        self.down = bound(
             down_int4_kernel,
             (d // (TILE_ROWS * high),),
             warps,
             pdl,
             (self.activated, down.words, down.scales, self.output),
-            **ordered(down_int4_kernel, constants),
+            constants,
         )
 
     def __call__(self, normed: torch.Tensor, routing: RouterLogits) -> torch.Tensor:
@@ -257,23 +248,23 @@ class Int4BatchedExpertsCall:
         )
         high, warps = int4_tile("shared_gate_up_int4", f, d, matrices=2)
         constants = sizes | gate_up.constants | {"M": high}
-        self.gate_up = BoundKernel(
+        self.gate_up = bound(
             gate_up_shared_int4_kernel,
             (f // (TILE_ROWS * high), num_slots),
             warps,
             pdl,
             (slots, gate_up.words, gate_up.scales, self.activated),
-            **ordered(gate_up_shared_int4_kernel, constants),
+            constants,
         )
         high, warps = int4_tile("shared_down_int4", d, f)
         constants = sizes | down.constants | {"M": high}
-        self.down = BoundKernel(
+        self.down = bound(
             down_shared_int4_kernel,
             (d // (TILE_ROWS * high), num_slots),
             warps,
             pdl,
             (slots, self.activated, down.words, down.scales, self.partial),
-            **ordered(down_shared_int4_kernel, constants),
+            constants,
         )
         block = min(SUM_BLOCK, d)
         fixed = (weights, self.partial, self.output)
@@ -288,9 +279,12 @@ class Int4BatchedExpertsCall:
         return self.output
 
 
-def ordered(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """Constants in the order of the kernel's signature."""
-    return {name: constants[name] for name in argument_names(kernel) if name in constants}
+def bound(
+    kernel: Any, grid: tuple[int, ...], warps: int, pdl: bool, fixed: tuple[Any, ...], constants: dict[str, Any]
+) -> BoundKernel:
+    """Binds a kernel to those of the constants that it has, in the order of its signature."""
+    own = {name: constants[name] for name in argument_names(kernel) if name in constants}
+    return BoundKernel(kernel, grid, warps, pdl, fixed, **own)
 
 
 def int4_tile(kernel: str, n: int, k: int, matrices: int = 1) -> tuple[int, int]:
